@@ -1,0 +1,36 @@
+# make demo   sets up .venv, prepares the text in demo/, trains a tiny looped mixture-of-experts model in 2 processes
+# make test   sets up .venv, runs the whole suite
+# make lint   style and types
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_DATA := demo/data
+DEMO_RUN := runs/demo
+# Threads of each process: two processes share the cores of a small machine.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test lint
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(DEMO_DATA)/manifest.json: demo/sotu.parquet | setup
+	$(BIN)/mythos data tokenizer $< --vocabulary-size 4096 --validation-percent 5 --output demo/tokenizer.json
+	$(BIN)/mythos data prepare $< --tokenizer demo/tokenizer.json --sequence-length 256 --validation-percent 5 \
+		--output $(DEMO_DATA)
+
+demo: setup $(DEMO_DATA)/manifest.json
+	$(BIN)/mpiexec -n 2 $(BIN)/mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml \
+		data.directory=$(DEMO_DATA) run.directory=$(DEMO_RUN)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,53 @@
+"""The command line: `mythos COMMAND ...`. Each command is a file of its own beside this one."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from launch import config, data, train
+from mythos import __version__
+from mythos.errors import FAILED, UserError
+
+DESCRIPTION = """\
+Train recurrent-depth (looped) transformers with sparse mixture-of-experts.
+
+  mythos data tokenizer ...       text -> tokenizer
+  mythos data prepare ...         text -> token shards
+  mythos config MODEL.yaml RUN.yaml key=value ...
+  mythos train  MODEL.yaml RUN.yaml key=value ...
+
+The same train command runs bare (one process) and under torchrun, mpiexec and srun.
+"""
+EXIT_CODES = "exit codes: 0 done, 2 bad input, 85 preempted and saved (start again to go on), other: failed"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; a command's ``run(arguments)`` returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="mythos",
+        description=DESCRIPTION,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mythos {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for command in (train, config, data):
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a UserError is printed as it is, without a traceback."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"mythos: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("mythos: interrupted", file=sys.stderr)
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""`mythos train`: bare, or once a process under torchrun, mpiexec or srun."""
+
+import argparse
+import signal
+import sys
+import time
+from typing import Any
+
+from launch.config import add_config_arguments, split_configuration
+
+LAUNCHER_GRACE_S = 10
+DESCRIPTION = """\
+Train a model, or go on where its run directory's newest checkpoint stands.
+
+  mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml parallel.expert_parallel_size=1
+  torchrun --nproc-per-node=2 --no-python mythos train MODEL.yaml RUN.yaml
+  mpiexec -n 2 mythos train MODEL.yaml RUN.yaml
+  srun --ntasks-per-node=8 mythos train MODEL.yaml RUN.yaml
+
+SIGTERM, SIGUSR1 or Ctrl-C: the run saves after the current step and exits with code 85.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model, or resume its run",
+        description=DESCRIPTION,
+        epilog="`mythos config` prints every option with its meaning.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on with a run although options that define it have changed",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Find this process's place among the others, load the configuration and train."""
+    from launch.env import read_world
+    from mythos.config.load import load
+    from mythos.errors import FAILED, UserError
+    from mythos.metrics.console import log, start_logging
+    from mythos.train.preemption import StopRequest
+
+    stop = StopRequest()  # before anything slow, so that a signal at any time ends in a saved run
+    with read_world() as world:
+        start_logging(None, world.rank)
+        files, overrides = split_configuration(arguments.configuration)
+        try:
+            config = load(files, overrides, world.world_size)
+        except UserError as error:
+            if world.rank > 0:
+                _wait_for_rank_0()
+                sys.exit(error.exit_code)
+            raise
+        log.info(world.describe())
+        world.export()
+        from mythos.train import distributed
+        from mythos.train.loop import train
+
+        try:
+            device = distributed.start(config.device)
+            exit_code = train(config, device, stop, arguments.accept_changes)
+            distributed.finish()
+            return exit_code
+        except UserError as error:
+            if world.rank == 0 or not error.agreed:
+                log.error(f"mythos: rank {world.rank}: {error}")
+            sys.exit(error.exit_code)
+        except Exception:
+            log.exception(f"mythos: rank {world.rank} on {world.address} failed")
+            sys.exit(FAILED)
+
+
+def _wait_for_rank_0() -> None:
+    """Every rank has found the same mistake. Rank 0 reports it and fails; the launcher then ends this process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(LAUNCHER_GRACE_S)

@@ -1,0 +1,28 @@
+"""Numbers that follow from the configuration. They are functions, so that they can never disagree with it."""
+
+from mythos.config.schema import Config
+
+
+def global_batch_sequences(config: Config) -> int:
+    """Sequences in one optimizer step over all ranks, whichever of the two ways it was given."""
+    if config.train.global_batch_sequences is not None:
+        return config.train.global_batch_sequences
+    assert config.train.global_batch_tokens is not None
+    return config.train.global_batch_tokens // config.data.sequence_length
+
+
+def micro_steps(config: Config, world_size: int) -> int:
+    """Forward and backward passes of each rank in one optimizer step (gradient accumulation)."""
+    return global_batch_sequences(config) // (config.train.micro_batch_sequences * world_size)
+
+
+def tokens_per_step(config: Config) -> int:
+    """Tokens predicted in one optimizer step over all ranks."""
+    return global_batch_sequences(config) * config.data.sequence_length
+
+
+def eval_depths(config: Config) -> tuple[int, ...]:
+    """Depths at which the validation loss of a looped model is measured; empty for a dense model."""
+    if config.loop is None:
+        return ()
+    return config.eval.depths or (round(config.loop.mean_depth),)

@@ -1,0 +1,183 @@
+"""YAML layers and key=value -> one frozen, validated tree, or one error that lists everything wrong with it."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from mythos.config.check import Finding, check
+from mythos.config.schema import Config, Dense, Looped
+from mythos.errors import UserError
+
+_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+_UNION_TAGS = {"looped", "dense"}
+
+
+def load(files: Sequence[str | Path], overrides: Sequence[str] = (), world_size: int = 1) -> Config:
+    """Merge YAML files (later ones win), then ``key=value`` overrides, and validate for ``world_size`` processes.
+
+    Raises:
+        UserError: one line for each unknown key, wrong type, value out of range and broken rule, all at once.
+    """
+    return validate(_merge(files, overrides), world_size)
+
+
+def validate(raw: dict[str, Any], world_size: int = 1) -> Config:
+    """Validate a plain tree. Options that are wrong by themselves do not hide broken rules between the others."""
+    findings: list[Finding] = []
+    config = None
+    try:
+        config = _strictly(raw)
+    except ValidationError as error:
+        findings = [_finding(details) for details in error.errors()]
+        config = _without(error, raw)
+    if config is not None:
+        wrong = {finding.path for finding in findings}
+        findings += [
+            finding for finding in check(config, world_size) if wrong.isdisjoint((finding.path, *finding.reads))
+        ]
+    if findings:
+        raise UserError(
+            f"{len(findings)} problem{'s' if len(findings) > 1 else ''} in the configuration:\n"
+            + "\n".join(f"  {finding}" for finding in findings)
+        )
+    assert config is not None
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The tree as plain values, ready for YAML and JSON."""
+    return _ADAPTER.dump_python(config, mode="json")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (value before, value after) for every option in which two plain trees differ."""
+    old, new = flatten(before), flatten(after)
+    return {path: (old.get(path), new.get(path)) for path in sorted(old | new) if old.get(path) != new.get(path)}
+
+
+def options(section: Any = Config, prefix: str = "") -> dict[str, FieldInfo]:
+    """Dotted path -> field of every option of the tree, both kinds of model included."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in section.__pydantic_fields__.items():
+        for kind in _sections_in(field.annotation):
+            found |= options(kind, f"{prefix}{name}.")
+        found[prefix + name] = field
+    return found
+
+
+def _strictly(raw: dict[str, Any]) -> Config:
+    """Strict pydantic takes plain dictionaries and lists in JSON only, so the tree goes through JSON."""
+    return _ADAPTER.validate_json(json.dumps(raw, default=str))
+
+
+def _sections_in(annotation: Any) -> list[Any]:
+    if annotation == Looped | Dense:
+        return [Looped, Dense]
+    candidates = (annotation, *getattr(annotation, "__args__", ()))
+    return [kind for kind in candidates if dataclasses.is_dataclass(kind)]
+
+
+def _merge(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:
+    layers = []
+    for file in files:
+        try:
+            layer = OmegaConf.load(file)
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}; give the path of a YAML file") from None
+        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not OmegaConf.is_dict(layer):
+            raise UserError(f"{file}: must hold options as `key: value`, not {type(layer).__name__}")
+        layers.append(layer)
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override!r}: an override has the form key=value, for example train.steps=100")
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{override!r}: not valid: {' '.join(str(error).split())}") from None
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration cannot be merged: {' '.join(str(error).split())}") from None
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """pydantic's location as a dotted path: without the tags of the model's two kinds and without list indices."""
+    parts = [
+        part for i, part in enumerate(location) if not (i > 0 and part in _UNION_TAGS and location[i - 1] == "model")
+    ]
+    return ".".join(part for part in parts if isinstance(part, str))
+
+
+def _finding(details: Any) -> Finding:
+    path, value = _path(details["loc"]), details["input"]
+    match details["type"]:
+        case "unexpected_keyword_argument":
+            close = difflib.get_close_matches(path, options(), n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else "see `mythos config` for the options there are"
+            return Finding(path, value, f"unknown option; {hint}")
+        case "missing":
+            return Finding(path, None, "required; give it in a YAML file or as key=value")
+        case "union_tag_not_found":
+            return Finding(f"{path}.kind", None, "required; looped or dense")
+        case "union_tag_invalid":
+            return Finding(f"{path}.kind", value["kind"], "input should be 'looped' or 'dense'")
+        case _:
+            return Finding(path, value, details["msg"][0].lower() + details["msg"][1:])
+
+
+def _without(error: ValidationError, raw: dict[str, Any]) -> Config | None:
+    """The tree with wrong options at their defaults (required ones at any valid value), so that rules can be checked.
+
+    None when too much is missing. Rules that read a wrong option are left out by the caller.
+    """
+    wrong = {_path(details["loc"]) for details in error.errors()}
+    for path in wrong:
+        _set(raw, path, None)
+    try:
+        return _strictly(raw)
+    except ValidationError as again:
+        for details in again.errors():
+            path = _path(details["loc"])
+            if path in wrong and not _sections_in(options()[path].annotation):
+                _set(raw, path, "?" if options()[path].annotation is str else 2)
+    try:
+        return _strictly(raw)
+    except ValidationError:
+        return None
+
+
+def _set(tree: Any, path: str, value: Any) -> None:
+    """Set the option at a dotted path; None removes it."""
+    *sections, name = path.split(".")
+    for part in sections:
+        tree = tree.get(part)
+        if not isinstance(tree, dict):
+            return
+    if value is None:
+        tree.pop(name, None)
+    else:
+        tree[name] = value

@@ -1,0 +1,172 @@
+"""What a prepared data set is: shared by the writer (data_prep) and the reader (stream.py).
+
+    DIR/tokenizer.json                       the tokenizer that made the ids
+    DIR/manifest.json                        what the data set holds; written last, so it marks a complete data set
+    DIR/train/{index.json,shard.*.mds}       MDS shards with one column `tokens`
+    DIR/validation/{index.json,shard.*.mds}
+
+A row is ``sequence_length + 1`` token ids: inputs are ``row[:-1]``, targets are ``row[1:]``. Rows are disjoint chunks
+of the split's documents laid end to end, each document begun by the BOS token.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from mythos.errors import UserError
+from mythos.files import write_atomically
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+COLUMN = "tokens"
+BOS = "<|bos|>"
+TOKENIZER_FILE = "tokenizer.json"
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index.json"
+SHARD_HASH = "xxh3_64"
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id below ``vocabulary_size``."""
+    return np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.uint32)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One Parquet file that the text came from."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    bytes: int
+    xxh3_64: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked of `mythos data prepare`, beyond the sequence length and the tokenizer."""
+
+    __pydantic_config__ = _STRICT
+
+    column: str
+    validation_percent: float
+    shard_size_mib: int
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """What one split holds. ``tokens`` are those in the rows; the unfinished last row is ``tokens_dropped``."""
+
+    __pydantic_config__ = _STRICT
+
+    documents: int
+    text_bytes: int
+    sequences: int
+    tokens: int
+    tokens_dropped: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for each token, BOS tokens counted: turns nats a token into bits a byte."""
+        return self.text_bytes / (self.tokens + self.tokens_dropped)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json."""
+
+    __pydantic_config__ = _STRICT
+
+    sequence_length: int
+    vocabulary_size: int
+    tokenizer_sha256: str
+    sources: tuple[Source, ...]
+    settings: Settings
+    splits: dict[str, SplitCounts]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def row_tokens(self) -> int:
+        """Token ids in one row."""
+        return self.sequence_length + 1
+
+    @property
+    def encoding(self) -> str:
+        """The MDS encoding of the column `tokens`."""
+        return f"ndarray:{token_dtype(self.vocabulary_size)}:{self.row_tokens}"
+
+    def save(self, directory: Path) -> None:
+        """Write DIR/manifest.json atomically."""
+        write_atomically(directory / MANIFEST_FILE, _MANIFEST.dump_json(self, indent=2).decode() + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> "Manifest":
+        """Read DIR/manifest.json. Raises UserError when it is missing, damaged or of another version."""
+        path = directory / MANIFEST_FILE
+        text = read_data_file(path)
+        remedy = f"remove {directory} and run `mythos data prepare` again"
+        version = parse_json_object(path, text, remedy).get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path}: format_version is {version!r}, this Mythos reads {FORMAT_VERSION}; {remedy}")
+        try:
+            manifest = _MANIFEST.validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"{path}: {place}: {first['msg']}; {remedy}") from error
+        if set(manifest.splits) != set(SPLITS):
+            raise UserError(f"{path}: splits are {sorted(manifest.splits)}, expected {list(SPLITS)}; {remedy}")
+        return manifest
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def fingerprint(directory: Path) -> str:
+    """A sha256 that identifies the data wherever it lies, so that a resumed run can tell another data set.
+
+    It covers both index files (they hold the size and hash of every shard) and the fields that give the ids meaning.
+    Raises UserError when the manifest or an index is missing.
+    """
+    manifest = Manifest.load(directory)
+    meaning = [
+        manifest.format_version,
+        manifest.sequence_length,
+        manifest.vocabulary_size,
+        manifest.tokenizer_sha256,
+    ]
+    digest = hashlib.sha256(json.dumps(meaning).encode())
+    for split in SPLITS:
+        # Hashed by itself first, so that no bytes can move from one index to the other.
+        digest.update(hashlib.sha256(read_data_file(directory / split / INDEX_FILE).encode()).digest())
+    return digest.hexdigest()
+
+
+def read_data_file(path: Path) -> str:
+    """The text of a file that belongs to a prepared data set. Raises UserError naming the file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: no such file, so this is no complete data set; check the path or run `mythos data prepare`"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run `mythos data prepare` again") from error
+
+
+def parse_json_object(path: Path, text: str, remedy: str) -> dict[str, Any]:
+    """The JSON object in ``text``. Raises UserError naming ``path`` when it is damaged."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not valid JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged, holds a JSON {type(value).__name__} and not an object; {remedy}")
+    return value

@@ -1,0 +1,61 @@
+"""Loss on held-out documents, at each depth."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mythos.data.stream import TokenDataset
+from mythos.loss import IGNORED
+from mythos.model import depth
+
+Forward = Callable[[Tensor, Tensor | None, depth.DepthPlan | None], tuple[Tensor, dict[str, Tensor]]]
+"""(tokens (B, S), targets (B, S), plan) -> (mean loss, diagnostics)."""
+
+
+def validation_losses(
+    forward: Forward,
+    dataset: TokenDataset,
+    depths: Sequence[int],
+    sequences: int,
+    micro_batch: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean loss a token over the first ``sequences`` of the data set, the same on any number of ranks. Collective.
+
+    One value for each of ``depths`` (``val/loss_depth_T``), or ``val/loss`` for a model without a loop.
+    """
+    plans: dict[str, depth.DepthPlan | None] = {"val/loss": None}
+    if depths:
+        plans = {f"val/loss_depth_{steps}": depth.fixed(steps, micro_batch) for steps in depths}
+    totals = torch.zeros(len(plans) + 1, dtype=torch.float64, device=device)
+    for tokens, targets, count in _batches(dataset, min(sequences, len(dataset)), micro_batch, device):
+        for i, plan in enumerate(plans.values()):
+            loss, _ = forward(tokens, targets, plan)
+            totals[i] += loss.double() * count
+        totals[-1] += count
+    dist.all_reduce(totals)
+    return dict(zip(plans, (totals[:-1] / totals[-1]).tolist(), strict=True))
+
+
+def _batches(
+    dataset: TokenDataset, sequences: int, micro_batch: int, device: torch.device
+) -> "list[tuple[Tensor, Tensor, int]]":
+    """This rank's micro batches. All ranks have equally many, or their collectives would not match: where the rows
+    run out, a row is repeated with its targets ignored."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    batches = []
+    for first in range(rank * micro_batch, _round_up(sequences, ranks * micro_batch), ranks * micro_batch):
+        rows = np.stack([dataset[i if i < sequences else 0] for i in range(first, first + micro_batch)])
+        count = min(max(sequences - first, 0), micro_batch)
+        tokens = torch.from_numpy(rows).to(device)
+        targets = tokens[:, 1:].clone()
+        targets[count:] = IGNORED
+        batches.append((tokens[:, :-1], targets, count))
+    return batches
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

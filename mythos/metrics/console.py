@@ -1,0 +1,67 @@
+"""What a person sees: a progress bar on a terminal, plain lines elsewhere; every rank's log in the run directory."""
+
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+log = logging.getLogger("mythos")
+FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+class _AboveTheBar(logging.Handler):
+    """Lines on the terminal that do not tear the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def start_logging(directory: Path | None, rank: int) -> None:
+    """Rank 0 speaks on the console; every rank appends to log/rank_RANK.log, once there is a run directory."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    if rank == 0:
+        console = _AboveTheBar()
+        console.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(console)
+    if directory is not None:
+        file = logging.FileHandler(directory / "log" / f"rank_{rank:05d}.log")
+        file.setFormatter(logging.Formatter(FORMAT))
+        log.addHandler(file)
+
+
+class Progress:
+    """A bar with the loss on a terminal; a line a report elsewhere. The log file always gets the line."""
+
+    def __init__(self, first_step: int, steps: int, rank: int) -> None:
+        self._steps = steps
+        self._bar = None
+        if rank == 0 and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Show a finished step."""
+        line = (
+            f"step {step}/{self._steps} loss {metrics['train/loss']:.4f} "
+            f"gradient norm {metrics['train/gradient_norm']:.3f} learning rate {metrics['train/learning_rate']:.2e} "
+            f"{metrics['perf/tokens_per_second']:,.0f} tokens/s"
+        )
+        if self._bar is None:
+            log.info(line)
+            return
+        for handler in log.handlers:  # the bar shows it on the terminal
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(log.makeRecord(log.name, logging.INFO, "", 0, line, (), None))
+        self._bar.set_postfix_str(
+            f"loss {metrics['train/loss']:.3f}, {metrics['perf/tokens_per_second']:,.0f} tokens/s"
+        )
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()

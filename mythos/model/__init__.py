@@ -1,0 +1,21 @@
+"""The model: knows nothing of ranks, process groups, environment variables or DeepSpeed."""
+
+from torch import nn
+
+from mythos.config.schema import Config, Dense, Looped
+from mythos.model.dense import DenseTransformer
+from mythos.model.init import initialise
+from mythos.model.looped import LoopedTransformer
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model of the configuration with its initial weights, on the CPU in fp32."""
+    model: nn.Module
+    match config.model:
+        case Looped():
+            assert config.loop is not None
+            model = LoopedTransformer(config.model, config.loop.recompute)
+        case Dense():
+            model = DenseTransformer(config.model)
+    initialise(model, config.model.width, config.seed)
+    return model

@@ -1,0 +1,62 @@
+"""The small parts that every block is made of.
+
+Shape suffixes in this package: B batch, S sequence, D width, H query heads, K key/value heads, C channels of a head,
+F hidden size of a feed-forward layer, E experts, T tokens (B x S), V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mythos.config.schema import FeedForward
+
+
+class SwiGLU(nn.Module):
+    """y = W_down (silu(W_gate x) * W_up x), gate and up in one matrix (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden_size, bias=False)
+        self.down = nn.Linear(hidden_size, width, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        gate_BSF, up_BSF = self.gate_up(x_BSD).chunk(2, dim=-1)
+        return self.down(F.silu(gate_BSF) * up_BSF)
+
+
+class SquaredReLU(nn.Module):
+    """y = W_down relu(W_up x)^2 (So et al. 2021, arXiv 2109.08668)."""
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden_size, bias=False)
+        self.down = nn.Linear(hidden_size, width, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x_BSD)).square())
+
+
+def feed_forward(width: int, config: FeedForward) -> nn.Module:
+    """The dense feed-forward layer that the configuration names."""
+    match config.kind:
+        case "swiglu":
+            return SwiGLU(width, config.hidden_size)
+        case "relu2":
+            return SquaredReLU(width, config.hidden_size)
+
+
+def rotary_angles(length: int, head_size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x base^(-2i/C), each (S, C/2) in fp32 (RoPE, Su et al. 2021, arXiv 2104.09864).
+
+    Made anew in each forward pass: a buffer would be rounded to bf16 together with the weights.
+    """
+    frequencies = base ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    angles_SC = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    return angles_SC.cos(), angles_SC.sin()
+
+
+def rotate(x_BHSC: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn channel pairs (i, i + C/2) by the position's angle, in fp32."""
+    cos, sin = rotary
+    first, second = x_BHSC.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x_BHSC)

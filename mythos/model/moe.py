@@ -1,0 +1,104 @@
+"""Sparse mixture-of-experts in plain PyTorch, under the names that DeepSpeed's AutoEP replaces.
+
+AutoEP swaps the whole module for its own expert-parallel layer. The contract, kept by both forms: children
+``router`` (with buffer ``e_score_correction_bias``), ``experts`` and ``shared_experts``, and a buffer
+``tokens_per_expert`` that grows with every forward pass.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mythos.config.schema import MixtureOfExperts
+from mythos.model.layers import SwiGLU
+
+
+class Router(nn.Linear):
+    """Scores sigmoid(W x); the balance bias takes part in the choice of experts, not in their weights."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__(width, experts, bias=False)
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts))
+
+
+class Experts(nn.Module):
+    """The routed experts' SwiGLU weights as 3-D parameters: gate_up_proj (E, 2F, D), down_proj (E, D, F)."""
+
+    def __init__(self, width: int, config: MixtureOfExperts) -> None:
+        super().__init__()
+        hidden = config.expert_hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(config.experts, 2 * hidden, width))
+        self.down_proj = nn.Parameter(torch.empty(config.experts, width, hidden))
+
+    def forward(self, x_TD: Tensor, tokens_per_expert: list[int]) -> Tensor:
+        """``x_TD`` holds the tokens of expert 0, then those of expert 1, and so on."""
+        outputs = []
+        for expert, x_tD in enumerate(x_TD.split(tokens_per_expert)):
+            gate, up = F.linear(x_tD, self.gate_up_proj[expert]).chunk(2, dim=-1)
+            outputs.append(F.linear(F.silu(gate) * up, self.down_proj[expert]))
+        return torch.cat(outputs)
+
+
+class MoE(nn.Module):
+    """y = shared(x) + sum over the chosen experts of w_e expert_e(x), dropless.
+
+    s = sigmoid(W x); chosen = top-k of s + balance bias; w = s of the chosen, normalised to sum 1
+    (DeepSeek-V3, arXiv 2412.19437). Scores are computed in fp32.
+    """
+
+    tokens_per_expert: Tensor
+
+    def __init__(self, width: int, config: MixtureOfExperts) -> None:
+        super().__init__()
+        self.experts_per_token = config.experts_per_token
+        self.router = Router(width, config.experts)
+        self.experts = Experts(width, config)
+        self.shared_experts = SwiGLU(width, config.shared_hidden_size)
+        self.register_buffer("tokens_per_expert", torch.zeros(config.experts), persistent=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        scores_TE = torch.sigmoid(self.router(x_TD).float())
+        chosen_Tk = (scores_TE + self.router.e_score_correction_bias).topk(self.experts_per_token, dim=-1).indices
+        weights_Tk = scores_TE.gather(1, chosen_Tk)
+        weights_Tk = weights_Tk / (weights_Tk.sum(dim=-1, keepdim=True) + 1e-20)
+
+        counts_E = torch.bincount(chosen_Tk.flatten(), minlength=scores_TE.shape[1])
+        self.tokens_per_expert.add_(counts_E)
+        # A stable sort and its inverse, instead of adding rows in place: no atomics, so the result is deterministic.
+        order = chosen_Tk.flatten().argsort(stable=True)
+        rows_D = x_TD.repeat_interleave(self.experts_per_token, dim=0)[order]
+        outputs_D = self.experts(rows_D, counts_E.tolist())[order.argsort()]
+        routed_TD = (outputs_D.view(*chosen_Tk.shape, -1) * weights_Tk[..., None]).sum(dim=1).type_as(x_TD)
+        return routed_TD.view_as(x_BSD) + self.shared_experts(x_BSD)
+
+
+def moe_layers(model: nn.Module) -> list[Any]:
+    """The mixture-of-experts layers of a model, in the plain and in AutoEP's form, in their order in the model."""
+    return [module for module in model.modules() if "tokens_per_expert" in module._buffers]
+
+
+def forget_load(layers: Iterable[Any]) -> None:
+    """Set the counters of tokens per expert back to zero."""
+    for layer in layers:
+        layer.tokens_per_expert.zero_()
+
+
+def expert_load(model: nn.Module) -> Tensor:
+    """Tokens that each expert got since the counters were last zeroed on this rank: (layers, E), fp32."""
+    return torch.stack([layer.tokens_per_expert.float() for layer in moe_layers(model)])
+
+
+@torch.no_grad()
+def balance(model: nn.Module, load_LE: Tensor, rate: float) -> None:
+    """bias += rate * sign(mean load - load), once an optimizer step (Wang et al. 2024, arXiv 2408.15664).
+
+    ``load_LE`` must be summed over all ranks, so that every rank keeps the same bias.
+    """
+    for layer, load_E in zip(moe_layers(model), load_LE, strict=True):
+        layer.router.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)

@@ -1,0 +1,75 @@
+"""The process group, the device, and agreement between ranks. Everything here is collective: call it on all ranks."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mythos.errors import UserError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)
+
+
+def start(device_option: str) -> torch.device:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name; returns this rank's device.
+
+    Raises:
+        UserError: ``cuda`` was asked for and there is none, or this node has fewer GPUs than ranks.
+    """
+    device = _choose_device(device_option)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # The same config, seed and data must give the same losses, bit for bit, on GPUs too.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method="env://", timeout=TIMEOUT)
+    return device
+
+
+def finish() -> None:
+    """Leave the process group, after a run that ended well; after a failure the other ranks may be gone."""
+    dist.destroy_process_group()
+
+
+def _choose_device(option: str) -> torch.device:
+    if option == "cpu" or (option == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"device = {option!r}: this rank needs GPU {local_rank} of its node, which has {count}: "
+            "start one process a GPU, or set device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def agree(function: Callable[[], T]) -> T:
+    """Call ``function`` on every rank; if it fails on any of them with a UserError, all ranks raise the first one."""
+    result: T | None = None
+    message: str | None = None
+    try:
+        result = function()
+    except UserError as failure:
+        message = str(failure)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    failed = [rank for rank, text in enumerate(messages) if text is not None]
+    if failed:
+        where = "" if len(failed) == len(messages) else f" (rank {failed[0]})"
+        error = UserError(f"{messages[failed[0]]}{where}")
+        error.agreed = True
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def gather(values: list[float], device: torch.device) -> Tensor:
+    """One row of fp64 numbers from every rank, (ranks, len(values)), the same on all ranks and on the CPU."""
+    own = torch.tensor(values, dtype=torch.float64, device=device)
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, own)
+    return torch.stack(rows).cpu()

@@ -1,0 +1,196 @@
+"""The border to DeepSpeed: configuration -> engine, and one interface whatever the ZeRO stage."""
+
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from mythos.config.derive import micro_steps
+from mythos.config.schema import Config
+from mythos.model.depth import DepthPlan
+from mythos.model.loop import Loop
+from mythos.model.moe import MoE
+from mythos.train.optimizer import build_optimizer
+
+
+class Update(NamedTuple):
+    """What became of one optimizer step; the same on every rank."""
+
+    applied: bool
+    gradient_norm: float
+
+
+class TrainingEngine:
+    """A model under DeepSpeed: ZeRO 0-3, expert parallelism, accumulation, clipping, skipped bad steps."""
+
+    def __init__(self, config: Config, model: nn.Module, device: torch.device) -> None:
+        world_size = dist.get_world_size()
+        moe_names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
+        # Marked before initialisation: afterwards its children would keep their gathering hooks.
+        if any(isinstance(module, Loop) for module in model.modules()):
+            deepspeed.utils.set_z3_leaf_modules(model, [Loop])
+        _quieten(device)
+        self.device = device
+        self.stage = config.parallel.zero_stage
+        self.expert_parallel_size = config.parallel.expert_parallel_size
+        self.clip = config.optim.gradient_clip
+        self.precision = precision(config, device)
+        optimizer = build_optimizer(model, config.optim)
+        if moe_names:  # ZeRO 1 and 2 find the experts' group by these marks
+            optimizer.param_groups[-1] |= {"moe": True, "name": f"ep_size_{self.expert_parallel_size}"}
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, world_size, device, moe_names),
+        )
+        self._check_conversion(moe_names)
+        self._keep_buffers_in_fp32()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, with its experts in AutoEP's form."""
+        return self.deepspeed.module
+
+    def __call__(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None, plan: DepthPlan | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The model's forward pass: loss or logits, and the loop's diagnostics."""
+        return self.deepspeed(tokens_BS, targets_BS, plan)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro batch's gradients.
+
+        A non-finite loss always gives non-finite gradients here, so that the one check in ``step`` sees both.
+        """
+        self.deepspeed.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()  # counts the micro batch
+
+    def step(self, learning_rate: float) -> Update:
+        """After the last micro batch: clip and update, or skip the update when the gradient norm is not finite."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._plain_optimizer:
+            norm = self._clip_plain_gradients()
+            self.deepspeed.step()
+            return Update(math.isfinite(norm), norm)
+        self.deepspeed.step()
+        return Update(self.deepspeed.was_step_applied(), float(self.deepspeed.get_global_grad_norm()))
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Evaluation mode without gradients."""
+        self.deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.deepspeed.train()
+
+    @property
+    def _plain_optimizer(self) -> bool:
+        """At stage 0 in fp32 DeepSpeed runs the bare optimizer: it reports no norm and does not skip bad steps."""
+        return self.stage == 0 and self.precision == "fp32"
+
+    def _clip_plain_gradients(self) -> float:
+        """Global gradient norm; scales gradients down to the clip, or drops them all when it is not finite."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        squared = torch.zeros((), device=self.device)
+        squared_of_experts: dict[str, Tensor] = {}
+        for parameter in parameters:
+            own = parameter.grad.float().square().sum()  # type: ignore[union-attr]
+            if getattr(parameter, "allreduce", True):
+                squared = squared + own
+            else:  # this rank's experts: the other ranks of the expert-parallel group have other ones
+                name = parameter.group_name  # type: ignore[attr-defined]
+                squared_of_experts[name] = squared_of_experts.get(name, torch.zeros_like(squared)) + own
+        for name, of_experts in squared_of_experts.items():
+            dist.all_reduce(of_experts, group=groups._get_expert_parallel_group(name))
+            squared = squared + of_experts
+        norm = squared.sqrt().item()
+        for parameter in parameters:
+            if not math.isfinite(norm):
+                parameter.grad = None
+            elif self.clip and norm > self.clip:
+                parameter.grad.mul_(self.clip / (norm + 1e-6))  # type: ignore[union-attr]
+        return norm
+
+    def _check_conversion(self, moe_names: list[str]) -> None:
+        """AutoEP skips a layer whose names do not match without a word; then experts would train unsynchronised."""
+        modules = dict(self.module.named_modules())
+        left = [name for name in moe_names if type(modules[name]).__name__ != "AutoEPMoELayer"]
+        if left:
+            raise RuntimeError(f"AutoEP did not convert {left}: a name in _expert_parallel_section is wrong")
+
+    def _keep_buffers_in_fp32(self) -> None:
+        """bf16 would round away the balance bias's small steps, and count tokens up to 256 only."""
+        for module in self.module.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.float()
+
+
+def precision(config: Config, device: torch.device) -> str:
+    """The training type: fp32 or bf16."""
+    if config.precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return config.precision
+
+
+def deepspeed_config(config: Config, world_size: int, device: torch.device, moe_names: list[str]) -> dict[str, Any]:
+    """DeepSpeed's configuration; nothing in it is written by hand elsewhere."""
+    bf16 = precision(config, device) == "bf16"
+    plain_optimizer = config.parallel.zero_stage == 0 and not bf16
+    sections: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_sequences,
+        "gradient_accumulation_steps": micro_steps(config, world_size),
+        "gradient_clipping": 0.0 if plain_optimizer else config.optim.gradient_clip,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "overlap_comm": device.type == "cuda",
+            "stage3_param_persistence_threshold": config.parallel.persistent_parameter_elements,
+        },
+    }
+    if moe_names:
+        sections["expert_parallel"] = _expert_parallel_section(config, moe_names)
+    return sections
+
+
+def _expert_parallel_section(config: Config, moe_names: list[str]) -> dict[str, Any]:
+    """AutoEP ignores misspelt keys, so the section comes from the code's own names and the result is checked."""
+    return {
+        "enabled": True,
+        "autoep_size": config.parallel.expert_parallel_size,
+        "moe_layer_pattern": "|".join(re.escape(name) for name in moe_names),
+        "router_pattern": "router",
+        "expert_pattern": "experts",
+        "expert_w1": "gate_up_proj",
+        "expert_w2": "down_proj",
+        "expert_w3": None,
+        "top_k": config.model.core_experts.experts_per_token,  # type: ignore[union-attr]
+        "num_experts_attr": "experts",
+        "has_shared_experts": True,
+        "shared_experts_pattern": "shared_experts",
+        "score_func": "sigmoid",
+        "score_apply": "post",
+        "route_norm": True,
+    }
+
+
+def _quieten(device: torch.device) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls torch's collectives by names that torch renames; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce at the first start: a minute, and it needs a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

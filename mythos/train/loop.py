@@ -1,0 +1,287 @@
+"""The training run, from the first step to the last, in the order in which things happen."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mythos.config.derive import eval_depths, global_batch_sequences, micro_steps, tokens_per_step
+from mythos.config.load import flatten, to_dict
+from mythos.config.schema import Config, Looped
+from mythos.data.format import BOS, TOKENIZER_FILE, fingerprint
+from mythos.data.stream import OrderedStream, TokenDataset
+from mythos.errors import DONE, PREEMPTED, TrainingError, UserError
+from mythos.eval.val_loss import validation_losses
+from mythos.generate import sample_tokens
+from mythos.metrics.console import Progress, log, start_logging
+from mythos.metrics.health import depth_metrics, expert_metrics, loop_metrics
+from mythos.metrics.throughput import StepClock, peak_memory_gib
+from mythos.metrics.writer import MetricsWriter
+from mythos.model import build_model, depth
+from mythos.model.moe import balance, expert_load, moe_layers
+from mythos.train import checkpoint, distributed, run_directory
+from mythos.train.engine import TrainingEngine
+from mythos.train.preemption import StopRequest
+from mythos.train.schedule import learning_rate
+
+
+def train(config: Config, device: torch.device, stop: StopRequest, accept_changes: bool = False) -> int:
+    """Train to ``train.steps``, resuming from the run directory's newest checkpoint; returns the exit code. Collective.
+
+    Args:
+        device: this rank's, from ``distributed.start``.
+        stop: asks for a save and an early return.
+        accept_changes: go on with a run although options that define it have changed.
+
+    Raises:
+        UserError: the run directory or the data do not fit the configuration.
+        TrainingError: the loss or the gradient stayed non-finite for ``train.max_bad_steps`` steps in a row.
+    """
+    directory, rank = Path(config.run.directory), dist.get_rank()
+    training_set, validation_set = distributed.agree(lambda: open_data(config))
+    _open_run_directory(config, accept_changes, device)
+    found = distributed.agree(lambda: checkpoint.latest(directory / "checkpoints"))
+    engine = TrainingEngine(config, build_model(config), device)
+    state: dict[str, Any] = {"data": data_identity(config), "skipped_steps": 0, "bad_steps_in_a_row": 0}
+    first_step = 0
+    if found is not None:
+        saved = checkpoint.load(engine, found)
+        distributed.agree(lambda: check_data_unchanged(saved["data"], state["data"]))
+        state, first_step = saved, saved["step"]
+        log.info(f"resumed from {found} at step {first_step} of {config.train.steps}")
+    if first_step >= config.train.steps:
+        log.info(f"the run is finished at step {first_step}: raise train.steps (now {config.train.steps}) to go on")
+        _say_where(directory)
+        return DONE
+
+    writer = MetricsWriter(directory, first_step) if rank == 0 else None
+    if writer and first_step == 0:
+        writer.write_config(yaml.safe_dump(to_dict(config), sort_keys=False), flatten(to_dict(config)))
+    if first_step == 0:
+        validate(config, engine, validation_set, 0, writer)
+    stream = OrderedStream(training_set, config.seed)
+    progress = Progress(first_step, config.train.steps, rank)
+    steps_of_micro_batches = micro_steps(config, dist.get_world_size())
+    has_experts = bool(moe_layers(engine.module))
+    clock = StepClock()
+    exit_code = DONE
+
+    for step in range(first_step + 1, config.train.steps + 1):
+        clock.start()
+        depths = draw_depths(config, step)
+        losses, health, load = [], [], None
+        for micro_step in range(steps_of_micro_batches):
+            with clock.waiting_for_data():
+                tokens, targets = micro_batch(config, stream, step, micro_step, device)
+            loss, diagnostics = engine(tokens, targets, micro_batch_plan(config, depths, micro_step))
+            if has_experts:  # before the backward pass, whose recomputation would count the tokens again
+                load = expert_load(engine.module) + (0 if load is None else load)
+            engine.backward(loss)
+            losses.append(loss.detach())
+            health.append(diagnostics)
+        rate = learning_rate(config.optim, step - 1, config.train.steps)
+        update = engine.step(rate)
+        if load is not None:
+            dist.all_reduce(load)
+            if update.applied:
+                balance(engine.module, load, config.model.core_experts.balance_rate)  # type: ignore[union-attr]
+
+        # Everything a rank knows alone travels in one exchange, and all ranks decide on the same numbers.
+        local = {"train/loss": torch.stack(losses).mean().item(), **loop_metrics(health)}
+        worst = {
+            "stop": float(stop.asked),
+            "perf/data_wait_seconds": clock.data_wait_seconds,
+            "perf/peak_memory_gib": peak_memory_gib(device),
+        }
+        rows = distributed.gather([*local.values(), *worst.values()], device)
+        agreed = dict(zip(local, rows.mean(dim=0).tolist(), strict=False))
+        agreed |= dict(zip(worst, rows.amax(dim=0)[len(local) :].tolist(), strict=True))
+        seconds = clock.seconds()
+        stopping = bool(agreed.pop("stop"))
+        state["bad_steps_in_a_row"] = 0 if update.applied else state["bad_steps_in_a_row"] + 1
+        state["skipped_steps"] += not update.applied
+        metrics = agreed | {
+            "train/learning_rate": rate,
+            "train/gradient_norm": update.gradient_norm,
+            "train/tokens": float(step * tokens_per_step(config)),
+            "train/skipped_steps": float(state["skipped_steps"]),
+            "perf/step_seconds": seconds,
+            "perf/tokens_per_second": tokens_per_step(config) / seconds,
+        }
+        if config.loop is not None:
+            metrics |= depth_metrics(depths, config.loop.backprop_depth)
+        if load is not None:
+            metrics |= expert_metrics(load)
+
+        last = step == config.train.steps
+        if due(step, config.log.every) or last or not update.applied:
+            progress.report(step, metrics)
+            if writer:
+                writer.write(step, metrics)
+        if not update.applied:
+            report_bad_step(config, step, state["bad_steps_in_a_row"])
+        if due(step, config.eval.every) or last:
+            validate(config, engine, validation_set, step, writer)
+        if due(step, config.checkpoint.every) or last or stopping:
+            state["samples"] = step * global_batch_sequences(config)
+            checkpoint.save(engine, directory / "checkpoints", step, state, config.checkpoint.keep_last)
+        if stopping and not last:
+            log.info(
+                f"asked to stop ({stop.signal_name or 'on another rank'}): saved at step {step}; start again to go on"
+            )
+            exit_code = PREEMPTED
+            break
+
+    progress.close()
+    if writer:
+        writer.close()
+    if exit_code == DONE and config.sample.tokens:
+        log.info(f"sample: {sample_text(config, engine, device)!r}")
+    _say_where(directory)
+    return exit_code
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return step % every == 0
+
+
+def draw_depths(config: Config, step: int) -> np.ndarray:
+    """Loop steps of each sequence of the global batch at this step; 1 each for a dense model."""
+    sequences = global_batch_sequences(config)
+    if config.loop is None:
+        return np.ones(sequences, dtype=np.int64)
+    return depth.draw_depths(config.loop, config.seed, step, sequences)
+
+
+def own_sequences(config: Config, micro_step: int) -> tuple[slice, slice]:
+    """Where a micro-step lies in the global batch, and where this rank's micro batch lies in the micro-step."""
+    own, ranks = config.train.micro_batch_sequences, dist.get_world_size()
+    start = micro_step * own * ranks
+    return slice(start, start + own * ranks), slice(dist.get_rank() * own, (dist.get_rank() + 1) * own)
+
+
+def micro_batch_plan(config: Config, depths: np.ndarray, micro_step: int) -> depth.DepthPlan | None:
+    """This rank's part of the depth plan."""
+    if config.loop is None:
+        return None
+    everyone, own = own_sequences(config, micro_step)
+    return depth.plan(depths[everyone], config.loop.backprop_depth, own)
+
+
+def micro_batch(
+    config: Config, stream: OrderedStream, step: int, micro_step: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """This rank's tokens and targets, (B, S) each."""
+    everyone, own = own_sequences(config, micro_step)
+    first_sample = (step - 1) * global_batch_sequences(config) + everyone.start + own.start
+    rows = torch.from_numpy(stream.rows(first_sample, own.stop - own.start))
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def validate(
+    config: Config, engine: TrainingEngine, dataset: TokenDataset, step: int, writer: MetricsWriter | None
+) -> None:
+    """Measure and report the validation loss at each depth. Collective."""
+    with engine.evaluation():
+        losses = validation_losses(
+            engine,
+            dataset,
+            eval_depths(config),
+            config.eval.sequences,
+            config.train.micro_batch_sequences,
+            engine.device,
+        )
+    log.info(f"step {step} " + " ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    if writer:
+        writer.write(step, losses)
+
+
+def report_bad_step(config: Config, step: int, in_a_row: int) -> None:
+    """Tell of a skipped update; end the run when there were too many in a row."""
+    log.warning(f"step {step}: loss or gradient not finite, update skipped ({in_a_row} in a row)")
+    if in_a_row >= config.train.max_bad_steps:
+        newest = checkpoint.latest(Path(config.run.directory) / "checkpoints")
+        raise TrainingError(
+            f"loss or gradient not finite at {in_a_row} steps in a row (train.max_bad_steps), up to step {step}; "
+            f"last checkpoint: {newest or 'none yet'}: lower optim.learning_rate or look at the data"
+        )
+
+
+def open_data(config: Config) -> tuple[TokenDataset, TokenDataset]:
+    """The training and the validation set.
+
+    Raises:
+        UserError: they are missing or damaged, or were prepared for another sequence length or vocabulary.
+    """
+    directory = Path(config.data.directory)
+    training_set, validation_set = TokenDataset(directory, "train"), TokenDataset(directory, "validation")
+    manifest = training_set.manifest
+    if manifest.sequence_length != config.data.sequence_length:
+        raise UserError(
+            f"data.sequence_length = {config.data.sequence_length}: {directory} was prepared with "
+            f"{manifest.sequence_length}: set that, or prepare the data again"
+        )
+    if manifest.vocabulary_size > config.model.vocabulary_size:
+        raise UserError(
+            f"model.vocabulary_size = {config.model.vocabulary_size}: the tokenizer of {directory} has "
+            f"{manifest.vocabulary_size} tokens: set at least that"
+        )
+    return training_set, validation_set
+
+
+def data_identity(config: Config) -> dict[str, Any]:
+    """What the order of the samples depends on."""
+    return {"fingerprint": fingerprint(Path(config.data.directory)), "seed": config.seed}
+
+
+def check_data_unchanged(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError when a run is resumed on other data."""
+    if before != now:
+        changes = ", ".join(
+            f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]
+        )
+        raise UserError(f"the run was started on other data ({changes}): give its data.directory and seed")
+
+
+def sample_text(config: Config, engine: TrainingEngine, device: torch.device) -> str:
+    """The prompt and the model's continuation, as text. Collective."""
+    tokenizer = Tokenizer.from_file(str(Path(config.data.directory) / TOKENIZER_FILE))
+    prompt = [tokenizer.token_to_id(BOS), *tokenizer.encode(config.sample.prompt).ids]
+    deepest = max(eval_depths(config)) if isinstance(config.model, Looped) else None
+    with engine.evaluation():
+        ids = sample_tokens(
+            engine,
+            prompt,
+            config.sample.tokens,
+            config.sample.temperature,
+            longest=config.data.sequence_length,
+            loop_depth=deepest,
+            seed=config.seed,
+            device=device,
+        )
+    return tokenizer.decode(ids)
+
+
+def _open_run_directory(config: Config, accept_changes: bool, device: torch.device) -> None:
+    rank, directory = dist.get_rank(), Path(config.run.directory)
+    changed = distributed.agree(lambda: run_directory.prepare(config, accept_changes) if rank == 0 else {})
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, run_directory.host_name())
+    start_logging(directory, rank)
+    if rank == 0:
+        run_directory.record_environment(directory, hosts, str(device), config.precision)
+    for path, (before, after) in changed.items():
+        log.info(f"changed since the last start: {path}: {before!r} -> {after!r}")
+
+
+def _say_where(directory: Path) -> None:
+    log.info(f"run directory: {directory}")
+    log.info(f"watch it: tensorboard --logdir {directory}")

@@ -1,0 +1,33 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two cores are shared by several ranks
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import slurm_cluster  # noqa: F401
+from tests.data.conftest import write_data_set
+from tests.spawn import RankPool
+from tests.tiny import VOCABULARY
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set for ``tiny_config``; do not change it."""
+    return write_data_set(tmp_path_factory.mktemp("data"), VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[RankPool]:
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
+    yield pool
+    pool.close()

@@ -1,0 +1,49 @@
+"""A small data set of random ids, in several shards, written by the real MDSWriter."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mythos.data.format import COLUMN, SHARD_HASH, SPLITS, Manifest, Settings, Source, SplitCounts
+
+SEQUENCE_LENGTH = 15
+ROWS = {"train": 103, "validation": 7}
+SHARD_BYTES = 1024  # about 20 rows: six train shards
+
+
+def write_data_set(directory: Path, vocabulary_size: int = 4096) -> Path:
+    from streaming import MDSWriter
+
+    manifest = Manifest(
+        sequence_length=SEQUENCE_LENGTH,
+        vocabulary_size=vocabulary_size,
+        tokenizer_sha256="0" * 64,
+        sources=(Source("some.parquet", 10, "0" * 16),),
+        settings=Settings("text", 5.0, 1),
+        splits={split: SplitCounts(3, 999, ROWS[split], ROWS[split] * (SEQUENCE_LENGTH + 1), 5) for split in SPLITS},
+    )
+    generator = np.random.default_rng(0)
+    dtype = manifest.encoding.split(":")[1]
+    for split in SPLITS:
+        writer = MDSWriter(
+            columns={COLUMN: manifest.encoding}, out=str(directory / split), hashes=[SHARD_HASH], size_limit=SHARD_BYTES
+        )
+        for _ in range(ROWS[split]):
+            writer.write({COLUMN: generator.integers(vocabulary_size, size=SEQUENCE_LENGTH + 1).astype(dtype)})
+        writer.finish()
+    manifest.save(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared by all tests: read only."""
+    return write_data_set(tmp_path_factory.mktemp("pristine"))
+
+
+@pytest.fixture
+def data_set(pristine: Path, tmp_path: Path) -> Path:
+    """A copy of one's own, to damage."""
+    return Path(shutil.copytree(pristine, tmp_path / "data"))

@@ -1,0 +1,116 @@
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mythos.data.format import SPLITS, Manifest, fingerprint, token_dtype
+from mythos.errors import UserError
+from mythos.files import write_atomically
+
+
+def edit_manifest(directory: Path, **changes: object) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_ids_of_the_largest_16_bit_vocabulary_fit():
+    assert token_dtype(65536) == "uint16"
+    assert token_dtype(65537) == "uint32"
+
+
+def test_manifest_survives_a_round_trip(pristine: Path, tmp_path: Path):
+    manifest = Manifest.load(pristine)
+    assert manifest.encoding == "ndarray:uint16:16"
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+    assert os.listdir(tmp_path) == ["manifest.json"]  # no temporary file stays
+
+
+def test_bytes_per_token_counts_the_dropped_tail(pristine: Path):
+    counts = Manifest.load(pristine).splits["validation"]
+    assert counts.bytes_per_token == 999 / (7 * 16 + 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "not valid JSON"),
+        ('{"format_version": 1', "not valid JSON"),
+        ("[1]", "not an object"),
+        ('{"format_version": 2}', "format_version is 2"),
+        ("{}", "format_version is None"),
+        ('{"format_version": 1}', "sequence_length"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_damaged_manifest_is_one_line_naming_the_file(data_set: Path, content: str | bytes, complaint: str):
+    path = data_set / "manifest.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=complaint) as caught:
+        Manifest.load(data_set)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "mythos data prepare" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sequence_length", "256"), ("vocabulary_size", 4096.5), ("surprise", 1), ("splits", {}), ("sources", [{}])],
+)
+def test_manifest_with_a_wrong_field_is_refused(data_set: Path, name: str, value: object):
+    edit_manifest(data_set, **{name: value})
+    with pytest.raises(UserError, match=name):
+        Manifest.load(data_set)
+
+
+def test_missing_manifest(data_set: Path):
+    (data_set / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json: no such file"):
+        Manifest.load(data_set)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "file.json"
+    write_atomically(path, "old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_fingerprint_does_not_depend_on_the_place_or_the_sources(pristine: Path, tmp_path: Path):
+    moved = Path(shutil.copytree(pristine, tmp_path / "moved"))
+    edit_manifest(moved, sources=[])
+    assert fingerprint(moved) == fingerprint(pristine)
+
+
+@pytest.mark.parametrize("change", ["tokenizer_sha256", "sequence_length", "vocabulary_size", *SPLITS])
+def test_fingerprint_notices_other_data(pristine: Path, data_set: Path, change: str):
+    if change in SPLITS:
+        index = data_set / change / "index.json"
+        content = json.loads(index.read_text())
+        content["shards"][0]["raw_data"]["hashes"]["xxh3_64"] = "0" * 16
+        index.write_text(json.dumps(content, sort_keys=True))
+    else:
+        edit_manifest(data_set, **{change: "f" * 64 if change == "tokenizer_sha256" else 17})
+    assert fingerprint(data_set) != fingerprint(pristine)
+
+
+def test_fingerprint_of_half_a_data_set_is_refused(data_set: Path):
+    (data_set / "validation" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"validation/index\.json"):
+        fingerprint(data_set)
+
+
+def test_manifest_cannot_be_changed(pristine: Path):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Manifest.load(pristine).sequence_length = 1  # type: ignore[misc]

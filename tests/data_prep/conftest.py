@@ -1,0 +1,45 @@
+"""A slice of the demo text: a few whole speeches, some of which the split rule keeps for validation."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from data_prep.documents import split_of
+from data_prep.train_tokenizer import train_tokenizer
+
+DEMO = Path(__file__).parents[2] / "demo" / "sotu.parquet"
+VALIDATION_PERCENT = 5.0
+
+
+def write_parquet(path: Path, texts: list[str | None], row_group_documents: int = 4) -> Path:
+    # Uncompressed and plain, so that a test can find and damage the bytes of a row group.
+    table = pa.table({"id": [str(number) for number in range(len(texts))], "text": texts})
+    parquet.write_table(
+        table, path, row_group_size=row_group_documents, compression="none", use_dictionary=False, store_schema=False
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def speeches() -> list[str]:
+    """12 train and 2 validation speeches, the short ones, in the order of the file."""
+    texts = parquet.read_table(DEMO, columns=["text"]).column("text").to_pylist()
+    short = [text for text in texts if len(text) < 14_000]
+    train = [text for text in short if split_of(text, VALIDATION_PERCENT) == "train"][:12]
+    validation = [text for text in short if split_of(text, VALIDATION_PERCENT) == "validation"][:2]
+    assert (len(train), len(validation)) == (12, 2)
+    return [text for text in short if text in train or text in validation]
+
+
+@pytest.fixture(scope="session")
+def source(speeches: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parquet(tmp_path_factory.mktemp("source") / "speeches.parquet", list(speeches))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer([source], "text", 512, path, VALIDATION_PERCENT)
+    return path

@@ -1,0 +1,48 @@
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.data import add_parser
+
+
+def command(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    arguments = parser.parse_args(["data", *map(str, words)])
+    return arguments.run(arguments)
+
+
+def test_from_text_to_rows(source: Path, speeches: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tokenizer, output = tmp_path / "tokenizer.json", tmp_path / "data"
+    share = ("--validation-percent", 5)
+    assert command("tokenizer", source, "--vocabulary-size", 400, *share, "--output", tokenizer) == 0
+    assert "400 tokens" in capsys.readouterr().out
+
+    prepare = ("prepare", source, "--tokenizer", tokenizer, "--sequence-length", 32, *share, "--output", output)
+    assert command(*prepare) == 0
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert "train 12 documents" in line
+    assert "validation 2 documents" in line
+    assert "bytes/token" in line
+    assert "MB/s" in line
+    assert command(*prepare) == 0
+    assert "already prepared" in capsys.readouterr().out
+
+    assert command("show", output, "--split", "train", "--count", 1) == 0
+    shown = capsys.readouterr().out
+    assert "<|bos|>" + speeches[0][:40] in shown
+    assert "row 1 of" not in shown
+    assert command("show", output, "--split", "validation", "--count", 2) == 0
+    assert "validation row 1 of" in capsys.readouterr().out
+
+
+def test_help_waits_for_no_heavy_import():
+    code = (
+        "import sys, launch.data; "
+        "sys.exit(bool({'numpy', 'pyarrow', 'tokenizers', 'streaming', 'torch'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

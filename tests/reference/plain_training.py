@@ -1,0 +1,49 @@
+"""Training in its plainest form: one process, the whole batch at once, plain PyTorch, no DeepSpeed."""
+
+from pathlib import Path
+
+import torch
+
+from mythos.config.derive import global_batch_sequences
+from mythos.config.schema import Config
+from mythos.data.stream import OrderedStream, TokenDataset
+from mythos.model import build_model, depth
+from mythos.model.moe import balance, expert_load, moe_layers
+
+
+def train_plainly(config: Config, steps: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step: whole batch, autograd, textbook clipping and torch's AdamW."""
+    torch.set_num_threads(1)
+    model = build_model(config)
+    matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and name != "embedding.weight"]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or name == "embedding.weight"]
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.epsilon,
+        fused=False,
+    )
+    stream = OrderedStream(TokenDataset(Path(config.data.directory), "train"), config.seed)
+    batch, curve = global_batch_sequences(config), []
+    for step in range(1, steps + 1):
+        rows = torch.from_numpy(stream.rows((step - 1) * batch, batch))
+        plan = None
+        if config.loop is not None:
+            depths = depth.draw_depths(config.loop, config.seed, step, batch)
+            plan = depth.plan(depths, config.loop.backprop_depth, slice(0, batch))
+        loss, _ = model(rows[:, :-1], rows[:, 1:], plan)
+        load = expert_load(model) if moe_layers(model) else None
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.gradient_clip)
+        for group in optimizer.param_groups:
+            # warm-up, then the linear descent over the second half, written out
+            group["lr"] = (
+                optim.learning_rate * min(1, step / optim.warmup_steps) * min(1, (steps - step + 1) / (steps / 2))
+            )
+        optimizer.step()
+        if load is not None:
+            balance(model, load, config.model.core_experts.balance_rate)
+        curve.append((loss.item(), norm.item()))
+    return curve

@@ -1,0 +1,45 @@
+"""The tiny models and the tiny configuration that the tests train."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from mythos.config.load import validate
+from mythos.config.schema import Config
+
+VOCABULARY = 96
+SEQUENCE_LENGTH = 15
+
+BLOCK = {
+    "vocabulary_size": VOCABULARY,
+    "width": 32,
+    "attention": {"heads": 2, "kv_heads": 1, "head_size": 16},
+    "feed_forward": {"kind": "swiglu", "hidden_size": 48},
+}
+LOOPED = BLOCK | {"kind": "looped", "prelude_layers": 1, "core_layers": 2, "coda_layers": 1}
+EXPERTS = {"experts": 4, "experts_per_token": 2, "expert_hidden_size": 24, "shared_hidden_size": 24}
+MODELS: dict[str, dict[str, Any]] = {
+    "looped-moe": {"model": LOOPED | {"core_experts": EXPERTS}, "loop": {"mean_depth": 3, "backprop_depth": 2}},
+    "looped": {"model": LOOPED, "loop": {"mean_depth": 3, "backprop_depth": 2}},
+    "dense": {"model": BLOCK | {"kind": "dense", "layers": 2, "feed_forward": {"kind": "relu2", "hidden_size": 64}}},
+}
+
+
+def tiny_config(model: str, data: Path, run: Path, ranks: int = 1, **overrides: Any) -> Config:
+    """A validated configuration; ``overrides`` are dotted paths with ``__`` for the dot."""
+    tree = copy.deepcopy(MODELS[model]) | {
+        "run": {"directory": str(run)},
+        "device": "cpu",
+        "train": {"steps": 20, "global_batch_sequences": 8, "micro_batch_sequences": 8 // ranks},
+        "optim": {"learning_rate": 3e-3, "warmup_steps": 5},
+        "parallel": {"zero_stage": 3, "persistent_parameter_elements": 0},
+        "eval": {"every": 1000, "sequences": 5},
+        "data": {"directory": str(data), "sequence_length": SEQUENCE_LENGTH},
+    }
+    for name, value in overrides.items():
+        *sections, option = name.split("__")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[option] = value
+    return validate(tree, ranks)

@@ -1,0 +1,62 @@
+"""Every parallel form against plain training: one process, whole batch, no DeepSpeed."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.reference.plain_training import train_plainly
+from tests.spawn import RankPool
+from tests.tiny import tiny_config
+from tests.train.runs import curve, run_training
+
+STEPS = 20
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ZeRO-3, EP 2": ("looped-moe", {"parallel__expert_parallel_size": 2}),
+    "ZeRO-3, EP 1": ("looped-moe", {}),
+    "ZeRO-2, EP 2": ("looped-moe", {"parallel__zero_stage": 2, "parallel__expert_parallel_size": 2}),
+    "ZeRO-1, EP 2": ("looped-moe", {"parallel__zero_stage": 1, "parallel__expert_parallel_size": 2}),
+    "ZeRO-0, EP 2": ("looped-moe", {"parallel__zero_stage": 0, "parallel__expert_parallel_size": 2}),
+    "ZeRO-0, EP 1": ("looped-moe", {"parallel__zero_stage": 0}),
+    "accumulation 2": ("looped-moe", {"parallel__expert_parallel_size": 2, "train__micro_batch_sequences": 2}),
+    "ZeRO-0, accumulation 2": ("looped-moe", {"parallel__zero_stage": 0, "train__micro_batch_sequences": 2}),
+    "no recomputation": ("looped-moe", {"parallel__expert_parallel_size": 2, "loop__recompute": False}),
+    "one depth a batch": ("looped-moe", {"parallel__expert_parallel_size": 2, "loop__depth": "poisson_per_batch"}),
+    "dense core, ZeRO-3": ("looped", {}),
+    "dense core, ZeRO-0": ("looped", {"parallel__zero_stage": 0}),
+    "baseline, ZeRO-3": ("dense", {}),
+    "baseline, ZeRO-0": ("dense", {"parallel__zero_stage": 0}),
+}
+
+
+@lru_cache
+def plain_curve(model: str, data: Path, depth: str | None) -> list[tuple[float, float]]:
+    overrides = {} if depth is None else {"loop__depth": depth}
+    return train_plainly(tiny_config(model, data, Path("unused"), train__steps=STEPS, **overrides), STEPS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_ranks_train_like_one_plain_process(
+    form: str, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    model, overrides = FORMS[form]
+    config = tiny_config(model, tiny_data, tmp_path / "run", ranks=2, train__steps=STEPS, **overrides)
+    assert two_ranks.run(run_training, config) == [0, 0]
+
+    plain = plain_curve(model, tiny_data, overrides.get("loop__depth"))
+    assert curve(config, "train/loss") == pytest.approx([loss for loss, _ in plain], rel=1e-5)
+    assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
+    if model != "dense":
+        assert len(set(curve(config, "depth/mean"))) > 3, "the depth must change from step to step"
+
+
+@pytest.mark.parametrize("model", ["looped-moe", "looped", "dense"])
+def test_one_rank_trains_like_the_plain_process(
+    model: str, one_rank: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(model, tiny_data, tmp_path / "run", train__steps=STEPS)
+    assert one_rank.run(run_training, config) == [0]
+    plain = plain_curve(model, tiny_data, None)
+    assert curve(config, "train/loss") == pytest.approx([loss for loss, _ in plain], rel=1e-5)
+    assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
