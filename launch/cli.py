@@ -38,7 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a UserError is printed as it is, without a traceback."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:  # argparse does not collect what follows an option: `train a.yaml --accept-changes seed=1`
+        if not hasattr(arguments, "configuration") or any(part.startswith("-") for part in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.configuration += rest
     try:
         return arguments.run(arguments)
     except UserError as error:

@@ -61,10 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
         log.info(world.describe())
         world.export()
         from mythos.train import distributed
-        from mythos.train.loop import train
 
         try:
             device = distributed.start(config.device)
+            from mythos.train.loop import train  # imports DeepSpeed, which wants to know the device
+
             exit_code = train(config, device, stop, arguments.accept_changes)
             distributed.finish()
             return exit_code

@@ -23,7 +23,7 @@ def _lines(section: Any, values: dict[str, Any], indent: str) -> list[str]:
         value, child = values[name], getattr(section, name)
         nested = dataclasses.is_dataclass(child)
         text = f"{indent}{name}:" if nested else f"{indent}{name}: {_scalar(value)}"
-        lines.append(f"{text:<{COMMENT_COLUMN}}# {field.description}")
+        lines.append(f"{text:<{COMMENT_COLUMN}}  # {field.description}")
         if nested:
             lines += _lines(child, value, indent + "  ")
     return lines

@@ -74,7 +74,7 @@ class MoE(nn.Module):
         order = chosen_Tk.flatten().argsort(stable=True)
         rows_D = x_TD.repeat_interleave(self.experts_per_token, dim=0)[order]
         outputs_D = self.experts(rows_D, counts_E.tolist())[order.argsort()]
-        routed_TD = (outputs_D.view(*chosen_Tk.shape, -1) * weights_Tk[..., None]).sum(dim=1).type_as(x_TD)
+        routed_TD = (outputs_D.unflatten(0, chosen_Tk.shape) * weights_Tk[..., None]).sum(dim=1).type_as(x_TD)
         return routed_TD.view_as(x_BSD) + self.shared_experts(x_BSD)
 
 

@@ -22,6 +22,7 @@ def start(device_option: str) -> torch.device:
         UserError: ``cuda`` was asked for and there is none, or this node has fewer GPUs than ranks.
     """
     device = _choose_device(device_option)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when DeepSpeed is imported
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # The same config, seed and data must give the same losses, bit for bit, on GPUs too.

@@ -1,5 +1,6 @@
 """The training run, from the first step to the last, in the order in which things happen."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,7 @@ def _open_run_directory(config: Config, accept_changes: bool, device: torch.devi
     hosts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hosts, run_directory.host_name())
     start_logging(directory, rank)
+    log.info(f"rank {rank} of {len(hosts)} on {hosts[rank]}, process {os.getpid()}, device {device}")
     if rank == 0:
         run_directory.record_environment(directory, hosts, str(device), config.precision)
     for path, (before, after) in changed.items():

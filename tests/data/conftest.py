@@ -13,7 +13,7 @@ ROWS = {"train": 103, "validation": 7}
 SHARD_BYTES = 1024  # about 20 rows: six train shards
 
 
-def write_data_set(directory: Path, vocabulary_size: int = 4096) -> Path:
+def write_data_set(directory: Path, vocabulary_size: int = 4096, seed: int = 0) -> Path:
     from streaming import MDSWriter
 
     manifest = Manifest(
@@ -24,7 +24,7 @@ def write_data_set(directory: Path, vocabulary_size: int = 4096) -> Path:
         settings=Settings("text", 5.0, 1),
         splits={split: SplitCounts(3, 999, ROWS[split], ROWS[split] * (SEQUENCE_LENGTH + 1), 5) for split in SPLITS},
     )
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     dtype = manifest.encoding.split(":")[1]
     for split in SPLITS:
         writer = MDSWriter(

@@ -11,8 +11,11 @@ from mythos.model import build_model, depth
 from mythos.model.moe import balance, expert_load, moe_layers
 
 
-def train_plainly(config: Config, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step: whole batch, autograd, textbook clipping and torch's AdamW."""
+def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozenset()) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step: whole batch, autograd, textbook clipping and torch's AdamW.
+
+    The updates of the ``skipped`` steps (from 1) are left out.
+    """
     torch.set_num_threads(1)
     model = build_model(config)
     matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and name != "embedding.weight"]
@@ -42,8 +45,9 @@ def train_plainly(config: Config, steps: int) -> list[tuple[float, float]]:
             group["lr"] = (
                 optim.learning_rate * min(1, step / optim.warmup_steps) * min(1, (steps - step + 1) / (steps / 2))
             )
-        optimizer.step()
-        if load is not None:
-            balance(model, load, config.model.core_experts.balance_rate)
+        if step not in skipped:
+            optimizer.step()
+            if load is not None:
+                balance(model, load, config.model.core_experts.balance_rate)
         curve.append((loss.item(), norm.item()))
     return curve

@@ -1,0 +1,45 @@
+"""The validation loss is the plain mean over the first sequences, however they are spread over ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mythos.data.stream import TokenDataset
+from mythos.eval.val_loss import validation_losses
+from mythos.model import build_model, depth
+from tests.model.helpers import randomise
+from tests.spawn import RankPool
+from tests.tiny import tiny_config
+
+CPU = torch.device("cpu")
+
+
+def measure(kind: str, data: Path, sequences: int, micro_batch: int) -> dict[str, float]:
+    model = randomise(build_model(tiny_config(kind, data, data)), deviation=0.1)
+    depths = () if kind == "dense" else (1, 3)
+    with torch.no_grad():
+        return validation_losses(model, TokenDataset(data, "validation"), depths, sequences, micro_batch, CPU)
+
+
+@pytest.mark.parametrize(("sequences", "micro_batch"), [(7, 2), (5, 4), (1, 4), (100, 3)])
+def test_it_equals_one_sequence_after_the_other(
+    sequences: int, micro_batch: int, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path
+) -> None:
+    model = randomise(build_model(tiny_config("looped-moe", tiny_data, tiny_data)), deviation=0.1)
+    dataset = TokenDataset(tiny_data, "validation")
+    rows = [torch.from_numpy(dataset[i])[None] for i in range(min(sequences, len(dataset)))]
+    expected = {}
+    with torch.no_grad():
+        for steps in (1, 3):
+            losses = [model(row[:, :-1], row[:, 1:], depth.fixed(steps, 1))[0].item() for row in rows]
+            expected[f"val/loss_depth_{steps}"] = pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    for pool in (one_rank, two_ranks):
+        for found in pool.run(measure, "looped-moe", tiny_data, sequences, micro_batch):
+            assert found == expected
+
+
+def test_a_dense_model_has_one_loss(two_ranks: RankPool, tiny_data: Path) -> None:
+    found = two_ranks.run(measure, "dense", tiny_data, 7, 2)
+    assert found[0] == found[1]
+    assert list(found[0]) == ["val/loss"]

@@ -1,0 +1,40 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mythos.model.injection import LTIInjection
+from tests.model.helpers import numbers, randomise
+
+
+def test_it_computes_its_equation() -> None:
+    module = randomise(LTIInjection(6), deviation=0.7)
+    h, e = numbers(2, 3, 6, seed=3), numbers(2, 3, 6, seed=4)
+    step = torch.log(1 + torch.exp(module.step_bias.double()))
+    decay = torch.exp(-step * torch.exp(module.log_decay.double()))
+    expected = decay * h.double() + step * (e.double() @ module.input.weight.double().T)
+    assert_close(module(h, e).double(), expected, rtol=1e-5, atol=1e-6)
+    assert module.spectral_radius().item() == pytest.approx(decay.max().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("log_decay", [-1000.0, -50.0, -17.0, 0.0, 17.0, 50.0, 1000.0])
+@pytest.mark.parametrize("step_bias", [-1000.0, -50.0, 0.0, 50.0, 1000.0])
+def test_spectral_radius_stays_below_one_whatever_was_learned(
+    storage: torch.dtype, log_decay: float, step_bias: float
+) -> None:
+    module = LTIInjection(1)
+    module.log_decay.data.fill_(log_decay)
+    module.step_bias.data.fill_(step_bias)
+    torch.nn.init.eye_(module.input.weight)
+    module = module.to(storage)
+    radius = module.spectral_radius()
+    assert radius.dtype == torch.float32
+    assert 0 <= radius.item() < 1
+    h, e = torch.ones(1, 1, 1, dtype=storage), torch.ones(1, 1, 1, dtype=storage)
+    out = module(h, e)
+    out.float().sum().backward()
+    assert all(
+        math.isfinite(value) for value in (out.item(), module.log_decay.grad.item(), module.step_bias.grad.item())
+    )

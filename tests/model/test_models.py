@@ -1,0 +1,82 @@
+"""Whole models: initial weights, loss, causality."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from mythos.loss import IGNORED, cross_entropy
+from mythos.model import build_model, depth
+from mythos.model.init import initialise
+from tests.model.helpers import randomise
+from tests.tiny import MODELS, VOCABULARY, tiny_config
+
+PATH = Path("unused")
+
+
+def forward(kind: str, model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+    return model(tokens, targets, None if kind == "dense" else depth.fixed(3, len(tokens)))[0]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_loss_is_the_cross_entropy_of_the_logits(kind: str) -> None:
+    model = randomise(build_model(tiny_config(kind, PATH, PATH)), deviation=0.1)
+    tokens = torch.arange(40).view(2, 20) % VOCABULARY
+    logits = forward(kind, model, tokens[:, :-1], None)
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert_close(forward(kind, model, tokens[:, :-1], tokens[:, 1:]), expected)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_untrained_model_knows_nothing(kind: str) -> None:
+    model = build_model(tiny_config(kind, PATH, PATH))
+    tokens = torch.randint(VOCABULARY, (8, 30), generator=torch.Generator().manual_seed(0))
+    loss = forward(kind, model, tokens[:, :-1], tokens[:, 1:])
+    assert loss.item() == pytest.approx(math.log(VOCABULARY), abs=0.4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_logit_depends_on_a_later_token(kind: str) -> None:
+    model = randomise(build_model(tiny_config(kind, PATH, PATH)), deviation=0.1)
+    tokens = torch.arange(12).view(1, 12)
+    changed = tokens.clone()
+    changed[0, 8:] = 90
+    before, after = forward(kind, model, tokens, None), forward(kind, model, changed, None)
+    assert_close(before[:, :8], after[:, :8], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(before[:, 8:], after[:, 8:])
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    config = tiny_config("looped-moe", PATH, PATH)
+    model, other = build_model(config), build_model(config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    initialise(other, config.model.width, seed=1)
+    assert not torch.equal(model.embedding.weight, other.embedding.weight)
+    weights = torch.cat([p.flatten() for name, p in model.named_parameters() if "query" in name or "embedding" in name])
+    assert weights.std().item() == pytest.approx(math.sqrt(2 / (5 * 32)), rel=0.05)
+    assert model.loop.injection.decay().tolist() == pytest.approx([math.sqrt(1 / 5)] * 32)
+
+
+def test_blocks_start_as_identity() -> None:
+    model = build_model(tiny_config("looped-moe", PATH, PATH))
+    x = torch.randn(2, 5, 32)
+    rotary = (torch.ones(5, 8), torch.zeros(5, 8))
+    for block in (*model.prelude, *model.loop.core, *model.coda):
+        assert torch.equal(block(x, rotary), x)
+
+
+def test_the_head_is_the_embedding_table() -> None:
+    model = build_model(tiny_config("looped", PATH, PATH))
+    assert model.head.weight is model.embedding.weight
+
+
+def test_ignored_targets_count_for_nothing() -> None:
+    hidden, head = torch.randn(2, 4, 8), torch.randn(10, 8)
+    targets = torch.randint(10, (2, 4))
+    expected = F.cross_entropy(hidden[:1].flatten(0, 1) @ head.T, targets[:1].flatten())
+    targets[1] = IGNORED
+    assert_close(cross_entropy(hidden, head, targets), expected)
+    assert cross_entropy(hidden, head, torch.full((2, 4), IGNORED)).item() == 0
