@@ -18,9 +18,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-$(DEMO_DATA)/manifest.json: demo/sotu.parquet | setup
-	$(BIN)/mythos data tokenizer $< --vocabulary-size 4096 --validation-percent 5 --output demo/tokenizer.json
-	$(BIN)/mythos data prepare $< --tokenizer demo/tokenizer.json --sequence-length 256 --validation-percent 5 \
+DEMO_TEXT := demo/sotu.parquet
+DEMO_TOKENIZER := $(DEMO_DATA)-tokenizer.json
+
+$(DEMO_TOKENIZER): $(DEMO_TEXT) | setup
+	$(BIN)/mythos data tokenizer $< --vocabulary-size 4096 --validation-percent 5 --output $@
+
+$(DEMO_DATA)/manifest.json: $(DEMO_TOKENIZER)
+	$(BIN)/mythos data prepare $(DEMO_TEXT) --tokenizer $< --sequence-length 256 --validation-percent 5 \
 		--output $(DEMO_DATA)
 
 demo: setup $(DEMO_DATA)/manifest.json

@@ -73,6 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
             if world.rank == 0 or not error.agreed:
                 log.error(f"mythos: rank {world.rank}: {error}")
             sys.exit(error.exit_code)
+        except OSError as error:
+            log.error(f"mythos: rank {world.rank}: {error}; what is saved is intact: start again to go on")
+            sys.exit(FAILED)
         except Exception:
             log.exception(f"mythos: rank {world.rank} on {world.address} failed")
             sys.exit(FAILED)

@@ -12,6 +12,9 @@ import numpy as np
 
 from mythos.config.schema import Loop
 
+DEPTH_COUNTER = [0, 0, 0, 1]
+"""Where these draws start in the generator's sequence: far from those of the data order, which starts at 0."""
+
 
 @dataclass(frozen=True)
 class DepthPlan:
@@ -28,7 +31,7 @@ def draw_depths(config: Loop, seed: int, step: int, sequences: int) -> np.ndarra
 
     Poisson draws are at least 1: T = max(1, Poisson(mean_depth)).
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
+    generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=DEPTH_COUNTER))
     match config.depth:
         case "fixed":
             return np.full(sequences, round(config.mean_depth))

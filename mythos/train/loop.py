@@ -1,6 +1,7 @@
 """The training run, from the first step to the last, in the order in which things happen."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -285,5 +286,8 @@ def _open_run_directory(config: Config, accept_changes: bool, device: torch.devi
 
 
 def _say_where(directory: Path) -> None:
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    if tensorboard.is_relative_to(Path.cwd()):
+        tensorboard = tensorboard.relative_to(Path.cwd())
     log.info(f"run directory: {directory}")
-    log.info(f"watch it: tensorboard --logdir {directory}")
+    log.info(f"watch it: {tensorboard} --logdir {directory}")

@@ -86,7 +86,7 @@ def test_a_rank_without_sequences_due_takes_all_steps() -> None:
 
 def test_load_counts_the_steps_with_gradient_and_no_recomputation() -> None:
     loop, own = make_loop("looped-moe", True), plan(DEPTHS, 2, slice(0, 5))
-    h, _ = loop(numbers(5, 7, 32), ROTARY, own)
+    loop(numbers(5, 7, 32), ROTARY, own)
     per_layer = sum(own.with_grad) * 7 * MODELS["looped-moe"]["model"]["core_experts"]["experts_per_token"]
     assert expert_load(loop).sum(dim=1).tolist() == [per_layer, per_layer]
 

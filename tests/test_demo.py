@@ -1,0 +1,36 @@
+"""`make demo` as a newcomer runs it: text to trained model, and again."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from mythos.metrics.writer import read_metrics
+from tests.cluster import REPO, clean_environment, run
+from tests.require import lacking
+
+
+@pytest.mark.timeout(1800)
+def test_the_demo_learns_and_a_second_start_says_that_it_is_finished(tmp_path: Path) -> None:
+    if not Path(sys.prefix, ".installed").exists():
+        lacking("this environment was not made by `make`")
+    directory = tmp_path / "run"
+    command = ["make", "demo", f"VENV={sys.prefix}", f"DEMO_DATA={tmp_path / 'data'}", f"DEMO_RUN={directory}"]
+    environ = {name: value for name, value in clean_environment().items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    done = run(command, limit_s=1500, env=environ, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert "sample: 'My fellow citizens, the state of the Union" in done.stderr
+    assert f"run directory: {directory}" in done.stderr
+    assert f"tensorboard --logdir {directory}" in done.stderr
+
+    lines = read_metrics(directory)
+    validations = [line for line in lines if "val/loss_depth_8" in line]
+    first, last = validations[0], validations[-1]
+    assert {f"val/loss_depth_{depth}" for depth in (1, 2, 4, 8)} <= last.keys()
+    assert last["val/loss_depth_8"] < 0.65 * first["val/loss_depth_8"]
+    assert last["val/loss_depth_8"] < last["val/loss_depth_1"]
+
+    again = run(command, limit_s=300, env=environ, cwd=REPO)
+    assert again.returncode == 0, again.stderr
+    assert "the run is finished at step 200" in again.stderr
+    assert read_metrics(directory) == lines
