@@ -13,14 +13,44 @@ SEQUENCE_LENGTH = 15
 BLOCK = {
     "vocabulary_size": VOCABULARY,
     "width": 32,
-    "attention": {"heads": 2, "kv_heads": 1, "head_size": 16},
+    "attention": {"kind": "gqa", "heads": 2, "kv_heads": 1, "head_size": 16},
     "feed_forward": {"kind": "swiglu", "hidden_size": 48},
 }
 LOOPED = BLOCK | {"kind": "looped", "prelude_layers": 1, "core_layers": 2, "coda_layers": 1}
 EXPERTS = {"experts": 4, "experts_per_token": 2, "expert_hidden_size": 24, "shared_hidden_size": 24}
+LATENT = {
+    "kind": "mla",
+    "heads": 2,
+    "query_latent_size": 24,
+    "key_value_latent_size": 16,
+    "content_head_size": 12,
+    "rotary_head_size": 8,
+    "value_head_size": 12,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "looped-moe": {"model": LOOPED | {"core_experts": EXPERTS}, "loop": {"mean_depth": 3, "backprop_depth": 2}},
     "looped": {"model": LOOPED, "loop": {"mean_depth": 3, "backprop_depth": 2}},
+    "mythos": {  # every option of the mythos presets
+        "model": LOOPED
+        | {
+            "attention": LATENT,
+            "core_experts": EXPERTS
+            | {"groups": 2, "groups_per_token": 1, "route_scale": 1.5, "balance_loss": 0.01, "router_z_loss": 0.001},
+            "loop_embeddings": 3,
+            "adapter_rank": 4,
+            "adapter_loops": 3,
+            "halting": {"ponder_weight": 0.01},
+        },
+        "loop": {"mean_depth": 3, "backprop_depth": 2, "depth": "log_normal_poisson_per_sequence"},
+    },
+    "published": {  # the architecture of the parity experiment
+        "model": LOOPED
+        | {
+            "attention": BLOCK["attention"] | {"kv_heads": 2, "value_embeddings": True},
+            "feed_forward": {"kind": "relu2", "hidden_size": 64},
+        },
+        "loop": {"mean_depth": 3, "backprop_depth": 2},
+    },
     "dense": {"model": BLOCK | {"kind": "dense", "layers": 2, "feed_forward": {"kind": "relu2", "hidden_size": 64}}},
 }
 

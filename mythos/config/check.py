@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mythos.config.derive import global_batch_sequences
-from mythos.config.schema import Config, Dense, Looped
+from mythos.config.schema import Config, Dense, Latent, Looped, MixtureOfExperts
+
+VALUE_GATE_CHANNELS = 32
+"""First channels of an attention layer's input, which decide how much of the value embedding is let in."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,19 @@ def check(config: Config, world_size: int) -> list[Finding]:
 
 
 def _attention(config: Config) -> Iterator[Finding]:
-    attention = config.model.attention
+    attention, path = config.model.attention, "model.attention"
+    if isinstance(attention, Latent):
+        if attention.rotary_head_size % 2:
+            yield Finding(f"{path}.rotary_head_size", attention.rotary_head_size, "must be even")
+        return
     if attention.heads % attention.kv_heads:
-        yield Finding(
-            "model.attention.kv_heads",
-            attention.kv_heads,
-            f"must divide heads ({attention.heads})",
-            ("model.attention.heads",),
-        )
+        remedy = f"must divide heads ({attention.heads})"
+        yield Finding(f"{path}.kv_heads", attention.kv_heads, remedy, (f"{path}.heads",))
     if attention.head_size % 2:
-        yield Finding("model.attention.head_size", attention.head_size, "must be even, for rotary embedding")
+        yield Finding(f"{path}.head_size", attention.head_size, "must be even, for rotary embedding")
+    if attention.value_embeddings and config.model.width < VALUE_GATE_CHANNELS:
+        remedy = f"needs a model.width of at least {VALUE_GATE_CHANNELS}, on which its gate looks"
+        yield Finding(f"{path}.value_embeddings", True, remedy, ("model.width",))
 
 
 def _experts(config: Config, world_size: int) -> Iterator[Finding]:
@@ -64,13 +70,26 @@ def _experts(config: Config, world_size: int) -> Iterator[Finding]:
         yield Finding(
             path, size, f"must divide model.core_experts.experts ({experts.experts})", ("model.core_experts.experts",)
         )
-    if experts.experts_per_token > experts.experts:
-        yield Finding(
-            "model.core_experts.experts_per_token",
-            experts.experts_per_token,
-            f"must be at most experts ({experts.experts})",
-            ("model.core_experts.experts",),
-        )
+    yield from _routing(experts)
+
+
+def _routing(experts: MixtureOfExperts) -> Iterator[Finding]:
+    path, count, groups, chosen = "model.core_experts", experts.experts, experts.groups, experts.groups_per_token
+    choices = count
+    if (groups is None) != (chosen is None):
+        yield Finding(f"{path}.groups_per_token", chosen, "give it together with groups, or neither")
+    elif groups is not None and chosen is not None:
+        if count % groups or count // groups < 2:
+            remedy = f"must split experts ({count}) into equal groups of at least 2"
+            yield Finding(f"{path}.groups", groups, remedy, (f"{path}.experts",))
+        elif chosen > groups:
+            yield Finding(f"{path}.groups_per_token", chosen, f"must be at most groups ({groups})", (f"{path}.groups",))
+        else:
+            choices = chosen * count // groups
+    if experts.experts_per_token > choices:
+        remedy = f"must be at most the experts a token may choose from ({choices})"
+        reads = (f"{path}.experts", f"{path}.groups", f"{path}.groups_per_token")
+        yield Finding(f"{path}.experts_per_token", experts.experts_per_token, remedy, reads)
 
 
 def _loop(config: Config) -> Iterator[Finding]:

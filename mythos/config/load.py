@@ -14,11 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from mythos.config.check import Finding, check
-from mythos.config.schema import Config, Dense, Looped
+from mythos.config.schema import Config
 from mythos.errors import UserError
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
-_UNION_TAGS = {"looped", "dense"}
+_UNION_TAGS = {"model": {"looped", "dense"}, "attention": {"gqa", "mla"}}
 
 
 def load(files: Sequence[str | Path], overrides: Sequence[str] = (), world_size: int = 1) -> Config:
@@ -91,8 +91,6 @@ def _strictly(raw: dict[str, Any]) -> Config:
 
 
 def _sections_in(annotation: Any) -> list[Any]:
-    if annotation == Looped | Dense:
-        return [Looped, Dense]
     candidates = (annotation, *getattr(annotation, "__args__", ()))
     return [kind for kind in candidates if dataclasses.is_dataclass(kind)]
 
@@ -125,9 +123,9 @@ def _merge(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, A
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """pydantic's location as a dotted path: without the tags of the model's two kinds and without list indices."""
+    """pydantic's location as a dotted path: without the tags of kinds and without list indices."""
     parts = [
-        part for i, part in enumerate(location) if not (i > 0 and part in _UNION_TAGS and location[i - 1] == "model")
+        part for i, part in enumerate(location) if not (i > 0 and part in _UNION_TAGS.get(str(location[i - 1]), ()))
     ]
     return ".".join(part for part in parts if isinstance(part, str))
 
@@ -142,9 +140,13 @@ def _finding(details: Any) -> Finding:
         case "missing":
             return Finding(path, None, "required; give it in a YAML file or as key=value")
         case "union_tag_not_found":
-            return Finding(f"{path}.kind", None, "required; looped or dense")
+            return Finding(f"{path}.kind", None, f"required; {details['ctx']['discriminator']} names the kind")
         case "union_tag_invalid":
-            return Finding(f"{path}.kind", value["kind"], "input should be 'looped' or 'dense'")
+            return Finding(
+                f"{path}.kind",
+                value["kind"],
+                f"input should be {' or '.join(details['ctx']['expected_tags'].split(', '))}",
+            )
         case _:
             return Finding(path, value, details["msg"][0].lower() + details["msg"][1:])
 

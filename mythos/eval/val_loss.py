@@ -27,23 +27,23 @@ def validation_losses(
 
     One value for each of ``depths`` (``val/loss_depth_T``), or ``val/loss`` for a model without a loop.
     """
-    plans: dict[str, depth.DepthPlan | None] = {"val/loss": None}
-    if depths:
-        plans = {f"val/loss_depth_{steps}": depth.fixed(steps, micro_batch) for steps in depths}
-    totals = torch.zeros(len(plans) + 1, dtype=torch.float64, device=device)
-    for tokens, targets, count in _batches(dataset, min(sequences, len(dataset)), micro_batch, device):
-        for i, plan in enumerate(plans.values()):
+    names = [f"val/loss_depth_{steps}" for steps in depths] or ["val/loss"]
+    totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+    for first, tokens, targets, count in _batches(dataset, min(sequences, len(dataset)), micro_batch, device):
+        # The initial state of a row comes from its number, so that it is the same on any number of ranks.
+        plans = [depth.fixed(steps, micro_batch, first_seed=first) for steps in depths] or [None]
+        for i, plan in enumerate(plans):
             loss, _ = forward(tokens, targets, plan)
             totals[i] += loss.double() * count
         totals[-1] += count
     dist.all_reduce(totals)
-    return dict(zip(plans, (totals[:-1] / totals[-1]).tolist(), strict=True))
+    return dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))
 
 
 def _batches(
     dataset: TokenDataset, sequences: int, micro_batch: int, device: torch.device
-) -> "list[tuple[Tensor, Tensor, int]]":
-    """This rank's micro batches. All ranks have equally many, or their collectives would not match: where the rows
+) -> list[tuple[int, Tensor, Tensor, int]]:
+    """This rank's micro batches: number of the first row, tokens, targets, rows that count. All ranks have equally many, or their collectives would not match: where the rows
     run out, a row is repeated with its targets ignored."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     batches = []
@@ -53,7 +53,7 @@ def _batches(
         tokens = torch.from_numpy(rows).to(device)
         targets = tokens[:, 1:].clone()
         targets[count:] = IGNORED
-        batches.append((tokens[:, :-1], targets, count))
+        batches.append((first, tokens[:, :-1], targets, count))
     return batches
 
 

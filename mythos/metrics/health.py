@@ -21,8 +21,8 @@ def expert_metrics(load_LE: Tensor) -> dict[str, float]:
     return {"moe/load_max_over_mean": worst.item(), "moe/experts_unused": float((load_LE == 0).sum())}
 
 
-def loop_metrics(health: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """This rank's diagnostics of the loop, averaged over its micro batches."""
+def model_metrics(health: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """This rank's diagnostics from the model's forward passes, averaged over its micro batches."""
     if not health or not health[0]:
         return {}
-    return {f"loop/{name}": sum(part[name].item() for part in health) / len(health) for name in health[0]}
+    return {name: sum(part[name].item() for part in health) / len(health) for name in health[0]}

@@ -14,8 +14,8 @@ def build_model(config: Config) -> nn.Module:
     match config.model:
         case Looped():
             assert config.loop is not None
-            model = LoopedTransformer(config.model, config.loop.recompute)
+            model = LoopedTransformer(config.model, config.loop.recompute, config.train.z_loss)
         case Dense():
-            model = DenseTransformer(config.model)
-    initialise(model, config.model.width, config.seed)
+            model = DenseTransformer(config.model, config.train.z_loss)
+    initialise(model, config.model.width, config.seed, config.loop.mean_depth if config.loop else 1.0)
     return model

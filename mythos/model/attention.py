@@ -1,10 +1,12 @@
-"""Causal self-attention."""
+"""Causal self-attention: grouped-query and multi-head latent, both through one scaled_dot_product_attention."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.config.schema import Attention
-from mythos.model.layers import rotate
+from mythos.config.check import VALUE_GATE_CHANNELS
+from mythos.config.schema import Dense, GroupedQuery, Latent, Looped
+from mythos.model.layers import rotary_angles, rotate
 
 QK_NORM_EPSILON = 1e-6
 
@@ -14,23 +16,134 @@ class GroupedQueryAttention(nn.Module):
 
     Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245); multi-head attention when K = H.
     Queries and keys are rotated over the whole head, then RMS-normalised without a learned scale.
+    A value embedding u (one row for each input token) is let in by a gate for each head:
+    v <- v + 2 sigmoid(W x[:32]) u (arXiv 2604.12946).
     """
 
-    def __init__(self, width: int, config: Attention) -> None:
+    def __init__(self, width: int, config: GroupedQuery, value_gate: bool) -> None:
         super().__init__()
         self.config = config
         self.query = nn.Linear(width, config.heads * config.head_size, bias=False)
         self.key_value = nn.Linear(width, 2 * config.kv_heads * config.head_size, bias=False)
+        self.value_gate = nn.Linear(VALUE_GATE_CHANNELS, config.kv_heads, bias=False) if value_gate else None
         self.out = nn.Linear(config.heads * config.head_size, width, bias=False)
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    @property
+    def cached_channels(self) -> int:
+        """Numbers that a cache keeps for each token: keys and values."""
+        return self.key_value.out_features
+
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
+        """``value_embedding`` is (B, S, K x C), or None in the layers that have none."""
         batch, length, _ = x_BSD.shape
         heads, kv_heads, size = self.config.heads, self.config.kv_heads, self.config.head_size
         q_BHSC = self.query(x_BSD).view(batch, length, heads, size).transpose(1, 2)
         k_BKSC, v_BKSC = self.key_value(x_BSD).view(batch, length, 2, kv_heads, size).permute(2, 0, 3, 1, 4)
+        if self.value_gate is not None and value_embedding is not None:
+            gate_BKS = 2 * torch.sigmoid(self.value_gate(x_BSD[..., :VALUE_GATE_CHANNELS])).transpose(1, 2)
+            embedded_BKSC = value_embedding.view(batch, length, kv_heads, size).transpose(1, 2)
+            v_BKSC = v_BKSC + gate_BKS[..., None] * embedded_BKSC
         q_BHSC, k_BKSC = rotate(q_BHSC, rotary), rotate(k_BKSC, rotary)
         if self.config.qk_norm:
             q_BHSC = F.rms_norm(q_BHSC, (size,), eps=QK_NORM_EPSILON)
             k_BKSC = F.rms_norm(k_BKSC, (size,), eps=QK_NORM_EPSILON)
-        y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BKSC, v_BKSC, is_causal=True, enable_gqa=heads != kv_heads)
-        return self.out(y_BHSC.transpose(1, 2).reshape(batch, length, heads * size))
+        return self.out(_attend(q_BHSC, k_BKSC, v_BKSC))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    c_q = norm(W x); q = W c_q, for each head a part without and a part with rotation.
+    c_kv = norm(W x); k, v = W c_kv; one rotated key W x is shared by all heads. Scores over both parts of q and k.
+    A cache needs c_kv and the shared key alone.
+    """
+
+    def __init__(self, width: int, config: Latent) -> None:
+        super().__init__()
+        self.config = config
+        heads, latent = config.heads, config.key_value_latent_size
+        self.query_down = nn.Linear(width, config.query_latent_size, bias=False)
+        self.query_norm = nn.RMSNorm(config.query_latent_size, eps=1e-6)
+        self.query_up = nn.Linear(
+            config.query_latent_size, heads * (config.content_head_size + config.rotary_head_size), bias=False
+        )
+        self.key_value_down = nn.Linear(width, latent + config.rotary_head_size, bias=False)
+        self.key_value_norm = nn.RMSNorm(latent, eps=1e-6)
+        self.key_value_up = nn.Linear(latent, heads * (config.content_head_size + config.value_head_size), bias=False)
+        self.out = nn.Linear(heads * config.value_head_size, width, bias=False)
+
+    @property
+    def cached_channels(self) -> int:
+        """Numbers that a cache keeps for each token: the latent and the shared rotated key."""
+        return self.key_value_down.out_features
+
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
+        """``value_embedding`` must be None: values come out of the latent."""
+        batch, length, _ = x_BSD.shape
+        content, rotated, value = (
+            self.config.content_head_size,
+            self.config.rotary_head_size,
+            self.config.value_head_size,
+        )
+        q_BSHC = self.query_up(self.query_norm(self.query_down(x_BSD))).unflatten(-1, (-1, content + rotated))
+        q_content, q_rotary = q_BSHC.transpose(1, 2).split((content, rotated), dim=-1)
+        latent, shared_key = self.key_value_down(x_BSD).split((self.config.key_value_latent_size, rotated), dim=-1)
+        up_BSHC = self.key_value_up(self.key_value_norm(latent)).unflatten(-1, (-1, content + value))
+        k_content, v_BHSC = up_BSHC.transpose(1, 2).split((content, value), dim=-1)
+        k_rotary = rotate(shared_key[:, None], rotary).expand(batch, self.config.heads, length, rotated)
+        q_BHSC = torch.cat((q_content, rotate(q_rotary, rotary)), dim=-1)
+        k_BHSC = torch.cat((k_content, k_rotary), dim=-1)
+        return self.out(_attend(q_BHSC, k_BHSC, v_BHSC))
+
+
+class ValueEmbeddings(nn.Module):
+    """A table for every second layer, counted back from the last, looked up by the input tokens.
+
+    A layer inside the loop has one table, looked up once a forward pass and used at every loop step.
+    """
+
+    def __init__(self, config: Looped | Dense, layers: int) -> None:
+        super().__init__()
+        channels = value_embedding_channels(config)
+        with_table = [layer for layer in range(layers) if has_value_embedding(config, layer, layers)]
+        self.tables = nn.ModuleDict(
+            {str(layer): nn.Embedding(config.vocabulary_size, channels) for layer in with_table}
+        )
+        self.layers = layers
+
+    def forward(self, tokens_BS: Tensor) -> list[Tensor | None]:
+        """For each layer the rows (B, S, K x C) of its table, or None."""
+        found = {layer: table(tokens_BS) for layer, table in self.tables.items()}
+        return [found.get(str(layer)) for layer in range(self.layers)]
+
+
+def has_value_embedding(config: Looped | Dense, layer: int, layers: int) -> bool:
+    """Whether this layer of the model (a core layer counts once) has a table: every second one, the last included."""
+    attention = config.attention
+    return isinstance(attention, GroupedQuery) and attention.value_embeddings and (layers - 1 - layer) % 2 == 0
+
+
+def value_embedding_channels(config: Looped | Dense) -> int:
+    """Channels of a row of a value table."""
+    attention = config.attention
+    return attention.kv_heads * attention.head_size if isinstance(attention, GroupedQuery) else 0
+
+
+def build_attention(width: int, config: GroupedQuery | Latent, value_gate: bool) -> nn.Module:
+    """The attention that the configuration names."""
+    if isinstance(config, Latent):
+        return LatentAttention(width, config)
+    return GroupedQueryAttention(width, config, value_gate)
+
+
+def rotary_for(config: GroupedQuery | Latent, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin for the channels of a head that are rotated."""
+    size = config.rotary_head_size if isinstance(config, Latent) else config.head_size
+    return rotary_angles(length, size, config.rope_base, device)
+
+
+def _attend(q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
+    """Causal attention, heads side by side: (B, S, H x C)."""
+    grouped = q_BHSC.shape[1] != k_BKSC.shape[1]
+    y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BKSC, v_BKSC, is_causal=True, enable_gqa=grouped)
+    return y_BHSC.transpose(1, 2).flatten(2)

@@ -5,6 +5,7 @@ tokens between experts) involve all of them. So the loop runs as often as the de
 all ranks, and shallower sequences join late.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,39 +16,60 @@ from mythos.config.schema import Loop
 DEPTH_COUNTER = [0, 0, 0, 1]
 """Where these draws start in the generator's sequence: far from those of the data order, which starts at 0."""
 
+QUADRATURE_POINTS = 64
+
 
 @dataclass(frozen=True)
 class DepthPlan:
-    """Loop steps of the sequences of one rank's micro batch, and the maxima over all ranks."""
+    """Loop steps of the sequences of one rank's micro batch, and the maxima over all ranks.
+
+    ``state_seeds`` are the seeds of the sequences' initial states.
+    """
 
     without_grad: tuple[int, ...]
     with_grad: tuple[int, ...]
     most_without_grad: int
     most_with_grad: int
+    state_seeds: tuple[int, ...]
 
 
 def draw_depths(config: Loop, seed: int, step: int, sequences: int) -> np.ndarray:
     """Loop steps of every sequence of the global batch, (sequences,): a pure function of its arguments.
 
-    Poisson draws are at least 1: T = max(1, Poisson(mean_depth)).
+    A uniform number for each sequence, put through the inverse of the depth's distribution. The numbers are either
+    independent, or stratified: each has the same uniform distribution, but any 2^k neighbours (from a multiple of 2^k)
+    fall one in each of the 2^k equal parts of [0, 1), so that every micro batch has nearly the same total.
+
+    Args:
+        step: number of the update, from 1; the curriculum's mean depends on it.
     """
+    mean = mean_depth(config, step)
+    if config.depth == "fixed":
+        return np.full(sequences, round(mean))
     generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=DEPTH_COUNTER))
-    match config.depth:
-        case "fixed":
-            return np.full(sequences, round(config.mean_depth))
-        case "poisson_per_batch":
-            return np.full(sequences, max(1, generator.poisson(config.mean_depth)))
-        case "poisson_per_sequence":
-            return np.maximum(1, generator.poisson(config.mean_depth, sequences))
+    if config.depth == "poisson_per_batch":
+        uniform = np.full(sequences, generator.random())
+    elif config.stratified:
+        uniform = _stratified(generator, sequences)
+    else:
+        uniform = generator.random(sequences)
+    return np.searchsorted(_cumulative(config, mean), uniform, side="right")
 
 
-def plan(depths: np.ndarray, backprop_depth: int, own: slice) -> DepthPlan:
+def mean_depth(config: Loop, step: int) -> float:
+    """Mean depth at this update: the curriculum's linear rise from 1, then ``loop.mean_depth``."""
+    risen = min(1.0, step / config.curriculum_steps) if config.curriculum_steps else 1.0
+    return 1 + (config.mean_depth - 1) * risen
+
+
+def plan(depths: np.ndarray, backprop_depth: int, own: slice, state_seeds: Sequence[int]) -> DepthPlan:
     """The plan of one micro-step.
 
     Args:
         depths: loop steps of the micro-step's sequences on all ranks.
         backprop_depth: the last min(depth, backprop_depth) steps carry gradient.
         own: the rows of ``depths`` that this rank works on.
+        state_seeds: of this rank's rows.
     """
     with_grad = np.minimum(depths, backprop_depth)
     without_grad = depths - with_grad
@@ -56,14 +78,64 @@ def plan(depths: np.ndarray, backprop_depth: int, own: slice) -> DepthPlan:
         with_grad=tuple(with_grad[own].tolist()),
         most_without_grad=int(without_grad.max()),
         most_with_grad=int(with_grad.max()),
+        state_seeds=tuple(state_seeds),
     )
 
 
-def fixed(depth: int, sequences: int) -> DepthPlan:
+def fixed(depth: int, sequences: int, first_seed: int = 0) -> DepthPlan:
     """Every sequence goes through the core ``depth`` times; for evaluation, where nothing carries gradient anyway."""
-    return DepthPlan((0,) * sequences, (depth,) * sequences, 0, depth)
+    return DepthPlan((0,) * sequences, (depth,) * sequences, 0, depth, tuple(range(first_seed, first_seed + sequences)))
+
+
+def state_seed(seed: int, sample: int) -> int:
+    """Seed of the initial state of a sample, which is numbered over the whole run: the same on every world size."""
+    return (seed * 0x9E3779B97F4A7C15 + sample) % 2**63
 
 
 def due(steps: Sequence[int], steps_left: int) -> list[int]:
     """Sequences that take part when ``steps_left`` loop steps remain; all end together, the shallow ones join late."""
     return [i for i, own_steps in enumerate(steps) if own_steps >= steps_left]
+
+
+def _stratified(generator: np.random.Generator, count: int) -> np.ndarray:
+    """Bit-reversed indices (van der Corput) with Owen's scrambling, plus jitter: (scrambled + jitter) / 2^bits.
+
+    Every binary digit is flipped at random, once for each value of the digits before it. That keeps neighbours in
+    different parts of [0, 1) and places them independently within their parts.
+    """
+    bits = max(1, math.ceil(math.log2(count)))
+    scrambled = np.zeros(count, dtype=np.int64)
+    prefix = np.zeros(count, dtype=np.int64)
+    for level in range(bits):
+        digit = np.arange(count) >> level & 1
+        flips = generator.integers(2, size=1 << level)
+        scrambled |= (digit ^ flips[prefix]) << (bits - 1 - level)
+        prefix = prefix << 1 | digit
+    return (scrambled + generator.random(count)) / (1 << bits)
+
+
+def _cumulative(config: Loop, mean: float) -> np.ndarray:
+    """P(T <= 0), P(T <= 1), ... as long as they differ from 1.
+
+    Poisson: T = max(1, Poisson(mean)). Log-normal Poisson (Huginn, arXiv 2502.05171):
+    T = 1 + Poisson(exp(tau)), tau normal with mean log(mean - 1) - sigma^2 / 2, so that T has the asked mean.
+    """
+    longest = int(mean + 20 * math.sqrt(mean) + 50)
+    if config.depth == "log_normal_poisson_per_sequence":
+        longest *= math.ceil(math.exp(4 * config.log_normal_sigma))
+        nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_POINTS)
+        rates = (mean - 1) * np.exp(config.log_normal_sigma * nodes - config.log_normal_sigma**2 / 2)
+        mixture = sum(w * _poisson(rate, longest) for w, rate in zip(weights / weights.sum(), rates, strict=True))
+        return np.concatenate(([0.0], np.cumsum(mixture)))
+    cumulative = np.cumsum(_poisson(mean, longest))
+    cumulative[0] = 0.0  # a draw of 0 counts as 1
+    return cumulative
+
+
+def _poisson(rate: float, longest: int) -> np.ndarray:
+    """P(N = 0), ..., P(N = longest)."""
+    if rate == 0:
+        return np.eye(1, longest + 1)[0]
+    counts = np.arange(longest + 1)
+    log_factorials = np.concatenate(([0.0], np.cumsum(np.log(counts[1:]))))
+    return np.exp(counts * math.log(rate) - rate - log_factorials)

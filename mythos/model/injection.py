@@ -1,8 +1,14 @@
 """How the loop's state and the prelude's output meet at the start of every loop step."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mythos.config.schema import Looped
+
+POWER_ITERATIONS = 100
 
 
 class LTIInjection(nn.Module):
@@ -41,3 +47,54 @@ class LTIInjection(nn.Module):
 
     def _step(self) -> Tensor:
         return F.softplus(self.step_bias.float())
+
+
+class LinearInjection(nn.Module):
+    """h <- W_h h + W_e e, learned and unconstrained, for comparison: nothing keeps rho(W_h) below 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.state = nn.Linear(width, width, bias=False)
+        self.input = nn.Linear(width, width, bias=False)
+
+    def spectral_radius(self) -> Tensor:
+        """rho(W_h) = lim |W_h^k x|^(1/k) (Gelfand), from the second half of the iterations.
+
+        Averaged growth, unlike a Rayleigh quotient, is right for complex pairs of eigenvalues too.
+        """
+        weight = self.state.weight.float()
+        # A fixed start with some of every direction; a random one would make the metric irreproducible.
+        vector = torch.cos(torch.arange(weight.shape[1], device=weight.device, dtype=torch.float32) ** 2)
+        growth = torch.zeros((), device=weight.device)
+        for iteration in range(POWER_ITERATIONS):
+            vector = weight @ vector
+            norm = vector.norm().clamp(min=1e-30)
+            vector = vector / norm
+            if iteration >= POWER_ITERATIONS // 2:
+                growth = growth + norm.log()
+        return torch.exp(growth / math.ceil(POWER_ITERATIONS / 2))
+
+    def forward(self, h_BSD: Tensor, e_BSD: Tensor) -> Tensor:
+        return self.state(h_BSD) + self.input(e_BSD)
+
+
+class AdditiveInjection(nn.Module):
+    """h <- h + e, without parameters, for comparison: its spectral radius is 1."""
+
+    def spectral_radius(self) -> Tensor:
+        """1: the state is kept whole."""
+        return torch.ones(())
+
+    def forward(self, h_BSD: Tensor, e_BSD: Tensor) -> Tensor:
+        return h_BSD + e_BSD
+
+
+def build_injection(config: Looped) -> LTIInjection | LinearInjection | AdditiveInjection:
+    """The injection that the configuration names."""
+    match config.injection:
+        case "lti":
+            return LTIInjection(config.width)
+        case "linear":
+            return LinearInjection(config.width)
+        case "additive":
+            return AdditiveInjection()

@@ -4,11 +4,18 @@ Shape suffixes in this package: B batch, S sequence, D width, H query heads, K k
 F hidden size of a feed-forward layer, E experts, T tokens (B x S), V vocabulary.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.schema import FeedForward
+
+
+def initial_deviation(width: int) -> float:
+    """Standard deviation of initial weights and of the loop's first state: sqrt(2 / (5 width)) (arXiv 2604.12946)."""
+    return math.sqrt(2 / (5 * width))
 
 
 class SwiGLU(nn.Module):

@@ -3,11 +3,12 @@
 from torch import Tensor, nn
 
 from mythos.config.schema import Looped
+from mythos.model.attention import ValueEmbeddings, has_value_embedding, rotary_for
 from mythos.model.block import Block
 from mythos.model.depth import DepthPlan
 from mythos.model.head import TiedHead
-from mythos.model.layers import feed_forward, rotary_angles
-from mythos.model.loop import Loop
+from mythos.model.layers import feed_forward
+from mythos.model.loop import ExitRule, Loop
 
 
 class LoopedTransformer(nn.Module):
@@ -16,32 +17,52 @@ class LoopedTransformer(nn.Module):
     The norm after the prelude keeps long runs from blowing up although the loop itself is stable.
     """
 
-    def __init__(self, config: Looped, recompute: bool) -> None:
+    def __init__(self, config: Looped, recompute: bool, z_loss: float) -> None:
         super().__init__()
         self.config = config
+        before_coda = config.prelude_layers + config.core_layers
+        layers = before_coda + config.coda_layers
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
-        self.prelude = _blocks(config, config.prelude_layers)
+        self.value_embeddings = ValueEmbeddings(config, layers)
+        self.prelude = _blocks(config, range(config.prelude_layers), layers)
         self.prelude_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.loop = Loop(config, recompute)
         self.readout = nn.Linear(config.width, config.width, bias=False)
-        self.coda = _blocks(config, config.coda_layers)
-        self.head = TiedHead(config, self.embedding)
+        self.coda = _blocks(config, range(before_coda, layers), layers)
+        self.head = TiedHead(config, self.embedding, z_loss)
+        self.ponder_weight = config.halting.ponder_weight if config.halting else 0.0
 
     def forward(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None, plan: DepthPlan
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None,
+        plan: DepthPlan,
+        exit_rule: ExitRule | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss (scalar), or logits (B, S, V) when ``targets_BS`` is None; and the loop's diagnostics."""
-        attention = self.config.attention
-        rotary = rotary_angles(tokens_BS.shape[1], attention.head_size, attention.rope_base, tokens_BS.device)
-        x_BSD = self.embedding(tokens_BS)
-        for block in self.prelude:
-            x_BSD = block(x_BSD, rotary)
-        h_BSD, health = self.loop(self.prelude_norm(x_BSD), rotary, plan)
+        """Mean loss (scalar), or logits (B, S, V) when ``targets_BS`` is None; and diagnostics.
+
+        In training the loss includes the routing penalty and the ponder cost; diagnostics then hold the pure
+        cross-entropy beside it.
+        """
+        rotary = rotary_for(self.config.attention, tokens_BS.shape[1], tokens_BS.device)
+        x_BSD, values = self.embedding(tokens_BS), self.value_embeddings(tokens_BS)
+        first, end = len(self.prelude), len(self.prelude) + self.config.core_layers
+        for block, value in zip(self.prelude, values[:first], strict=True):
+            x_BSD = block(x_BSD, rotary, value)
+        h_BSD, penalties, health = self.loop(self.prelude_norm(x_BSD), values[first:end], rotary, plan, exit_rule)
         x_BSD = self.readout(h_BSD)
-        for block in self.coda:
-            x_BSD = block(x_BSD, rotary)
-        return self.head(x_BSD, targets_BS), health
+        for block, value in zip(self.coda, values[end:], strict=True):
+            x_BSD = block(x_BSD, rotary, value)
+        result = self.head(x_BSD, targets_BS)
+        if self.training and targets_BS is not None:
+            total = result + penalties[0] + self.ponder_weight * penalties[1]
+            health["train/penalty"] = (total - result).detach()
+            return total, health
+        return result, health
 
 
-def _blocks(config: Looped, count: int) -> nn.ModuleList:
-    return nn.ModuleList(Block(config, feed_forward(config.width, config.feed_forward)) for _ in range(count))
+def _blocks(config: Looped, numbers: range, layers: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        Block(config, feed_forward(config.width, config.feed_forward), has_value_embedding(config, number, layers))
+        for number in numbers
+    )

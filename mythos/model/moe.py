@@ -6,7 +6,7 @@ AutoEP swaps the whole module for its own expert-parallel layer. The contract, k
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,17 +45,17 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """y = shared(x) + sum over the chosen experts of w_e expert_e(x), dropless.
+    """y = shared(x) + scale * sum over the chosen experts of w_e expert_e(x), dropless.
 
-    s = sigmoid(W x); chosen = top-k of s + balance bias; w = s of the chosen, normalised to sum 1
-    (DeepSeek-V3, arXiv 2412.19437). Scores are computed in fp32.
+    s = sigmoid or softmax of W x, in fp32; chosen = top-k of s + balance bias, among the best groups if there are
+    groups; w = s of the chosen, normalised to sum 1 if so configured (DeepSeek-V3, arXiv 2412.19437).
     """
 
     tokens_per_expert: Tensor
 
     def __init__(self, width: int, config: MixtureOfExperts) -> None:
         super().__init__()
-        self.experts_per_token = config.experts_per_token
+        self.config = config
         self.router = Router(width, config.experts)
         self.experts = Experts(width, config)
         self.shared_experts = SwiGLU(width, config.shared_hidden_size)
@@ -63,19 +63,74 @@ class MoE(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        scores_TE = torch.sigmoid(self.router(x_TD).float())
-        chosen_Tk = (scores_TE + self.router.e_score_correction_bias).topk(self.experts_per_token, dim=-1).indices
+        scores_TE = router_scores(self.router(x_TD), self.config)
+        chosen_Tk = choose_experts(scores_TE, self.router.e_score_correction_bias, self.config)
         weights_Tk = scores_TE.gather(1, chosen_Tk)
-        weights_Tk = weights_Tk / (weights_Tk.sum(dim=-1, keepdim=True) + 1e-20)
+        if self.config.normalise:
+            weights_Tk = weights_Tk / (weights_Tk.sum(dim=-1, keepdim=True) + 1e-20)
+        weights_Tk = weights_Tk * self.config.route_scale
 
         counts_E = torch.bincount(chosen_Tk.flatten(), minlength=scores_TE.shape[1])
         self.tokens_per_expert.add_(counts_E)
         # A stable sort and its inverse, instead of adding rows in place: no atomics, so the result is deterministic.
         order = chosen_Tk.flatten().argsort(stable=True)
-        rows_D = x_TD.repeat_interleave(self.experts_per_token, dim=0)[order]
+        rows_D = x_TD.repeat_interleave(self.config.experts_per_token, dim=0)[order]
         outputs_D = self.experts(rows_D, counts_E.tolist())[order.argsort()]
         routed_TD = (outputs_D.unflatten(0, chosen_Tk.shape) * weights_Tk[..., None]).sum(dim=1).type_as(x_TD)
         return routed_TD.view_as(x_BSD) + self.shared_experts(x_BSD)
+
+
+def router_scores(logits: Tensor, config: MixtureOfExperts) -> Tensor:
+    """Scores (..., E) in fp32."""
+    return torch.sigmoid(logits.float()) if config.scores == "sigmoid" else torch.softmax(logits.float(), dim=-1)
+
+
+def choose_experts(scores_TE: Tensor, bias_E: Tensor, config: MixtureOfExperts) -> Tensor:
+    """Indices (T, k) of the experts that each token goes to.
+
+    With groups, a group counts as much as its two best experts together, and only the experts of the best
+    ``groups_per_token`` groups can be chosen.
+    """
+    biased_TE = scores_TE + bias_E
+    if config.groups is not None and config.groups_per_token is not None:
+        grouped = biased_TE.unflatten(-1, (config.groups, -1))
+        best_groups = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(config.groups_per_token, dim=-1).indices
+        closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best_groups, False)
+        biased_TE = grouped.masked_fill(closed[..., None], -torch.inf).flatten(-2)
+    return biased_TE.topk(config.experts_per_token, dim=-1).indices
+
+
+class Routing(NamedTuple):
+    """What a router says of a batch of sequences, seen from outside the layer."""
+
+    scores_BSE: Tensor
+    logits_BSE: Tensor
+    chosen_BSE: Tensor
+    """Whether a token goes to an expert."""
+
+
+def observe_routing(layer: Any, x_BSD: Tensor, config: MixtureOfExperts) -> Routing:
+    """Ask a layer's router again: AutoEP's form of the layer keeps its scores to itself."""
+    gate = getattr(layer.router, "gate", layer.router)
+    logits_BSE = gate(x_BSD).float()
+    scores_BSE = router_scores(logits_BSE, config)
+    chosen = choose_experts(scores_BSE.detach().flatten(0, 1), layer.router.e_score_correction_bias, config)
+    chosen_TE = torch.zeros_like(scores_BSE.flatten(0, 1), dtype=torch.bool).scatter(-1, chosen, True)
+    return Routing(scores_BSE, logits_BSE, chosen_TE.view_as(scores_BSE))
+
+
+def routing_penalty(routing: Routing, config: MixtureOfExperts) -> Tensor:
+    """For each sequence (B,): balance_loss * sum_e f_e P_e + router_z_loss * mean of logsumexp(logits)^2.
+
+    f_e = share of the sequence's choices that fell on e, times E; P_e = mean normalised score of e
+    (DeepSeek-V3's sequence-wise auxiliary loss, arXiv 2412.19437; router z-loss: ST-MoE, arXiv 2202.08906).
+    """
+    share_BE = routing.chosen_BSE.float().mean(dim=1) * (config.experts / config.experts_per_token)
+    scores_BSE = routing.scores_BSE
+    mean_score_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).mean(dim=1)
+    balance_B = (share_BE * mean_score_BE).sum(dim=-1)
+    z_B = routing.logits_BSE.logsumexp(dim=-1).square().mean(dim=1)
+    return config.balance_loss * balance_B + config.router_z_loss * z_B
 
 
 def moe_layers(model: nn.Module) -> list[Any]:

@@ -168,6 +168,8 @@ def deepspeed_config(config: Config, world_size: int, device: torch.device, moe_
 
 def _expert_parallel_section(config: Config, moe_names: list[str]) -> dict[str, Any]:
     """AutoEP ignores misspelt keys, so the section comes from the code's own names and the result is checked."""
+    experts = config.model.core_experts  # type: ignore[union-attr]
+    assert experts is not None
     return {
         "enabled": True,
         "autoep_size": config.parallel.expert_parallel_size,
@@ -177,13 +179,16 @@ def _expert_parallel_section(config: Config, moe_names: list[str]) -> dict[str, 
         "expert_w1": "gate_up_proj",
         "expert_w2": "down_proj",
         "expert_w3": None,
-        "top_k": config.model.core_experts.experts_per_token,  # type: ignore[union-attr]
+        "top_k": experts.experts_per_token,
         "num_experts_attr": "experts",
         "has_shared_experts": True,
         "shared_experts_pattern": "shared_experts",
-        "score_func": "sigmoid",
+        "score_func": experts.scores,
         "score_apply": "post",
-        "route_norm": True,
+        "route_norm": experts.normalise,
+        "route_scale": experts.route_scale,
+        "num_expert_groups": experts.groups,
+        "num_limited_groups": experts.groups_per_token,
     }
 
 

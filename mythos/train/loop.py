@@ -21,7 +21,7 @@ from mythos.errors import DONE, PREEMPTED, TrainingError, UserError
 from mythos.eval.val_loss import validation_losses
 from mythos.generate import sample_tokens
 from mythos.metrics.console import Progress, log, start_logging
-from mythos.metrics.health import depth_metrics, expert_metrics, loop_metrics
+from mythos.metrics.health import depth_metrics, expert_metrics, model_metrics
 from mythos.metrics.throughput import StepClock, peak_memory_gib
 from mythos.metrics.writer import MetricsWriter
 from mythos.model import build_model, depth
@@ -80,7 +80,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
         for micro_step in range(steps_of_micro_batches):
             with clock.waiting_for_data():
                 tokens, targets = micro_batch(config, stream, step, micro_step, device)
-            loss, diagnostics = engine(tokens, targets, micro_batch_plan(config, depths, micro_step))
+            loss, diagnostics = engine(tokens, targets, micro_batch_plan(config, depths, step, micro_step))
             if has_experts:  # before the backward pass, whose recomputation would count the tokens again
                 load = expert_load(engine.module) + (0 if load is None else load)
             engine.backward(loss)
@@ -94,7 +94,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
                 balance(engine.module, load, config.model.core_experts.balance_rate)  # type: ignore[union-attr]
 
         # Everything a rank knows alone travels in one exchange, and all ranks decide on the same numbers.
-        local = {"train/loss": torch.stack(losses).mean().item(), **loop_metrics(health)}
+        local = {"train/loss": torch.stack(losses).mean().item(), **model_metrics(health)}
         worst = {
             "stop": float(stop.asked),
             "perf/data_wait_seconds": clock.data_wait_seconds,
@@ -168,21 +168,29 @@ def own_sequences(config: Config, micro_step: int) -> tuple[slice, slice]:
     return slice(start, start + own * ranks), slice(dist.get_rank() * own, (dist.get_rank() + 1) * own)
 
 
-def micro_batch_plan(config: Config, depths: np.ndarray, micro_step: int) -> depth.DepthPlan | None:
+def own_samples(config: Config, step: int, micro_step: int) -> range:
+    """Numbers, counted over the whole run, of the samples in this rank's micro batch."""
+    everyone, own = own_sequences(config, micro_step)
+    first = (step - 1) * global_batch_sequences(config) + everyone.start + own.start
+    return range(first, first + config.train.micro_batch_sequences)
+
+
+def micro_batch_plan(config: Config, depths: np.ndarray, step: int, micro_step: int) -> depth.DepthPlan | None:
     """This rank's part of the depth plan."""
     if config.loop is None:
         return None
     everyone, own = own_sequences(config, micro_step)
-    return depth.plan(depths[everyone], config.loop.backprop_depth, own)
+    samples = own_samples(config, step, micro_step)
+    seeds = [depth.state_seed(config.seed, sample) for sample in samples]
+    return depth.plan(depths[everyone], config.loop.backprop_depth, own, seeds)
 
 
 def micro_batch(
     config: Config, stream: OrderedStream, step: int, micro_step: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """This rank's tokens and targets, (B, S) each."""
-    everyone, own = own_sequences(config, micro_step)
-    first_sample = (step - 1) * global_batch_sequences(config) + everyone.start + own.start
-    rows = torch.from_numpy(stream.rows(first_sample, own.stop - own.start))
+    samples = own_samples(config, step, micro_step)
+    rows = torch.from_numpy(stream.rows(samples.start, len(samples)))
     if device.type == "cuda":
         rows = rows.pin_memory().to(device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]

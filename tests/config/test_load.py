@@ -73,7 +73,7 @@ def test_everything_wrong_is_reported_at_once() -> None:
     [
         (["model.attention.head_size=7"], "model.attention.head_size = 7: must be even, for rotary embedding"),
         (["model.core_experts.experts=5"], "must divide model.core_experts.experts (5)"),
-        (["model.core_experts.experts_per_token=9"], "must be at most experts (8)"),
+        (["model.core_experts.experts_per_token=9"], "must be at most the experts a token may choose from (8)"),
         (["model.core_experts=null"], "the model has no experts"),
         (["train.global_batch_tokens=8192"], "give it or train.global_batch_tokens, one of the two"),
         (["train.global_batch_sequences=null"], "give it or train.global_batch_tokens, one of the two"),

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def measure(kind: str, data: Path, sequences: int, micro_batch: int) -> dict[str, float]:
-    model = randomise(build_model(tiny_config(kind, data, data)), deviation=0.1)
+    model = randomise(build_model(tiny_config(kind, data, data)), deviation=0.1).eval()
     depths = () if kind == "dense" else (1, 3)
     with torch.no_grad():
         return validation_losses(model, TokenDataset(data, "validation"), depths, sequences, micro_batch, CPU)
@@ -26,13 +26,13 @@ def measure(kind: str, data: Path, sequences: int, micro_batch: int) -> dict[str
 def test_it_equals_one_sequence_after_the_other(
     sequences: int, micro_batch: int, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path
 ) -> None:
-    model = randomise(build_model(tiny_config("looped-moe", tiny_data, tiny_data)), deviation=0.1)
+    model = randomise(build_model(tiny_config("looped-moe", tiny_data, tiny_data)), deviation=0.1).eval()
     dataset = TokenDataset(tiny_data, "validation")
     rows = [torch.from_numpy(dataset[i])[None] for i in range(min(sequences, len(dataset)))]
     expected = {}
     with torch.no_grad():
         for steps in (1, 3):
-            losses = [model(row[:, :-1], row[:, 1:], depth.fixed(steps, 1))[0].item() for row in rows]
+            losses = [model(row[:, :-1], row[:, 1:], depth.fixed(steps, 1, i))[0].item() for i, row in enumerate(rows)]
             expected[f"val/loss_depth_{steps}"] = pytest.approx(sum(losses) / len(losses), rel=1e-5)
     for pool in (one_rank, two_ranks):
         for found in pool.run(measure, "looped-moe", tiny_data, sequences, micro_batch):

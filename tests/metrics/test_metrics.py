@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mythos.metrics.health import depth_metrics, expert_metrics, loop_metrics
+from mythos.metrics.health import depth_metrics, expert_metrics, model_metrics
 from mythos.metrics.throughput import StepClock, peak_memory_gib
 from mythos.metrics.writer import MetricsWriter, read_metrics
 from mythos.train.schedule import learning_rate
@@ -48,11 +48,11 @@ def test_expert_metrics() -> None:
     assert expert_metrics(load) == {"moe/load_max_over_mean": 3.0, "moe/experts_unused": 2.0}
 
 
-def test_depth_and_loop_metrics() -> None:
+def test_depth_and_model_metrics() -> None:
     assert depth_metrics(np.array([1, 3, 8]), 4) == {"depth/mean": 4.0, "depth/with_grad": pytest.approx(8 / 3)}
-    parts = [{"state_norm": torch.tensor(2.0)}, {"state_norm": torch.tensor(4.0)}]
-    assert loop_metrics(parts) == {"loop/state_norm": 3.0}
-    assert loop_metrics([{}]) == {}
+    parts = [{"loop/state_norm": torch.tensor(2.0)}, {"loop/state_norm": torch.tensor(4.0)}]
+    assert model_metrics(parts) == {"loop/state_norm": 3.0}
+    assert model_metrics([{}]) == {}
 
 
 def test_the_clock_splits_waiting_from_working() -> None:

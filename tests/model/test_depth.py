@@ -1,8 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 
 from mythos.config.schema import Loop
-from mythos.model.depth import draw_depths, due, fixed, plan
+from mythos.model.depth import draw_depths, due, fixed, mean_depth, plan, state_seed
 
 SEQUENCES = 4096
 
@@ -13,6 +15,64 @@ def test_poisson_depths_have_the_asked_mean_and_are_at_least_one() -> None:
     assert depths.min() >= 1
     assert depths.mean() == pytest.approx(8, abs=5 * np.sqrt(8 / SEQUENCES))
     assert depths.var() == pytest.approx(8, rel=0.15), "a Poisson distribution's variance equals its mean"
+
+
+def poisson_share(mean: float, depth: int) -> float:
+    """P(max(1, Poisson(mean)) = depth)."""
+    return sum(math.exp(-mean) * mean**n / math.factorial(n) for n in ([0, 1] if depth == 1 else [depth]))
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+@pytest.mark.parametrize("sequence", [0, 5, 13])
+def test_every_sequences_depth_has_the_poisson_distribution(stratified: bool, sequence: int) -> None:
+    config = Loop(mean_depth=4.0, stratified=stratified)
+    depths = np.array([draw_depths(config, 3, step, 24)[sequence] for step in range(1, 4001)])
+    bins = [*range(1, 10)]
+    observed = [(depths == depth).sum() for depth in bins] + [(depths > 9).sum()]
+    expected = [4000 * poisson_share(4, depth) for depth in bins]
+    expected.append(4000 - sum(expected))
+    chi_square = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
+    assert chi_square < 27.9, "the 99.9% point of chi-square with 9 degrees of freedom"
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4, 8])
+def test_stratified_micro_batches_cost_nearly_the_same(micro_batch: int) -> None:
+    def spread(stratified: bool) -> float:
+        config = Loop(mean_depth=8.0, stratified=stratified)
+        totals = [draw_depths(config, 0, step, 64).reshape(-1, micro_batch).sum(axis=1) for step in range(1, 301)]
+        return np.concatenate(totals).std()
+
+    assert spread(True) < {2: 0.7, 4: 0.45, 8: 0.35}[micro_batch] * spread(False)
+    config = Loop(mean_depth=8.0)
+    steps = np.array([draw_depths(config, 0, step, 64).sum() for step in range(1, 301)])
+    assert steps.std() / steps.mean() < 0.01, "and so do the steps"
+
+
+def test_log_normal_poisson_has_its_mean_and_is_wider_than_poisson() -> None:
+    wide = Loop(mean_depth=8.0, depth="log_normal_poisson_per_sequence", stratified=False)
+    depths = np.concatenate([draw_depths(wide, 0, step, 512) for step in range(1, 101)])
+    assert depths.min() >= 1
+    assert depths.mean() == pytest.approx(8.0, rel=0.02)
+    # 1 + Poisson(r), E r = 7, Var r = 49 (exp(s^2) - 1): variance 7 + that
+    assert depths.var() == pytest.approx(7 + 49 * (math.exp(0.25) - 1), rel=0.05)
+
+
+def test_the_curriculum_raises_the_mean_from_one() -> None:
+    config = Loop(mean_depth=9.0, curriculum_steps=100)
+    means = [draw_depths(config, 0, step, 4096).mean() for step in (1, 50, 100, 1000)]
+    assert mean_depth(config, 50) == 5.0
+    assert means == pytest.approx([1.4, 5.0, 9.0, 9.0], abs=0.15)
+    assert set(draw_depths(Loop(mean_depth=9.0, depth="fixed", curriculum_steps=8), 0, 4, 3).tolist()) == {5}
+
+
+def test_the_depth_of_a_sequence_does_not_depend_on_how_the_batch_is_split() -> None:
+    config = Loop(mean_depth=5.0)
+    whole = draw_depths(config, 7, 3, 48)
+    assert np.array_equal(whole, draw_depths(config, 7, 3, 48))
+    assert (
+        len({state_seed(1, sample) for sample in range(1000)} | {state_seed(2, sample) for sample in range(1000)})
+        == 2000
+    )
 
 
 def test_a_plan_is_a_pure_function_of_seed_and_step() -> None:
@@ -35,8 +95,8 @@ def test_per_batch_depths_are_one_number_a_step() -> None:
 def test_the_ranks_parts_make_up_the_whole_plan(ranks: int) -> None:
     depths = draw_depths(Loop(mean_depth=4.0), 0, 1, 16)
     own = 16 // ranks
-    parts = [plan(depths, 3, slice(rank * own, (rank + 1) * own)) for rank in range(ranks)]
-    whole = plan(depths, 3, slice(0, 16))
+    parts = [plan(depths, 3, slice(rank * own, (rank + 1) * own), ()) for rank in range(ranks)]
+    whole = plan(depths, 3, slice(0, 16), ())
     assert sum((part.with_grad for part in parts), ()) == whole.with_grad
     assert sum((part.without_grad for part in parts), ()) == whole.without_grad
     assert {(part.most_without_grad, part.most_with_grad) for part in parts} == {
@@ -45,7 +105,7 @@ def test_the_ranks_parts_make_up_the_whole_plan(ranks: int) -> None:
 
 
 def test_the_last_steps_carry_gradient() -> None:
-    own = plan(np.array([1, 2, 3, 9]), 3, slice(0, 4))
+    own = plan(np.array([1, 2, 3, 9]), 3, slice(0, 4), ())
     assert own.with_grad == (1, 2, 3, 3)
     assert own.without_grad == (0, 0, 0, 6)
     assert fixed(5, 2).with_grad == (5, 5)

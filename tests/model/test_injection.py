@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mythos.model.injection import LTIInjection
+from mythos.model.init import INITIAL_DECAY, initialise
+from mythos.model.injection import AdditiveInjection, LinearInjection, LTIInjection
 from tests.model.helpers import numbers, randomise
 
 
@@ -38,3 +39,30 @@ def test_spectral_radius_stays_below_one_whatever_was_learned(
     assert all(
         math.isfinite(value) for value in (out.item(), module.log_decay.grad.item(), module.step_bias.grad.item())
     )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_linear_forms_spectral_radius_equals_the_eigenvalues(seed: int) -> None:
+    module = randomise(LinearInjection(12), seed=seed, deviation=0.4)
+    expected = torch.linalg.eigvals(module.state.weight.double()).abs().max().item()
+    assert module.spectral_radius().item() == pytest.approx(expected, rel=0.05)
+    with torch.no_grad():  # a rotation: all eigenvalues are complex, of size 1.5
+        module.state.weight.copy_(1.5 * torch.linalg.qr(torch.randn(12, 12)).Q)
+    assert module.spectral_radius().item() == pytest.approx(1.5, rel=1e-4)
+
+
+def test_the_forms_for_comparison_compute_their_equations() -> None:
+    linear = randomise(LinearInjection(6))
+    h, e = numbers(2, 3, 6, seed=3), numbers(2, 3, 6, seed=4)
+    assert_close(linear(h, e), h @ linear.state.weight.T + e @ linear.input.weight.T)
+    assert torch.equal(AdditiveInjection()(h, e), h + e)
+    assert AdditiveInjection().spectral_radius() == 1
+
+
+def test_linear_and_stable_injection_start_as_the_same_function() -> None:
+    linear, stable = LinearInjection(6), LTIInjection(6)
+    for module in (linear, stable):
+        initialise(torch.nn.ModuleList([module]), 6, seed=0)
+    h, e = numbers(2, 3, 6, seed=3), numbers(2, 3, 6, seed=4)
+    assert_close(linear(h, e), stable(h, e))
+    assert stable.decay().tolist() == pytest.approx([INITIAL_DECAY] * 6)

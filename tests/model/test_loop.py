@@ -1,14 +1,17 @@
 """The loop against slower forms of itself."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from mythos.config.schema import Looped
-from mythos.model.depth import DepthPlan, plan
-from mythos.model.layers import rotary_angles
-from mythos.model.loop import Loop
+from mythos.model.depth import DepthPlan, fixed, plan
+from mythos.model.layers import initial_deviation, rotary_angles
+from mythos.model.loop import Loop, LoopInputs
 from mythos.model.moe import expert_load
 from tests.model.helpers import gradients, numbers, randomise
 from tests.reference.masked_loop import masked_loop
@@ -16,89 +19,186 @@ from tests.tiny import MODELS, tiny_config
 
 DEPTHS = np.array([1, 6, 3, 2, 4])
 ROTARY = rotary_angles(7, 16, 50_000.0, torch.device("cpu"))
+EVERYTHING: dict[str, Any] = {
+    "model__loop_embeddings": 3,
+    "model__adapter_rank": 2,
+    "model__adapter_loops": 4,
+    "model__halting": {"ponder_weight": 0.01},
+    "model__attention__value_embeddings": True,
+}
+ROUTED: dict[str, Any] = {"model__core_experts__balance_loss": 0.1, "model__core_experts__router_z_loss": 0.05}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense core": ("looped", {}),
+    "experts": ("looped-moe", {}),
+    "dense core, everything": ("looped", EVERYTHING),
+    "experts, everything": ("looped-moe", EVERYTHING | ROUTED),
+    "linear injection": ("looped", {"model__injection": "linear"}),
+    "additive injection": ("looped", {"model__injection": "additive", "model__initial_state": "zero"}),
+}
 
 
-def make_loop(kind: str, recompute: bool) -> Loop:
-    config = tiny_config(kind, "data", "run").model
+def make_loop(variant: str, recompute: bool = True) -> Loop:
+    kind, overrides = VARIANTS[variant]
+    config = tiny_config(kind, "data", "run", **overrides).model
     assert isinstance(config, Looped)
     return randomise(Loop(config, recompute), deviation=0.1)
 
 
-def outcome(loop: Loop, plan_: DepthPlan) -> tuple[torch.Tensor, ...]:
-    e = numbers(len(plan_.with_grad), 7, 32)
-    h, _ = loop(e, ROTARY, plan_)
-    return h, *gradients(h, e, *loop.parameters())
+def make_plan(backprop_depth: int) -> DepthPlan:
+    return plan(DEPTHS, backprop_depth, slice(0, 5), range(10, 15))
 
 
-@pytest.mark.parametrize("kind", ["looped", "looped-moe"])
+def make_inputs(loop: Loop, sequences: int) -> tuple[Tensor, list[Tensor | None]]:
+    with_gate = [getattr(block.attention, "value_gate", None) is not None for block in loop.core]
+    values = [numbers(sequences, 7, 16, seed=5 + i) if gate else None for i, gate in enumerate(with_gate)]
+    return numbers(sequences, 7, 32), values
+
+
+def leaves(loop: Loop, e: Tensor, values: list[Tensor | None]) -> list[Tensor]:
+    return [e, *(value for value in values if value is not None), *loop.parameters()]
+
+
+def outcome(loop: Loop, own: DepthPlan) -> list[Tensor]:
+    """Output, penalties, and the gradients of both for every input and parameter."""
+    e, values = make_inputs(loop, len(own.with_grad))
+    output, penalties, _ = loop(e, values, ROTARY, own)
+    together = torch.cat((output.flatten(), penalties * 10))
+    return [output, penalties, *gradients(together, *leaves(loop, e, values))]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backprop_depth", [1, 3, 10])
-def test_compacted_loop_equals_masked_loop_in_state_and_gradients(kind: str, backprop_depth: int) -> None:
-    loop, own = make_loop(kind, True), plan(DEPTHS, backprop_depth, slice(0, 5))
-    e = numbers(5, 7, 32)
-    masked = masked_loop(loop, e, ROTARY, own)
-    expected = masked, *gradients(masked, e, *loop.parameters())
+def test_compacted_loop_equals_masked_loop_in_state_and_gradients(variant: str, backprop_depth: int) -> None:
+    loop, own = make_loop(variant), make_plan(backprop_depth)
+    e, values = make_inputs(loop, 5)
+    state = masked_loop(loop, LoopInputs(e, values, ROTARY), own)
+    output = state["h"] if loop.halting is None else state["output"]
+    ponder = state["ponder"].mean() if loop.halting is not None else torch.zeros(())
+    penalties = torch.stack(((state["penalty"] / torch.tensor(own.with_grad)).mean() / len(loop.core), ponder))
+    together = torch.cat((output.flatten(), penalties * 10))
+    expected = [output, penalties, *gradients(together, *leaves(loop, e, values))]
     for value, reference in zip(outcome(loop, own), expected, strict=True):
-        assert_close(value, reference, rtol=1e-4, atol=1e-5)
+        assert_close(value, reference, rtol=1e-4, atol=2e-5)
 
 
 def test_each_sequence_goes_through_the_core_as_often_as_planned() -> None:
-    loop, own = make_loop("looped", False), plan(DEPTHS, 2, slice(0, 5))
-    e = numbers(5, 7, 32)
-    together, _ = loop(e, ROTARY, own)
+    loop, own = make_loop("dense core, everything", recompute=False), make_plan(2)
+    e, values = make_inputs(loop, 5)
+    together, _, _ = loop(e, values, ROTARY, own)
     for row, depth in enumerate(DEPTHS):
-        h = torch.zeros(1, 7, 32)
-        for _ in range(depth):
-            h = loop.step(h, e[row : row + 1], ROTARY)
-        assert_close(together[row : row + 1], h, rtol=1e-5, atol=1e-6)
+        alone = [None if value is None else value[row : row + 1] for value in values]
+        single, _, _ = loop(e[row : row + 1], alone, ROTARY, fixed(int(depth), 1, first_seed=10 + row))
+        assert_close(together[row : row + 1], single, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["looped", "looped-moe"])
-def test_recomputation_changes_no_bit(kind: str) -> None:
-    own = plan(DEPTHS, 3, slice(0, 5))
-    kept, recomputed = outcome(make_loop(kind, False), own), outcome(make_loop(kind, True), own)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recomputation_changes_no_bit(variant: str) -> None:
+    own = make_plan(3)
+    kept, recomputed = outcome(make_loop(variant, False), own), outcome(make_loop(variant, True), own)
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
 
+def test_full_backpropagation_equals_an_unrolled_stack_with_tied_weights() -> None:
+    loop = make_loop("dense core", recompute=True)
+    own = plan(np.array([4]), 4, slice(0, 1), [3])
+    e, values = make_inputs(loop, 1)
+    start = loop._initial_state(e, own)["h"]
+    copies = [make_loop("dense core", recompute=False) for _ in range(4)]
+    h = start
+    for copy in copies:
+        h = copy.injection(h, e)
+        for block in copy.core:
+            h = h + block.attention(block.attention_norm(h), ROTARY, None)
+            h = h + block.feed_forward(block.feed_forward_norm(h))
+    by_copy = gradients(h, e, *(parameter for copy in copies for parameter in copy.parameters()))
+    size = len(list(loop.parameters()))
+    tied = [sum(by_copy[1 + i + size * step] for step in range(4)) for i in range(size)]
+    output, _, _ = loop(e, values, ROTARY, own)
+    assert_close(output, h, rtol=1e-5, atol=1e-6)
+    for own_gradient, expected in zip(gradients(output, e, *loop.parameters()), [by_copy[0], *tied], strict=True):
+        assert_close(own_gradient, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_stops_at_the_steps_without_it() -> None:
-    loop = make_loop("looped", True)
-    e = numbers(1, 7, 32)
-    with torch.no_grad():
-        detached = torch.zeros(1, 7, 32)
-        for _ in range(4):
-            detached = loop.step(detached, e, ROTARY)
-    h = detached
+    loop = make_loop("dense core")
+    own = plan(np.array([6]), 2, slice(0, 1), [3])
+    e, values = make_inputs(loop, 1)
+    state, inputs = loop._initial_state(e, own), LoopInputs(e, values, ROTARY)
+    for _ in range(4):
+        state = loop.step(state, inputs, False, False)
+    state = {name: tensor.detach() for name, tensor in state.items()}
     for _ in range(2):
-        h = loop.step(h, e, ROTARY)
-    expected = h, *gradients(h, e, *loop.parameters())
-    for value, reference in zip(outcome(loop, plan(np.array([6]), 2, slice(0, 1))), expected, strict=True):
+        state = loop.step(state, inputs, False, False)
+    output, _, _ = loop(e, values, ROTARY, own)
+    assert_close(output, state["h"], rtol=1e-5, atol=1e-6)
+    expected = gradients(state["h"], e, *loop.parameters())
+    for value, reference in zip(gradients(output, e, *loop.parameters()), expected, strict=True):
         assert_close(value, reference, rtol=1e-5, atol=1e-6)
 
 
-def test_a_rank_without_sequences_due_takes_all_steps() -> None:
-    loop = make_loop("looped-moe", True)
+def test_a_rank_without_sequences_due_takes_all_steps_and_nothing_else_is_computed() -> None:
+    loop = make_loop("experts, everything")
     calls = []
     step = loop.step
-    loop.step = lambda h, e, rotary: calls.append(len(h)) or step(h, e, rotary)  # type: ignore[method-assign]
+    loop.step = lambda state, *rest: calls.append(len(state["h"])) or step(state, *rest)  # type: ignore[method-assign]
     with torch.no_grad():
-        loop(numbers(2, 7, 32), ROTARY, plan(np.array([1, 2, 9, 5]), 3, slice(0, 2)))
+        loop(*make_inputs(loop, 2), ROTARY, plan(np.array([1, 2, 9, 5]), 3, slice(0, 2), [0, 1]))
     assert calls == [0] * 6 + [0, 1, 2]
+    assert sum(calls) == 1 + 2, "arithmetic done equals arithmetic due"
 
 
 def test_load_counts_the_steps_with_gradient_and_no_recomputation() -> None:
-    loop, own = make_loop("looped-moe", True), plan(DEPTHS, 2, slice(0, 5))
-    loop(numbers(5, 7, 32), ROTARY, own)
+    loop, own = make_loop("experts"), make_plan(2)
+    loop(*make_inputs(loop, 5), ROTARY, own)
     per_layer = sum(own.with_grad) * 7 * MODELS["looped-moe"]["model"]["core_experts"]["experts_per_token"]
     assert expert_load(loop).sum(dim=1).tolist() == [per_layer, per_layer]
 
 
 def test_diagnostics_describe_the_last_step() -> None:
-    loop = make_loop("looped", False)
-    e = numbers(2, 7, 32)
-    states = [torch.zeros(2, 7, 32)]
+    loop = make_loop("experts", recompute=False)
+    own = plan(np.array([3, 3]), 2, slice(0, 2), [0, 1])
+    e, values = make_inputs(loop, 2)
+    states, inputs = [loop._initial_state(e, own)], LoopInputs(e, values, ROTARY)
     for _ in range(3):
-        states.append(loop.step(states[-1], e, ROTARY))
-    _, health = loop(e, ROTARY, plan(np.array([3, 3]), 2, slice(0, 2)))
+        states.append(loop.step(states[-1], inputs, False, True))
+    _, _, health = loop(e, values, ROTARY, own)
     last, before = states[-1], states[-2]
-    assert health["state_norm"].item() == pytest.approx(last.square().sum(dim=-1).mean().sqrt().item(), rel=1e-5)
-    assert health["state_change"].item() == pytest.approx(((last - before).norm() / last.norm()).item(), rel=1e-4)
-    assert health["spectral_radius"].item() == pytest.approx(loop.injection.decay().max().item())
+    h, h_before = last["h"], before["h"]
+    assert health["loop/state_norm"].item() == pytest.approx(h.square().sum(dim=-1).mean().sqrt().item(), rel=1e-5)
+    assert health["loop/state_change"].item() == pytest.approx(((h - h_before).norm() / h.norm()).item(), rel=1e-4)
+    assert health["loop/spectral_radius"].item() == pytest.approx(loop.injection.decay().max().item())
+    entropies, changes = [], []
+    for layer in range(2):
+        shares = last[f"scores_{layer}"] / last[f"scores_{layer}"].sum(dim=-1, keepdim=True)
+        entropies.append(torch.distributions.Categorical(probs=shares).entropy().mean().item())
+        changes.append((last[f"chosen_{layer}"] != before[f"chosen_{layer}"]).any(dim=-1).float().mean().item())
+    assert health["moe/router_entropy"].item() == pytest.approx(sum(entropies) / 2, rel=1e-5)
+    assert health["moe/choice_changed"].item() == pytest.approx(sum(changes) / 2)
+
+
+def test_the_first_state_is_the_sequences_own_truncated_noise() -> None:
+    loop = make_loop("dense core")
+    loop.noise_deviation = initial_deviation(32)
+    e = torch.zeros(64, 200, 32)
+    noise = loop._initial_state(e, fixed(1, 64, first_seed=5))["h"]
+    assert noise.abs().max() <= 3 * loop.noise_deviation
+    # standard deviation of a normal cut at 3: sqrt(1 - 6 phi(3) / (2 Phi(3) - 1)) = 0.98658
+    assert noise.std().item() == pytest.approx(0.98658 * loop.noise_deviation, rel=0.01)
+    again = loop._initial_state(e[:3], fixed(1, 3, first_seed=7))["h"]
+    assert torch.equal(again, noise[2:5]), "it depends on the sequence's seed alone"
+
+
+def test_an_exit_rule_ends_the_loop() -> None:
+    loop = make_loop("dense core")
+    e, values = make_inputs(loop, 2)
+    seen = []
+
+    def after_three(before: Tensor, after: Tensor, halted: Tensor | None) -> bool:
+        seen.append((after - before).norm().item())
+        return len(seen) == 3
+
+    with torch.no_grad():
+        early, _, _ = loop(e, values, ROTARY, fixed(9, 2), after_three)
+        three, _, _ = loop(e, values, ROTARY, fixed(3, 2))
+    assert len(seen) == 3
+    assert torch.equal(early, three)

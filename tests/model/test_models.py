@@ -55,8 +55,14 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     initialise(other, config.model.width, seed=1)
     assert not torch.equal(model.embedding.weight, other.embedding.weight)
-    weights = torch.cat([p.flatten() for name, p in model.named_parameters() if "query" in name or "embedding" in name])
-    assert weights.std().item() == pytest.approx(math.sqrt(2 / (5 * 32)), rel=0.05)
+    deviation = math.sqrt(2 / (5 * 32))
+    assert model.embedding.weight.std().item() == pytest.approx(deviation, rel=0.05)
+    for matrix in (model.prelude[0].attention.query.weight, model.loop.core[0].feed_forward.experts.gate_up_proj[1]):
+        assert matrix.square().mean().sqrt().item() == pytest.approx(deviation, rel=1e-5)
+        singular = torch.linalg.svdvals(matrix)
+        assert_close(
+            singular, torch.full_like(singular, deviation * math.sqrt(max(matrix.shape))), rtol=1e-4, atol=1e-5
+        )
     assert model.loop.injection.decay().tolist() == pytest.approx([math.sqrt(1 / 5)] * 32)
 
 
@@ -64,13 +70,35 @@ def test_blocks_start_as_identity() -> None:
     model = build_model(tiny_config("looped-moe", PATH, PATH))
     x = torch.randn(2, 5, 32)
     rotary = (torch.ones(5, 8), torch.zeros(5, 8))
-    for block in (*model.prelude, *model.loop.core, *model.coda):
+    for block in (*model.prelude, *model.coda):
         assert torch.equal(block(x, rotary), x)
+    for block in model.loop.core:
+        assert torch.equal(block(x, rotary, None, torch.zeros(2, dtype=torch.long), False).x_BSD, x)
 
 
 def test_the_head_is_the_embedding_table() -> None:
     model = build_model(tiny_config("looped", PATH, PATH))
     assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_the_loss_in_chunks_equals_the_loss_at_once(z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head = torch.randn(2, 7, 8, requires_grad=True), torch.randn(10, 8, requires_grad=True)
+    targets = torch.randint(10, (2, 7))
+    targets[1, 3:] = IGNORED
+    kept = targets.flatten() != IGNORED
+    logits = (hidden @ head.T).flatten(0, 1)[kept]
+    expected = F.cross_entropy(logits, targets.flatten()[kept]) + z_loss * logits.logsumexp(-1).square().mean()
+    for chunk_logits in (10**6, 30, 10, 1):
+        monkeypatch.setattr("mythos.loss.CHUNK_LOGITS", chunk_logits)
+        loss = cross_entropy(hidden, head, targets, z_loss)
+        assert_close(loss, expected)
+        for own, reference in zip(
+            torch.autograd.grad(loss, (hidden, head)),
+            torch.autograd.grad(expected, (hidden, head), retain_graph=True),
+            strict=True,
+        ):
+            assert_close(own, reference)
 
 
 def test_ignored_targets_count_for_nothing() -> None:

@@ -1,22 +1,36 @@
+from typing import Any
+
+import pytest
 import torch
 from torch.testing import assert_close
 
 from mythos.config.schema import MixtureOfExperts
-from mythos.model.moe import MoE, balance, expert_load, forget_load, moe_layers
+from mythos.model.moe import MoE, balance, expert_load, forget_load, moe_layers, observe_routing, routing_penalty
 from tests.model.helpers import gradients, numbers, randomise
 from tests.reference.moe import slow_moe
 
-CONFIG = MixtureOfExperts(experts=5, experts_per_token=2, expert_hidden_size=6, shared_hidden_size=4)
+SIZES = {"experts": 6, "experts_per_token": 2, "expert_hidden_size": 6, "shared_hidden_size": 4}
+CONFIG = MixtureOfExperts(**SIZES)
 
 
-def moe() -> MoE:
-    module = randomise(MoE(8, CONFIG), deviation=0.5)
-    module.router.e_score_correction_bias.copy_(torch.tensor([0.3, -0.2, 0.0, 0.1, -0.4]))
+def moe(**options: Any) -> MoE:
+    module = randomise(MoE(8, MixtureOfExperts(**(SIZES | options))), deviation=0.5)
+    module.router.e_score_correction_bias.copy_(torch.tensor([0.3, -0.2, 0.0, 0.1, -0.4, 0.05]))
     return module
 
 
-def test_moe_and_its_gradients_equal_the_definition() -> None:
-    module, x = moe(), numbers(2, 7, 8)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scores": "softmax"},
+        {"normalise": False, "route_scale": 2.5},
+        {"groups": 3, "groups_per_token": 2, "experts_per_token": 3},
+        {"groups": 2, "groups_per_token": 1, "scores": "softmax"},
+    ],
+)
+def test_moe_and_its_gradients_equal_the_definition(options: dict[str, Any]) -> None:
+    module, x = moe(**options), numbers(2, 7, 8)
     fast, slow = module(x), slow_moe(module, x)
     assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     inputs = (x, *module.parameters())
@@ -50,9 +64,9 @@ def test_load_counts_every_choice_since_it_was_forgotten() -> None:
 def test_balance_moves_each_bias_by_the_rate_towards_the_mean_load() -> None:
     module = moe()
     before = module.router.e_score_correction_bias.clone()
-    balance(module, torch.tensor([[10.0, 0.0, 4.0, 4.0, 2.0]]), rate=0.01)
+    balance(module, torch.tensor([[10.0, 0.0, 4.0, 4.0, 2.0, 4.0]]), rate=0.01)
     moved = module.router.e_score_correction_bias - before
-    assert_close(moved, torch.tensor([-0.01, 0.01, 0.0, 0.0, 0.01]))
+    assert_close(moved, torch.tensor([-0.01, 0.01, 0.0, 0.0, 0.01, 0.0]))
 
 
 def test_balance_evens_out_a_lopsided_router() -> None:
@@ -67,3 +81,62 @@ def test_balance_evens_out_a_lopsided_router() -> None:
         balance(module, load, rate=0.005)
     assert shares[0] > 1.3
     assert shares[-1] < 1.1
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_moe_equals_transformers_deepseek_v3(groups: int | None) -> None:
+    from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    options = {"groups": groups, "groups_per_token": groups and 1, "route_scale": 2.5, "shared_hidden_size": 12}
+    module = moe(**options)
+    theirs = DeepseekV3MoE(
+        DeepseekV3Config(
+            hidden_size=8,
+            moe_intermediate_size=6,
+            n_routed_experts=6,
+            n_shared_experts=2,
+            num_experts_per_tok=2,
+            n_group=groups or 1,
+            topk_group=1,
+            routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+        )
+    )
+    bias = module.router.e_score_correction_bias + 0.5  # theirs masks closed groups with 0, so all must be above
+    module.router.e_score_correction_bias.copy_(bias)
+    with torch.no_grad():
+        theirs.gate.weight.copy_(module.router.weight)
+        theirs.gate.e_score_correction_bias.copy_(bias)
+        for expert, mlp in enumerate(theirs.experts):
+            gate, up = module.experts.gate_up_proj[expert].chunk(2)
+            mlp.gate_proj.weight.copy_(gate)
+            mlp.up_proj.weight.copy_(up)
+            mlp.down_proj.weight.copy_(module.experts.down_proj[expert])
+        gate, up = module.shared_experts.gate_up.weight.chunk(2)
+        theirs.shared_experts.gate_proj.weight.copy_(gate)
+        theirs.shared_experts.up_proj.weight.copy_(up)
+        theirs.shared_experts.down_proj.weight.copy_(module.shared_experts.down.weight)
+    x = numbers(2, 7, 8)
+    own_output, their_output = module(x), theirs(x)
+    assert_close(own_output, their_output, rtol=1e-5, atol=1e-6)
+    own = gradients(own_output, x, module.router.weight, module.shared_experts.down.weight)
+    reference = gradients(their_output, x, theirs.gate.weight, theirs.shared_experts.down_proj.weight)
+    for value, expected in zip(own, reference, strict=True):
+        assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_routing_penalty_follows_its_definition() -> None:
+    module = moe(balance_loss=0.3, router_z_loss=0.07)
+    x = numbers(3, 5, 8)
+    found = routing_penalty(observe_routing(module, x, module.config), module.config)
+    for row in range(3):
+        logits = x[row] @ module.router.weight.T
+        scores = torch.sigmoid(logits)
+        chosen = (scores + module.router.e_score_correction_bias).topk(2, dim=-1).indices
+        balance_loss = 0.0
+        for e in range(6):
+            share = (chosen == e).sum().item() * 6 / (2 * 5)
+            balance_loss = balance_loss + share * (scores[:, e] / scores.sum(dim=-1)).mean()
+        z = torch.log(logits.exp().sum(dim=-1)).square().mean()
+        assert_close(found[row], 0.3 * balance_loss + 0.07 * z)

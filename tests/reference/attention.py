@@ -19,11 +19,11 @@ def rotate_by_complex_numbers(x_SC: Tensor, base: float) -> Tensor:
     return torch.cat((pairs.real, pairs.imag), dim=1).float()
 
 
-def slow_attention(module: GroupedQueryAttention, x_BSD: Tensor) -> Tensor:
+def slow_attention(module: GroupedQueryAttention, x_BSD: Tensor, value_BSD: Tensor | None) -> Tensor:
     config = module.config
     group = config.heads // config.kv_heads
     outputs = []
-    for x_SD in x_BSD:
+    for row, x_SD in enumerate(x_BSD):
         q = module.query(x_SD).split(config.head_size, dim=-1)
         k_and_v = module.key_value(x_SD).split(config.head_size, dim=-1)
         heads = []
@@ -31,6 +31,10 @@ def slow_attention(module: GroupedQueryAttention, x_BSD: Tensor) -> Tensor:
             query = unit_rms(rotate_differentiably(q[head], config.rope_base))
             key = unit_rms(rotate_differentiably(k_and_v[head // group], config.rope_base))
             value = k_and_v[config.kv_heads + head // group]
+            if value_BSD is not None:
+                own = slice(head // group * config.head_size, (head // group + 1) * config.head_size)
+                gate = 2 * torch.sigmoid(x_SD[:, :32] @ module.value_gate.weight[head // group])
+                value = value + gate[:, None] * value_BSD[row][:, own]
             rows = []
             for position in range(len(x_SD)):
                 scores = key[: position + 1] @ query[position] / math.sqrt(config.head_size)

@@ -34,7 +34,8 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
         plan = None
         if config.loop is not None:
             depths = depth.draw_depths(config.loop, config.seed, step, batch)
-            plan = depth.plan(depths, config.loop.backprop_depth, slice(0, batch))
+            seeds = [depth.state_seed(config.seed, (step - 1) * batch + row) for row in range(batch)]
+            plan = depth.plan(depths, config.loop.backprop_depth, slice(0, batch), seeds)
         loss, _ = model(rows[:, :-1], rows[:, 1:], plan)
         load = expert_load(model) if moe_layers(model) else None
         optimizer.zero_grad()

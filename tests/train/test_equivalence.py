@@ -23,6 +23,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ZeRO-0, accumulation 2": ("looped-moe", {"parallel__zero_stage": 0, "train__micro_batch_sequences": 2}),
     "no recomputation": ("looped-moe", {"parallel__expert_parallel_size": 2, "loop__recompute": False}),
     "one depth a batch": ("looped-moe", {"parallel__expert_parallel_size": 2, "loop__depth": "poisson_per_batch"}),
+    "all options, ZeRO-3, EP 2": ("mythos", {"parallel__expert_parallel_size": 2}),
+    "all options, ZeRO-2, EP 1": ("mythos", {"parallel__zero_stage": 2}),
+    "published, ZeRO-3": ("published", {}),
     "dense core, ZeRO-3": ("looped", {}),
     "dense core, ZeRO-0": ("looped", {"parallel__zero_stage": 0}),
     "baseline, ZeRO-3": ("dense", {}),
@@ -51,7 +54,7 @@ def test_two_ranks_train_like_one_plain_process(
         assert len(set(curve(config, "depth/mean"))) > 3, "the depth must change from step to step"
 
 
-@pytest.mark.parametrize("model", ["looped-moe", "looped", "dense"])
+@pytest.mark.parametrize("model", ["looped-moe", "mythos", "dense"])
 def test_one_rank_trains_like_the_plain_process(
     model: str, one_rank: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ def gathered_bytes(config: Config, depths: list[int]) -> list[int]:
         for depth in depths:
             counted[0] = 0
             tokens = torch.randint(VOCABULARY, (4, SEQUENCE_LENGTH))
-            loss, _ = engine(tokens, tokens, plan(np.full(8, depth), max(1, depth // 2), slice(0, 4)))
+            loss, _ = engine(tokens, tokens, plan(np.full(8, depth), max(1, depth // 2), slice(0, 4), range(4)))
             engine.backward(loss)
             engine.step(1e-3)
             totals.append(counted[0])
@@ -45,7 +45,7 @@ def parameter_bytes(config: Config) -> int:
     return sum(parameter.numel() * 4 for parameter in build_model(config).parameters())
 
 
-@pytest.mark.parametrize(("model", "expert_parallel_size"), [("looped", 1), ("looped-moe", 1), ("looped-moe", 2)])
+@pytest.mark.parametrize(("model", "expert_parallel_size"), [("looped", 1), ("looped-moe", 1), ("mythos", 2)])
 def test_gathered_bytes_do_not_depend_on_the_number_of_loops(
     model: str, expert_parallel_size: int, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:

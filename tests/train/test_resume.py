@@ -53,7 +53,8 @@ def tiny_config_in(config: Config, directory: Path) -> Config:
         ("looped-moe", MOE | {"parallel__zero_stage": 2, "train__micro_batch_sequences": 2}),
         ("looped-moe", MOE | {"parallel__zero_stage": 1}),
         ("looped-moe", MOE | {"parallel__zero_stage": 0}),
-        ("looped", {"checkpoint__every": 10}),
+        ("mythos", MOE),
+        ("published", {"checkpoint__every": 10}),
         ("dense", {"checkpoint__every": 10, "parallel__zero_stage": 0}),
     ],
 )
