@@ -10,6 +10,7 @@ SOURCES = [path for package in ("mythos", "launch", "data_prep") for path in sor
 LAYERS = [
     ("mythos.errors", "mythos.files"),
     ("mythos.config",),
+    ("mythos.plan",),
     ("mythos.loss", "mythos.data", "mythos.metrics", "mythos.model"),
     ("mythos.eval", "mythos.generate"),
     ("mythos.train",),
@@ -54,8 +55,8 @@ def test_deepspeed_has_one_border() -> None:
     assert users == {"mythos.train.engine"}
 
 
-def test_the_configuration_needs_no_torch() -> None:
-    for path in (ROOT / "mythos" / "config").glob("*.py"):
+def test_configuration_and_planner_need_no_torch() -> None:
+    for path in (*(ROOT / "mythos" / "config").glob("*.py"), *(ROOT / "mythos" / "plan").glob("*.py")):
         assert not any(name.split(".")[0] == "torch" for name in imports(path)), path
 
 

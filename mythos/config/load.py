@@ -14,11 +14,19 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from mythos.config.check import Finding, check
-from mythos.config.schema import Config
+from mythos.config.schema import Config, Dense, Looped
 from mythos.errors import UserError
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
 _UNION_TAGS = {"model": {"looped", "dense"}, "attention": {"gqa", "mla"}}
+
+OUTSIDE_A_RUN: dict[str, Any] = {
+    "run": {"directory": "none"},
+    "train": {"steps": 1, "global_batch_sequences": 1, "micro_batch_sequences": 1},
+    "optim": {"learning_rate": 1.0},
+    "data": {"directory": "none", "sequence_length": 2},
+}
+"""What a model's configuration lacks when it is looked at by itself."""
 
 
 def load(files: Sequence[str | Path], overrides: Sequence[str] = (), world_size: int = 1) -> Config:
@@ -28,6 +36,15 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = (), world_size:
         UserError: one line for each unknown key, wrong type, value out of range and broken rule, all at once.
     """
     return validate(_merge(files, overrides), world_size)
+
+
+def load_model(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Looped | Dense:
+    """The model of a configuration that may lack the sections of a run.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    return validate(OUTSIDE_A_RUN | _merge(files, overrides)).model
 
 
 def validate(raw: dict[str, Any], world_size: int = 1) -> Config:

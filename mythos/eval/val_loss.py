@@ -31,8 +31,8 @@ def validation_losses(
     totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
     for first, tokens, targets, count in _batches(dataset, min(sequences, len(dataset)), micro_batch, device):
         # The initial state of a row comes from its number, so that it is the same on any number of ranks.
-        plans = [depth.fixed(steps, micro_batch, first_seed=first) for steps in depths] or [None]
-        for i, plan in enumerate(plans):
+        for i, steps in enumerate(depths or (None,)):
+            plan = None if steps is None else depth.fixed(steps, micro_batch, first_seed=first)
             loss, _ = forward(tokens, targets, plan)
             totals[i] += loss.double() * count
         totals[-1] += count
@@ -43,8 +43,11 @@ def validation_losses(
 def _batches(
     dataset: TokenDataset, sequences: int, micro_batch: int, device: torch.device
 ) -> list[tuple[int, Tensor, Tensor, int]]:
-    """This rank's micro batches: number of the first row, tokens, targets, rows that count. All ranks have equally many, or their collectives would not match: where the rows
-    run out, a row is repeated with its targets ignored."""
+    """This rank's micro batches: number of the first row, tokens, targets, rows that count.
+
+    All ranks have equally many, or their collectives would not match: where the rows run out, a row is repeated with
+    its targets ignored.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     batches = []
     for first in range(rank * micro_batch, _round_up(sequences, ranks * micro_batch), ranks * micro_batch):

@@ -10,12 +10,16 @@ from mythos.model.looped import LoopedTransformer
 
 def build_model(config: Config) -> nn.Module:
     """The model of the configuration with its initial weights, on the CPU in fp32."""
-    model: nn.Module
+    model = build_structure(config)
+    initialise(model, config.model.width, config.seed, config.loop.mean_depth if config.loop else 1.0)
+    return model
+
+
+def build_structure(config: Config) -> nn.Module:
+    """The model of the configuration, its weights still to be set by ``initialise``."""
     match config.model:
         case Looped():
             assert config.loop is not None
-            model = LoopedTransformer(config.model, config.loop.recompute, config.train.z_loss)
+            return LoopedTransformer(config.model, config.loop.recompute, config.train.z_loss)
         case Dense():
-            model = DenseTransformer(config.model, config.train.z_loss)
-    initialise(model, config.model.width, config.seed, config.loop.mean_depth if config.loop else 1.0)
-    return model
+            return DenseTransformer(config.model, config.train.z_loss)

@@ -1,7 +1,8 @@
 """Initial weights, in one place, the same on every rank and world size."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 
 import torch
@@ -18,8 +19,15 @@ INITIAL_DECAY = math.sqrt(1 / 5)
 """a of every channel at the start."""
 
 
+Gather = Callable[[nn.Parameter], AbstractContextManager[object]]
+"""Makes a parameter whole while it is written, where it is spread over ranks; collective."""
+
+Rule = Callable[[Tensor], Tensor]
+"""Standard normal numbers in the parameter's shape -> its initial values."""
+
+
 @torch.no_grad()
-def initialise(model: nn.Module, width: int, seed: int, mean_depth: float = 1.0) -> None:
+def initialise(model: nn.Module, width: int, seed: int, mean_depth: float = 1.0, gather: Gather = nullcontext) -> None:
     """Tables normal, matrices orthogonal, output projections zero, norms 1 (arXiv 2604.12946).
 
     Tables have standard deviation s = sqrt(2 / (5 width)); a matrix has orthonormal rows or columns, scaled so that
@@ -28,54 +36,61 @@ def initialise(model: nn.Module, width: int, seed: int, mean_depth: float = 1.0)
 
     Args:
         mean_depth: trained depth; halting starts so that tokens halt there on average.
+        gather: makes a parameter whole.
     """
     deviation = initial_deviation(width)
-    zero = {id(parameter) for parameter in _output_projections(model)}
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(1.0)
-        elif id(parameter) in zero:
-            parameter.zero_()
-        else:
-            normal = _normal(parameter, f"{seed}/{name}")
-            parameter.copy_(deviation * (normal if id(parameter) in tables else _orthogonal(normal)))
+    rules: dict[int, Rule] = {}
     for module in model.modules():
-        _initialise_special(module, mean_depth)
+        for parameter, rule in _rules(module, deviation, mean_depth).items():
+            rules[id(parameter)] = rule
+    for name, parameter in model.named_parameters():
+        with gather(parameter):
+            usual: Rule = torch.ones_like if parameter.ndim < 2 else lambda normal: deviation * _orthogonal(normal)
+            parameter.copy_(rules.get(id(parameter), usual)(_normal(parameter.shape, f"{seed}/{name}")))
 
 
-def _initialise_special(module: nn.Module, mean_depth: float) -> None:
+def _rules(module: nn.Module, deviation: float, mean_depth: float) -> dict[Tensor, Rule]:
+    """The module's own parameters that are neither a norm nor an ordinary matrix.
+
+    What writes into the residual stream starts at zero: every block starts as the identity.
+    """
+    keep = INITIAL_DECAY
     match module:
+        case nn.Embedding():
+            return {module.weight: lambda normal: deviation * normal}
+        case GroupedQueryAttention() | LatentAttention():
+            return {module.out.weight: torch.zeros_like}
+        case SwiGLU() | SquaredReLU():
+            return {module.down.weight: torch.zeros_like}
+        case Experts():
+            return {module.down_proj: torch.zeros_like}
+        case Adapter():
+            return {module.up: torch.zeros_like}
         case LTIInjection():
-            module.log_decay.zero_()
-            module.step_bias.fill_(math.log(math.expm1(-math.log(INITIAL_DECAY))))
-            nn.init.eye_(module.input.weight)
+            step_bias = math.log(math.expm1(-math.log(keep)))
+            return {
+                module.log_decay: torch.zeros_like,
+                module.step_bias: lambda normal: torch.full_like(normal, step_bias),
+                module.input.weight: lambda normal: torch.eye(len(normal)),
+            }
         case LinearInjection():  # where the stable form starts: the same function of (h, e)
-            module.state.weight.copy_(INITIAL_DECAY * torch.eye(len(module.state.weight)))
-            module.input.weight.copy_(-math.log(INITIAL_DECAY) * torch.eye(len(module.input.weight)))
+            return {
+                module.state.weight: lambda normal: keep * torch.eye(len(normal)),
+                module.input.weight: lambda normal: -math.log(keep) * torch.eye(len(normal)),
+            }
         case ACTHalting():  # p = 1 / depth in every step: the sum reaches the threshold at that depth
             probability = min(1 / mean_depth, 0.99)
-            module.gate.weight.zero_()
-            module.gate.bias.fill_(math.log(probability / (1 - probability)))
+            bias = math.log(probability / (1 - probability))
+            return {
+                module.gate.weight: torch.zeros_like,
+                module.gate.bias: lambda normal: torch.full_like(normal, bias),
+            }
+    return {}
 
 
-def _output_projections(model: nn.Module) -> Iterator[Tensor]:
-    """What writes into the residual stream: at zero, every block starts as the identity."""
-    for module in model.modules():
-        match module:
-            case GroupedQueryAttention() | LatentAttention():
-                yield module.out.weight
-            case SwiGLU() | SquaredReLU():
-                yield module.down.weight
-            case Experts():
-                yield module.down_proj
-            case Adapter():
-                yield module.up
-
-
-def _normal(like: Tensor, key: str) -> Tensor:
+def _normal(shape: torch.Size, key: str) -> Tensor:
     seed = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _orthogonal(normal: Tensor) -> Tensor:

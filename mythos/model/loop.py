@@ -108,7 +108,7 @@ class Loop(nn.Module):
         return output, torch.stack((routing_penalty, ponder)), self._health(state, previous, plan)
 
     def _initial_state(self, e_BSD: Tensor, plan: DepthPlan) -> State:
-        """h_0: zero, or noise of the embedding's standard deviation, cut at 3 of them, from each sequence's own seed."""
+        """h_0: zero, or noise of the embedding's standard deviation, cut at 3 of them, from a sequence's own seed."""
         state = {
             "h": torch.zeros_like(e_BSD),
             "loop_step": torch.zeros(len(e_BSD), dtype=torch.long, device=e_BSD.device),

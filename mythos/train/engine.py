@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from mythos.config.derive import micro_steps
 from mythos.config.schema import Config
+from mythos.model import build_model, build_structure
 from mythos.model.depth import DepthPlan
+from mythos.model.init import initialise
 from mythos.model.loop import Loop
 from mythos.model.moe import MoE
 from mythos.train.optimizer import build_optimizer
@@ -32,26 +34,24 @@ class Update(NamedTuple):
 class TrainingEngine:
     """A model under DeepSpeed: ZeRO 0-3, expert parallelism, accumulation, clipping, skipped bad steps."""
 
-    def __init__(self, config: Config, model: nn.Module, device: torch.device) -> None:
-        world_size = dist.get_world_size()
-        moe_names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
-        # Marked before initialisation: afterwards its children would keep their gathering hooks.
-        if any(isinstance(module, Loop) for module in model.modules()):
-            deepspeed.utils.set_z3_leaf_modules(model, [Loop])
+    def __init__(self, config: Config, device: torch.device) -> None:
         _quieten(device)
         self.device = device
         self.stage = config.parallel.zero_stage
         self.expert_parallel_size = config.parallel.expert_parallel_size
         self.clip = config.optim.gradient_clip
         self.precision = precision(config, device)
+        sections = deepspeed_config(config, dist.get_world_size(), device)
+        model = _build_model(config, sections)
+        moe_names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
+        # Marked before initialisation: afterwards its children would keep their gathering hooks.
+        if any(isinstance(module, Loop) for module in model.modules()):
+            deepspeed.utils.set_z3_leaf_modules(model, [Loop])
         optimizer = build_optimizer(model, config.optim)
         if moe_names:  # ZeRO 1 and 2 find the experts' group by these marks
             optimizer.param_groups[-1] |= {"moe": True, "name": f"ep_size_{self.expert_parallel_size}"}
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, world_size, device, moe_names),
-        )
+            sections["expert_parallel"] = _expert_parallel_section(config, moe_names)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=sections)
         self._check_conversion(moe_names)
         self._keep_buffers_in_fp32()
 
@@ -146,8 +146,24 @@ def precision(config: Config, device: torch.device) -> str:
     return config.precision
 
 
-def deepspeed_config(config: Config, world_size: int, device: torch.device, moe_names: list[str]) -> dict[str, Any]:
-    """DeepSpeed's configuration; nothing in it is written by hand elsewhere."""
+def _build_model(config: Config, sections: dict[str, Any]) -> nn.Module:
+    """The model with its initial weights; at stage 3 no rank ever holds more than one whole parameter."""
+    if config.parallel.zero_stage < 3:
+        return build_model(config)
+    with deepspeed.zero.Init(config_dict_or_path=sections):
+        model = build_structure(config)
+    initialise(
+        model,
+        config.model.width,
+        config.seed,
+        config.loop.mean_depth if config.loop else 1.0,
+        gather=lambda parameter: deepspeed.zero.GatheredParameters([parameter], modifier_rank=0),
+    )
+    return model
+
+
+def deepspeed_config(config: Config, world_size: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration, without the experts' section."""
     bf16 = precision(config, device) == "bf16"
     plain_optimizer = config.parallel.zero_stage == 0 and not bf16
     sections: dict[str, Any] = {
@@ -161,8 +177,6 @@ def deepspeed_config(config: Config, world_size: int, device: torch.device, moe_
             "stage3_param_persistence_threshold": config.parallel.persistent_parameter_elements,
         },
     }
-    if moe_names:
-        sections["expert_parallel"] = _expert_parallel_section(config, moe_names)
     return sections
 
 

@@ -24,7 +24,7 @@ from mythos.metrics.console import Progress, log, start_logging
 from mythos.metrics.health import depth_metrics, expert_metrics, model_metrics
 from mythos.metrics.throughput import StepClock, peak_memory_gib
 from mythos.metrics.writer import MetricsWriter
-from mythos.model import build_model, depth
+from mythos.model import depth
 from mythos.model.moe import balance, expert_load, moe_layers
 from mythos.train import checkpoint, distributed, run_directory
 from mythos.train.engine import TrainingEngine
@@ -48,7 +48,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
     training_set, validation_set = distributed.agree(lambda: open_data(config))
     _open_run_directory(config, accept_changes, device)
     found = distributed.agree(lambda: checkpoint.latest(directory / "checkpoints"))
-    engine = TrainingEngine(config, build_model(config), device)
+    engine = TrainingEngine(config, device)
     state: dict[str, Any] = {"data": data_identity(config), "skipped_steps": 0, "bad_steps_in_a_row": 0}
     first_step = 0
     if found is not None:

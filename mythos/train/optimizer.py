@@ -31,6 +31,11 @@ def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], li
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     parameters = [p for p in model.parameters() if id(p) not in experts]
-    matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in tables]
-    others = [p for p in parameters if p.ndim < 2 or id(p) in tables]
+    matrices = [p for p in parameters if _dimensions(p) >= 2 and id(p) not in tables]
+    others = [p for p in parameters if _dimensions(p) < 2 or id(p) in tables]
     return matrices, others, [p for p in model.parameters() if id(p) in experts]
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: spread over ranks by ZeRO-3, it looks like an empty vector."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

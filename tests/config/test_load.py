@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mythos.config.load import differences, load, options, to_dict
+from mythos.config.load import differences, load, load_model, options, to_dict
 from mythos.config.show import documented_yaml
 from mythos.errors import UserError
 
@@ -24,7 +24,8 @@ def refused(*overrides: str, ranks: int = 2) -> list[str]:
 @pytest.mark.parametrize("model", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("run", sorted((CONFIGS / "run").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_model_loads_with_every_shipped_run(model: Path, run: Path) -> None:
-    overrides = [] if "moe" in model.stem else ["parallel.expert_parallel_size=1"]
+    experts = getattr(load_model([model]), "core_experts", None)
+    overrides = [] if experts else ["parallel.expert_parallel_size=1"]
     config = load([model, run], overrides, world_size=2)
     assert config.train.steps > 0
 

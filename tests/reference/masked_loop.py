@@ -1,7 +1,6 @@
 """The loop without compaction: every step works on every sequence and `where` keeps the result of those due."""
 
 import torch
-from torch import Tensor
 
 from mythos.model.depth import DepthPlan
 from mythos.model.loop import Loop, LoopInputs, State

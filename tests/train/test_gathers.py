@@ -18,7 +18,7 @@ from tests.tiny import SEQUENCE_LENGTH, VOCABULARY, tiny_config
 
 def gathered_bytes(config: Config, depths: list[int]) -> list[int]:
     """Bytes that all-gathers brought in each training step, one step for each depth; half of it without gradient."""
-    engine = TrainingEngine(config, build_model(config), torch.device("cpu"))
+    engine = TrainingEngine(config, torch.device("cpu"))
     counted, original = [0], backend.cdb.all_gather_into_tensor
 
     def counting(*positional: Any, **named: Any) -> Any:

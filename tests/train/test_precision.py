@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from mythos.config.schema import Config
-from mythos.model import build_model
 from mythos.model.depth import fixed
 from mythos.model.moe import expert_load, moe_layers
 from mythos.train.engine import TrainingEngine
@@ -32,7 +31,7 @@ def test_bf16_follows_the_fp32_curve(
 
 
 def count_tokens(config: Config) -> tuple[list[torch.dtype], list[float]]:
-    engine = TrainingEngine(config, build_model(config), torch.device("cpu"))
+    engine = TrainingEngine(config, torch.device("cpu"))
     tokens = torch.zeros(4, SEQUENCE_LENGTH, dtype=torch.long)
     with engine.evaluation():
         for _ in range(2):

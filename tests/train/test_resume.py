@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mythos.config.schema import Config
 from mythos.errors import UserError
 from mythos.metrics.writer import read_metrics
-from mythos.model import build_model
 from mythos.train import checkpoint
 from mythos.train.engine import TrainingEngine
 from tests.data.conftest import write_data_set
@@ -110,7 +109,7 @@ def random_numbers(config: Config, path: Path) -> tuple[list[float], list[float]
     def draw() -> list[float]:
         return [torch.rand(1).item(), np.random.rand()]
 
-    engine = TrainingEngine(config, build_model(config), torch.device("cpu"))
+    engine = TrainingEngine(config, torch.device("cpu"))
     torch.manual_seed(100 + dist.get_rank())
     checkpoint.save(engine, path, 1, {"data": {}}, keep_last=1)
     expected = draw()

@@ -1,0 +1,100 @@
+"""Parameter counts: published numbers to the digit, and the arithmetic against the modules themselves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mythos.config.load import load_model
+from mythos.config.schema import Looped
+from mythos.model import build_structure
+from mythos.plan.params import count_parameters
+from tests.tiny import MODELS, tiny_config
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+PUBLISHED = {
+    "looped-140m": 144_323_136,
+    "looped-370m": 388_003_328,
+    "looped-770m": 776_655_680,
+    "looped-1.3b": 1_338_591_744,
+    "transformer-140m": 143_141_184,
+    "transformer-370m": 385_903_104,
+    "transformer-770m": 773_375_040,
+    "transformer-1.3b": 1_333_868_544,
+}
+LADDER = {  # size, width, experts, mean loops
+    "mythos-1b": (1e9, 2048, 64, 16),
+    "mythos-3b": (3e9, 3072, 64, 16),
+    "mythos-10b": (10e9, 4096, 128, 24),
+    "mythos-50b": (50e9, 6144, 256, 32),
+    "mythos-100b": (100e9, 8192, 256, 32),
+    "mythos-500b": (500e9, 12288, 512, 48),
+    "mythos-1t": (1e12, 16384, 512, 64),
+}
+
+
+def on_meta(name: str) -> torch.nn.Module:
+    config = tiny_config("looped-moe", Path("data"), Path("run"))
+    from dataclasses import replace
+
+    model = load_model([CONFIGS / f"{name}.yaml"])
+    with torch.device("meta"):
+        return build_structure(replace(config, model=model))
+
+
+def size(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_published_number_of_parameters(name: str) -> None:
+    assert size(on_meta(name)) == PUBLISHED[name]
+
+
+def test_the_parts_of_looped_770m_are_those_published() -> None:
+    parts = count_parameters(load_model([CONFIGS / "looped-770m.yaml"])).parts
+    assert parts["token table"] == 41_943_040
+    assert parts["value tables"] == 377_487_360
+    assert parts["attention"] + parts["feed-forward"] == 353_894_400
+    assert parts["norms"] == 48_640
+    assert parts["value gates"] == 2_880
+    assert parts["injection"] == 1_640_960
+    assert parts["readout C"] == 1_638_400
+
+
+def test_the_flagship_is_as_large_as_looped_770m() -> None:
+    assert size(on_meta("looped-moe-770m")) == pytest.approx(PUBLISHED["looped-770m"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_the_ladder_has_the_sizes_in_its_names(name: str) -> None:
+    target, width, experts, loops = LADDER[name]
+    model = load_model([CONFIGS / f"{name}.yaml"])
+    assert isinstance(model, Looped)
+    assert model.core_experts is not None
+    assert (model.width, model.core_experts.experts, model.adapter_loops) == (width, experts, loops)
+    assert model.attention.kind == "mla"
+    assert model.halting is not None
+    assert size(on_meta(name)) == pytest.approx(target, rel=0.05)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_the_arithmetic_counts_what_the_modules_have(name: str) -> None:
+    count = count_parameters(load_model([CONFIGS / f"{name}.yaml"]))
+    module = on_meta(name)
+    assert count.total == size(module)
+    experts = [layer for layer in module.modules() if type(layer).__name__ == "Experts"]
+    routed = sum(size(layer) for layer in experts)
+    assert count.parts.get("routed experts", 0) == routed
+    if experts:
+        model = load_model([CONFIGS / f"{name}.yaml"])
+        chosen = model.core_experts.experts_per_token / model.core_experts.experts
+        assert count.total - count.active == pytest.approx(routed * (1 - chosen))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("injection", ["lti", "linear", "additive"])
+def test_the_arithmetic_knows_every_option(kind: str, injection: str) -> None:
+    overrides = {} if kind == "dense" else {"model__injection": injection}
+    config = tiny_config(kind, Path("data"), Path("run"), **overrides)
+    assert count_parameters(config.model).total == size(build_structure(config))
