@@ -27,6 +27,7 @@ $(DEMO_TOKENIZER): $(DEMO_TEXT) | setup
 $(DEMO_DATA)/manifest.json: $(DEMO_TOKENIZER)
 	$(BIN)/mythos data prepare $(DEMO_TEXT) --tokenizer $< --sequence-length 256 --validation-percent 5 \
 		--output $(DEMO_DATA)
+	touch $@
 
 demo: setup $(DEMO_DATA)/manifest.json
 	$(BIN)/mpiexec -n 2 $(BIN)/mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml \

@@ -1,10 +1,12 @@
 """`mythos train`: bare, or once a process under torchrun, mpiexec or srun."""
 
 import argparse
+import logging
+import os
 import signal
 import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from launch.config import add_config_arguments, split_configuration
 
@@ -41,13 +43,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Find this process's place among the others, load the configuration and train."""
+    from mythos.train.preemption import StopRequest
+
+    stop = StopRequest()  # before anything slow, so that a signal at any time ends in a saved run
     from launch.env import read_world
     from mythos.config.load import load
     from mythos.errors import FAILED, UserError
     from mythos.metrics.console import log, start_logging
-    from mythos.train.preemption import StopRequest
 
-    stop = StopRequest()  # before anything slow, so that a signal at any time ends in a saved run
     with read_world() as world:
         start_logging(None, world.rank)
         files, overrides = split_configuration(arguments.configuration)
@@ -70,15 +73,23 @@ def run(arguments: argparse.Namespace) -> int:
             distributed.finish()
             return exit_code
         except UserError as error:
-            if world.rank == 0 or not error.agreed:
-                log.error(f"mythos: rank {world.rank}: {error}")
-            sys.exit(error.exit_code)
+            if world.rank > 0 and error.agreed:
+                _wait_for_rank_0()
+            else:
+                log.error(f"mythos: {error}" if error.agreed else f"mythos: rank {world.rank}: {error}")
+            _leave(error.exit_code)
         except OSError as error:
             log.error(f"mythos: rank {world.rank}: {error}; what is saved is intact: start again to go on")
-            sys.exit(FAILED)
+            _leave(FAILED)
         except Exception:
-            log.exception(f"mythos: rank {world.rank} on {world.address} failed")
-            sys.exit(FAILED)
+            log.exception(f"mythos: rank {world.rank} failed")
+            _leave(FAILED)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """End a failed process at once: the threads of its process group, whose other ranks may be gone, would abort it."""
+    logging.shutdown()
+    os._exit(exit_code)
 
 
 def _wait_for_rank_0() -> None:

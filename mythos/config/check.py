@@ -99,6 +99,8 @@ def _loop(config: Config) -> Iterator[Finding]:
         if config.eval.depths is not None:
             yield Finding("eval.depths", list(config.eval.depths), "a dense model has one depth: set it to null")
         return
+    if config.eval.exit_when_halted and config.model.halting is None:
+        yield Finding("eval.exit_when_halted", True, "the model does not halt: give model.halting, or set it to false")
     if config.loop is None:
         yield Finding("loop", None, "a looped model needs it: give at least loop.mean_depth")
     elif config.loop.depth == "fixed" and config.loop.mean_depth != round(config.loop.mean_depth):

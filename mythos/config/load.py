@@ -124,19 +124,29 @@ def _merge(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, A
         if not OmegaConf.is_dict(layer):
             raise UserError(f"{file}: must hold options as `key: value`, not {type(layer).__name__}")
         layers.append(layer)
+    for layer, file in zip(layers, files, strict=True):
+        _refuse_missing(layer, str(file))
     for override in overrides:
         if "=" not in override:
             raise UserError(f"{override!r}: an override has the form key=value, for example train.steps=100")
         try:
-            layers.append(OmegaConf.from_dotlist([override]))
+            layer = OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"{override!r}: not valid: {' '.join(str(error).split())}") from None
+        _refuse_missing(layer, repr(override))
+        layers.append(layer)
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"the configuration cannot be merged: {' '.join(str(error).split())}") from None
     assert isinstance(merged, dict)
     return {str(key): value for key, value in merged.items()}
+
+
+def _refuse_missing(layer: Any, where: str) -> None:
+    """OmegaConf's mark for a missing value would silently leave an earlier layer's value in place."""
+    if missing := sorted(OmegaConf.missing_keys(layer)):
+        raise UserError(f"{where}: {missing[0]} = '???': give a value")
 
 
 def _path(location: tuple[int | str, ...]) -> str:

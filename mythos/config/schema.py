@@ -22,7 +22,7 @@ def option(
     default_factory: Callable[[], Any] | None = None,
     **bounds: Any,
 ) -> Any:
-    """One option. ``changeable`` options may differ when a run is resumed; the others define the run."""
+    """One option. ``changeable`` options may differ when a run is resumed, the others only if the user agrees."""
     if default_factory is not None:
         bounds["default_factory"] = default_factory
     elif default is not MISSING:
@@ -152,7 +152,9 @@ Model = Annotated[Looped | Dense, Field(discriminator="kind")]
 class Loop:
     """How often the core is run; for looped models only."""
 
-    mean_depth: float = option("mean number of loop steps in training; the fixed depth when not random", 8.0, ge=1)
+    mean_depth: float = option(
+        "mean number of loop steps in training; the fixed depth when not random", 8.0, ge=1, le=10_000
+    )
     depth: Literal["fixed", "poisson_per_batch", "poisson_per_sequence", "log_normal_poisson_per_sequence"] = option(
         "how depths are drawn in training; every draw is at least 1", "poisson_per_sequence"
     )
@@ -171,7 +173,7 @@ class Loop:
 class Train:
     """Length and batch of the training run."""
 
-    steps: int = option("optimizer steps of the whole run", changeable=True, gt=0)
+    steps: int = option("optimizer steps of the whole run", changeable=True, gt=0, lt=2**62)
     global_batch_sequences: int | None = option("sequences in one optimizer step, over all ranks", None, gt=0)
     global_batch_tokens: int | None = option("the same in tokens; give one of the two", None, gt=0)
     micro_batch_sequences: int = option("sequences a rank works on at once", changeable=True, gt=0)
@@ -206,8 +208,8 @@ class Optim:
 class Parallel:
     """How the model and its optimizer state are spread over the ranks."""
 
-    zero_stage: Literal[0, 1, 2, 3] = option(
-        "ZeRO: 0 nothing sharded, 1 optimizer, 2 gradients, 3 weights", 3, changeable=True
+    zero_stage: int = option(
+        "ZeRO: 0 nothing sharded, 1 optimizer, 2 gradients, 3 weights", 3, changeable=True, ge=0, le=3
     )
     expert_parallel_size: int = option("ranks over which one set of experts is spread", 1, changeable=True, gt=0)
     persistent_parameter_elements: int = option(
@@ -228,10 +230,17 @@ class Eval:
     """Validation on held-out documents; also done before the first and after the last step."""
 
     every: int = option("steps between validations", 500, changeable=True, gt=0)
-    depths: tuple[Annotated[int, Field(gt=0)], ...] | None = option(
+    depths: tuple[Annotated[int, Field(gt=0, le=10_000)], ...] | None = option(
         "loop depths at which the loss is measured; null: the mean depth", None, changeable=True
     )
     sequences: int = option("validation sequences, fewer if the data has fewer", 256, changeable=True, gt=0)
+    exit_change: float | None = option(
+        "leave the loop when a step changes the state by less than this, relative to its size; null: never",
+        None,
+        changeable=True,
+        gt=0,
+    )
+    exit_when_halted: bool = option("leave the loop when every token of every rank has halted", False, changeable=True)
 
 
 @section

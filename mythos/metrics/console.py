@@ -18,16 +18,16 @@ class _AboveTheBar(logging.Handler):
 
 
 def start_logging(directory: Path | None, rank: int) -> None:
-    """Rank 0 speaks on the console; every rank appends to log/rank_RANK.log, once there is a run directory."""
+    """Rank 0 speaks on the console, the others tell errors alone; each has a log file, once there is a directory."""
     log.setLevel(logging.INFO)
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    if rank == 0:
-        console = _AboveTheBar()
-        console.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(console)
+    console = _AboveTheBar()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setLevel(logging.INFO if rank == 0 else logging.ERROR)  # a rank alone with its error must be heard
+    log.addHandler(console)
     if directory is not None:
         file = logging.FileHandler(directory / "log" / f"rank_{rank:05d}.log")
         file.setFormatter(logging.Formatter(FORMAT))

@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from mythos.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -18,7 +19,7 @@ class MetricsWriter:
 
     Args:
         directory: the run directory.
-        resumed_step: what was written for later steps (by a life that was killed) is dropped.
+        resumed_step: what was written for later steps (by a life that was killed) is dropped; -1: everything.
     """
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
@@ -50,17 +51,20 @@ class MetricsWriter:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All complete lines of metrics.jsonl; a last line cut by a kill is left out."""
+    """All lines of metrics.jsonl that can be read; one that was cut by a kill is left out."""
     path = directory / METRICS_FILE
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    if not path.exists():
-        return
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= last_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, path)
+    if path.exists():
+        kept = [line for line in read_metrics(path.parent) if line["step"] <= last_step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from mythos.config.schema import Dense
 from mythos.model.attention import ValueEmbeddings, has_value_embedding, rotary_for
 from mythos.model.block import Block
-from mythos.model.depth import DepthPlan
 from mythos.model.head import TiedHead
 from mythos.model.layers import feed_forward
 
@@ -28,10 +27,8 @@ class DenseTransformer(nn.Module):
         )
         self.head = TiedHead(config, self.embedding, z_loss)
 
-    def forward(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None, plan: DepthPlan | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss (scalar), or logits (B, S, V) when ``targets_BS`` is None. There is no loop to plan or to watch."""
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss (scalar), or logits (B, S, V) when ``targets_BS`` is None. There are no diagnostics."""
         rotary = rotary_for(self.config.attention, tokens_BS.shape[1], tokens_BS.device)
         x_BSD = self.embedding(tokens_BS)
         for block, value in zip(self.blocks, self.value_embeddings(tokens_BS), strict=True):

@@ -96,16 +96,19 @@ class Loop(nn.Module):
         inputs = LoopInputs(e_BSD, value_embeddings, rotary)
         state = self._initial_state(e_BSD, plan)
         with torch.no_grad():
-            state, _ = self._advance(state, inputs, plan.without_grad, plan.most_without_grad, False, None)
+            state, _, done_before = self._advance(state, inputs, plan.without_grad, plan.most_without_grad, False, None)
         # From here on the counters hold the load of the steps with gradient alone; recomputation comes later.
         forget_load(moe_layers(self))
         state["penalty"] = torch.zeros_like(state["penalty"])
-        state, previous = self._advance(state, inputs, plan.with_grad, plan.most_with_grad, True, exit_rule)
+        state, previous, done = self._advance(state, inputs, plan.with_grad, plan.most_with_grad, True, exit_rule)
         steps_B = torch.tensor(plan.with_grad, device=e_BSD.device)
         routing_penalty = (state["penalty"] / steps_B).mean() / len(self.core)
         ponder = state["ponder"].mean() if self.halting is not None else torch.zeros_like(routing_penalty)
         output = state["h"] if self.halting is None else self._halted_output(state)
-        return output, torch.stack((routing_penalty, ponder)), self._health(state, previous, plan)
+        health = self._health(state, previous, plan)
+        due_steps = sum(plan.without_grad) + sum(plan.with_grad)
+        health["depth/done_over_due"] = torch.tensor((done_before + done) / due_steps)
+        return output, torch.stack((routing_penalty, ponder)), health
 
     def _initial_state(self, e_BSD: Tensor, plan: DepthPlan) -> State:
         """h_0: zero, or noise of the embedding's standard deviation, cut at 3 of them, from a sequence's own seed."""
@@ -125,26 +128,29 @@ class Loop(nn.Module):
 
     def _advance(
         self, state: State, inputs: LoopInputs, steps: Sequence[int], most: int, final: bool, exit_rule: ExitRule | None
-    ) -> tuple[State, State]:
-        """``most`` loop steps, each on the sequences still due; also returns the state before the last one.
+    ) -> tuple[State, State, int]:
+        """``most`` loop steps, each on the sequences still due.
+
+        Also returns the state before the last step and the number of loop steps done, summed over sequences.
 
         A rank with no sequence due takes part with none, so that all ranks' collectives match.
         """
-        previous = state
+        previous, done = state, 0
         for steps_left in range(most, 0, -1):
             previous = state
             last, observe = final and steps_left == 1, final and steps_left <= 2
             rows = due(steps, steps_left)
+            done += len(rows)
             if len(rows) == len(steps):
                 state = state | self._checkpointed_step(state, inputs, last, observe)
             else:
                 index = torch.tensor(rows, dtype=torch.long, device=inputs.e_BSD.device)
                 own = {name: tensor[index] for name, tensor in state.items()}
-                done = self._checkpointed_step(own, inputs.rows(index), last, observe)
-                state = state | {name: _put(state.get(name), index, rows_, steps) for name, rows_ in done.items()}
+                stepped = self._checkpointed_step(own, inputs.rows(index), last, observe)
+                state = state | {name: _put(state.get(name), index, rows_, steps) for name, rows_ in stepped.items()}
             if exit_rule is not None and exit_rule(previous["h"], state["h"], self._halted(state)):
                 break
-        return state, previous
+        return state, previous, done
 
     def _checkpointed_step(self, state: State, inputs: LoopInputs, last: bool, observe: bool) -> State:
         if self.recompute and torch.is_grad_enabled():

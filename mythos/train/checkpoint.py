@@ -6,6 +6,7 @@ last, atomically. Loading unpickles: load only checkpoints that the run itself w
 """
 
 import json
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -22,6 +23,8 @@ from mythos.train.engine import TrainingEngine
 
 POINTER = "latest"
 STATE = "state.json"
+UNREADABLE = (OSError, EOFError, RuntimeError, AssertionError, KeyError, ValueError, pickle.UnpicklingError)
+"""What torch and DeepSpeed raise for damaged files."""
 
 
 def tag(step: int) -> str:
@@ -38,11 +41,12 @@ def latest(directory: Path) -> Path | None:
     pointer = directory / POINTER
     if not pointer.exists():
         return None
-    found = directory / pointer.read_text().strip()
-    if not (found / STATE).is_file():
+    name = pointer.read_text(errors="replace").strip()
+    found = directory / name
+    if not name or not (found / STATE).is_file():
+        what = f"names {name}, which is missing or incomplete" if name else "is empty"
         raise UserError(
-            f"{pointer}: names {found.name}, which is missing or incomplete: write the name of a complete checkpoint "
-            f"in {directory} into it, or remove it to start over"
+            f"{pointer}: {what}: write the name of a complete checkpoint beside it into it, or remove it to start over"
         )
     return found
 
@@ -51,7 +55,7 @@ def save(engine: TrainingEngine, directory: Path, step: int, state: dict[str, An
     """Write a checkpoint and point to it once every rank has written its files; then remove old ones. Collective."""
     target = directory / tag(step)
     if dist.get_rank() == 0 and target.exists():
-        shutil.rmtree(target)  # left by a save that was killed: the pointer never names it
+        shutil.rmtree(target)  # left by a save that was killed, or by steps that were rolled back
     dist.barrier()
     engine.deepspeed.save_checkpoint(str(directory), tag=tag(step), save_latest=False)
     torch.save(_random_states(), target / _random_file(dist.get_rank()))
@@ -73,22 +77,19 @@ def load(engine: TrainingEngine, found: Path) -> dict[str, Any]:
     state = agree(lambda: _read_state(engine, found))
     try:
         engine.deepspeed.load_checkpoint(str(found.parent), tag=found.name)
-        states = torch.load(found / _random_file(dist.get_rank()), weights_only=False)
-    except (OSError, EOFError, RuntimeError) as error:
-        raise UserError(
-            f"{found}: cannot be read ({' '.join(str(error).split())[:200]}): write the name of an older checkpoint "
-            f"into {found.parent / POINTER}"
-        ) from error
-    _restore_random_states(states)
+    except UNREADABLE as error:
+        raise _unreadable(found, error) from error
+    _restore_random_states(agree(lambda: _read_random_states(found)))
     return state
 
 
-def world_shape(engine: TrainingEngine) -> dict[str, int]:
-    """What the files' layout depends on."""
+def world_shape(engine: TrainingEngine) -> dict[str, int | str]:
+    """What the files' layout and types depend on."""
     return {
         "ranks": dist.get_world_size(),
         "zero_stage": engine.stage,
         "expert_parallel_size": engine.expert_parallel_size,
+        "precision": engine.precision,
     }
 
 
@@ -99,6 +100,8 @@ def _read_state(engine: TrainingEngine, found: Path) -> dict[str, Any]:
         raise UserError(
             f"{found / STATE}: cannot be read ({error}): name another in {found.parent / POINTER}"
         ) from None
+    if not isinstance(state, dict) or not {"world", "step", "data"} <= state.keys():
+        raise UserError(f"{found / STATE}: damaged: name another in {found.parent / POINTER}")
     now, then = world_shape(engine), state["world"]
     if now != then:
         changes = ", ".join(f"{key} {then[key]} -> {now[key]}" for key in now if then.get(key) != now[key])
@@ -107,9 +110,26 @@ def _read_state(engine: TrainingEngine, found: Path) -> dict[str, Any]:
 
 
 def _remove_old(directory: Path, newest: Path, keep_last: int) -> None:
-    complete = sorted(found.parent for found in directory.glob(f"step_*/{STATE}") if found.parent.name <= newest.name)
-    for old in complete[:-keep_last]:
-        shutil.rmtree(old)
+    """Remove complete checkpoints but the newest ones, and what killed saves have left."""
+    found = [path for path in sorted(directory.glob("step_*")) if path.name <= newest.name]
+    complete = [path for path in found if (path / STATE).is_file()]
+    for path in found:
+        if path not in complete[-keep_last:]:
+            shutil.rmtree(path)
+
+
+def _unreadable(found: Path, error: BaseException) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"{found}: cannot be read ({reason}): write the name of an older checkpoint into {found.parent / POINTER}"
+    )
+
+
+def _read_random_states(found: Path) -> dict[str, Any]:
+    try:
+        return torch.load(found / _random_file(dist.get_rank()), weights_only=False)
+    except UNREADABLE as error:
+        raise _unreadable(found, error) from error
 
 
 def _random_file(rank: int) -> str:

@@ -19,7 +19,7 @@ from mythos.config.schema import Config
 from mythos.model import build_model, build_structure
 from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
-from mythos.model.loop import Loop
+from mythos.model.loop import ExitRule, Loop
 from mythos.model.moe import MoE
 from mythos.train.optimizer import build_optimizer
 
@@ -61,10 +61,12 @@ class TrainingEngine:
         return self.deepspeed.module
 
     def __call__(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None, plan: DepthPlan | None
+        self, tokens_BS: Tensor, targets_BS: Tensor | None, plan: DepthPlan | None, exit_rule: ExitRule | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The model's forward pass: loss or logits, and the loop's diagnostics."""
-        return self.deepspeed(tokens_BS, targets_BS, plan)
+        """The model's forward pass: loss or logits, and diagnostics. ``plan`` is None for a dense model."""
+        if plan is None:
+            return self.deepspeed(tokens_BS, targets_BS)
+        return self.deepspeed(tokens_BS, targets_BS, plan, exit_rule)
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro batch's gradients.

@@ -2,32 +2,40 @@
 
 import os
 import sys
+from collections.abc import Mapping
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from tokenizers import Tokenizer
-from torch import Tensor
 
 from mythos.config.derive import eval_depths, global_batch_sequences, micro_steps, tokens_per_step
 from mythos.config.load import flatten, to_dict
 from mythos.config.schema import Config, Looped
-from mythos.data.format import BOS, TOKENIZER_FILE, fingerprint
+from mythos.data.format import BOS
 from mythos.data.stream import OrderedStream, TokenDataset
-from mythos.errors import DONE, PREEMPTED, TrainingError, UserError
+from mythos.errors import DONE, PREEMPTED, TrainingError
+from mythos.eval.exit import exit_rule
 from mythos.eval.val_loss import validation_losses
 from mythos.generate import sample_tokens
 from mythos.metrics.console import Progress, log, start_logging
 from mythos.metrics.health import depth_metrics, expert_metrics, model_metrics
 from mythos.metrics.throughput import StepClock, peak_memory_gib
 from mythos.metrics.writer import MetricsWriter
-from mythos.model import depth
 from mythos.model.moe import balance, expert_load, moe_layers
 from mythos.train import checkpoint, distributed, run_directory
-from mythos.train.engine import TrainingEngine
+from mythos.train.batch import (
+    check_data_unchanged,
+    data_identity,
+    draw_depths,
+    micro_batch,
+    micro_batch_plan,
+    open_data,
+    read_tokenizer,
+)
+from mythos.train.engine import TrainingEngine, precision
 from mythos.train.preemption import StopRequest
 from mythos.train.schedule import learning_rate
 
@@ -44,9 +52,22 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
         UserError: the run directory or the data do not fit the configuration.
         TrainingError: the loss or the gradient stayed non-finite for ``train.max_bad_steps`` steps in a row.
     """
+    data = distributed.agree(lambda: open_data(config))
+    changed, lock = _open_run_directory(config, accept_changes, device)
+    with lock or nullcontext(), ExitStack() as cleanup:
+        return _train(config, device, stop, data, changed, cleanup)
+
+
+def _train(
+    config: Config,
+    device: torch.device,
+    stop: StopRequest,
+    data: tuple[TokenDataset, TokenDataset],
+    changed: Mapping[str, Any],
+    cleanup: ExitStack,
+) -> int:
     directory, rank = Path(config.run.directory), dist.get_rank()
-    training_set, validation_set = distributed.agree(lambda: open_data(config))
-    _open_run_directory(config, accept_changes, device)
+    training_set, validation_set = data
     found = distributed.agree(lambda: checkpoint.latest(directory / "checkpoints"))
     engine = TrainingEngine(config, device)
     state: dict[str, Any] = {"data": data_identity(config), "skipped_steps": 0, "bad_steps_in_a_row": 0}
@@ -61,10 +82,14 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
         _say_where(directory)
         return DONE
 
-    writer = MetricsWriter(directory, first_step) if rank == 0 else None
-    if writer and first_step == 0:
+    # Closed whatever happens: the last points before a failure are those that matter.
+    writer = (
+        cleanup.enter_context(closing(MetricsWriter(directory, first_step if found else -1))) if rank == 0 else None
+    )
+    if writer and (changed or not found):
+        run_directory.write_config(config)
         writer.write_config(yaml.safe_dump(to_dict(config), sort_keys=False), flatten(to_dict(config)))
-    if first_step == 0:
+    if not found:
         validate(config, engine, validation_set, 0, writer)
     stream = OrderedStream(training_set, config.seed)
     progress = Progress(first_step, config.train.steps, rank)
@@ -127,11 +152,12 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
                 writer.write(step, metrics)
         if not update.applied:
             report_bad_step(config, step, state["bad_steps_in_a_row"])
+        if stopping:  # time may be short: save before anything else
+            save(config, engine, step, state)
         if due(step, config.eval.every) or last:
             validate(config, engine, validation_set, step, writer)
-        if due(step, config.checkpoint.every) or last or stopping:
-            state["samples"] = step * global_batch_sequences(config)
-            checkpoint.save(engine, directory / "checkpoints", step, state, config.checkpoint.keep_last)
+        if (due(step, config.checkpoint.every) or last) and not stopping:
+            save(config, engine, step, state)
         if stopping and not last:
             log.info(
                 f"asked to stop ({stop.signal_name or 'on another rank'}): saved at step {step}; start again to go on"
@@ -140,8 +166,6 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
             break
 
     progress.close()
-    if writer:
-        writer.close()
     if exit_code == DONE and config.sample.tokens:
         log.info(f"sample: {sample_text(config, engine, device)!r}")
     _say_where(directory)
@@ -153,56 +177,14 @@ def due(step: int, every: int) -> bool:
     return step % every == 0
 
 
-def draw_depths(config: Config, step: int) -> np.ndarray:
-    """Loop steps of each sequence of the global batch at this step; 1 each for a dense model."""
-    sequences = global_batch_sequences(config)
-    if config.loop is None:
-        return np.ones(sequences, dtype=np.int64)
-    return depth.draw_depths(config.loop, config.seed, step, sequences)
-
-
-def own_sequences(config: Config, micro_step: int) -> tuple[slice, slice]:
-    """Where a micro-step lies in the global batch, and where this rank's micro batch lies in the micro-step."""
-    own, ranks = config.train.micro_batch_sequences, dist.get_world_size()
-    start = micro_step * own * ranks
-    return slice(start, start + own * ranks), slice(dist.get_rank() * own, (dist.get_rank() + 1) * own)
-
-
-def own_samples(config: Config, step: int, micro_step: int) -> range:
-    """Numbers, counted over the whole run, of the samples in this rank's micro batch."""
-    everyone, own = own_sequences(config, micro_step)
-    first = (step - 1) * global_batch_sequences(config) + everyone.start + own.start
-    return range(first, first + config.train.micro_batch_sequences)
-
-
-def micro_batch_plan(config: Config, depths: np.ndarray, step: int, micro_step: int) -> depth.DepthPlan | None:
-    """This rank's part of the depth plan."""
-    if config.loop is None:
-        return None
-    everyone, own = own_sequences(config, micro_step)
-    samples = own_samples(config, step, micro_step)
-    seeds = [depth.state_seed(config.seed, sample) for sample in samples]
-    return depth.plan(depths[everyone], config.loop.backprop_depth, own, seeds)
-
-
-def micro_batch(
-    config: Config, stream: OrderedStream, step: int, micro_step: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """This rank's tokens and targets, (B, S) each."""
-    samples = own_samples(config, step, micro_step)
-    rows = torch.from_numpy(stream.rows(samples.start, len(samples)))
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    return rows[:, :-1], rows[:, 1:]
-
-
 def validate(
     config: Config, engine: TrainingEngine, dataset: TokenDataset, step: int, writer: MetricsWriter | None
 ) -> None:
     """Measure and report the validation loss at each depth. Collective."""
+    rule = exit_rule(config.eval)
     with engine.evaluation():
         losses = validation_losses(
-            engine,
+            lambda tokens, targets, plan: engine(tokens, targets, plan, rule),
             dataset,
             eval_depths(config),
             config.eval.sequences,
@@ -212,6 +194,12 @@ def validate(
     log.info(f"step {step} " + " ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     if writer:
         writer.write(step, losses)
+
+
+def save(config: Config, engine: TrainingEngine, step: int, state: dict[str, Any]) -> None:
+    """Write a checkpoint. The data position follows from the step, and stands in the state for those who read it."""
+    state["samples"] = step * global_batch_sequences(config)
+    checkpoint.save(engine, Path(config.run.directory) / "checkpoints", step, state, config.checkpoint.keep_last)
 
 
 def report_bad_step(config: Config, step: int, in_a_row: int) -> None:
@@ -225,45 +213,10 @@ def report_bad_step(config: Config, step: int, in_a_row: int) -> None:
         )
 
 
-def open_data(config: Config) -> tuple[TokenDataset, TokenDataset]:
-    """The training and the validation set.
-
-    Raises:
-        UserError: they are missing or damaged, or were prepared for another sequence length or vocabulary.
-    """
-    directory = Path(config.data.directory)
-    training_set, validation_set = TokenDataset(directory, "train"), TokenDataset(directory, "validation")
-    manifest = training_set.manifest
-    if manifest.sequence_length != config.data.sequence_length:
-        raise UserError(
-            f"data.sequence_length = {config.data.sequence_length}: {directory} was prepared with "
-            f"{manifest.sequence_length}: set that, or prepare the data again"
-        )
-    if manifest.vocabulary_size > config.model.vocabulary_size:
-        raise UserError(
-            f"model.vocabulary_size = {config.model.vocabulary_size}: the tokenizer of {directory} has "
-            f"{manifest.vocabulary_size} tokens: set at least that"
-        )
-    return training_set, validation_set
-
-
-def data_identity(config: Config) -> dict[str, Any]:
-    """What the order of the samples depends on."""
-    return {"fingerprint": fingerprint(Path(config.data.directory)), "seed": config.seed}
-
-
-def check_data_unchanged(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UserError when a run is resumed on other data."""
-    if before != now:
-        changes = ", ".join(
-            f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]
-        )
-        raise UserError(f"the run was started on other data ({changes}): give its data.directory and seed")
-
-
 def sample_text(config: Config, engine: TrainingEngine, device: torch.device) -> str:
     """The prompt and the model's continuation, as text. Collective."""
-    tokenizer = Tokenizer.from_file(str(Path(config.data.directory) / TOKENIZER_FILE))
+    tokenizer = read_tokenizer(config)
+    tokenizer.encode_special_tokens = True  # the prompt is text: "<|bos|>" in it is seven letters
     prompt = [tokenizer.token_to_id(BOS), *tokenizer.encode(config.sample.prompt).ids]
     deepest = max(eval_depths(config)) if isinstance(config.model, Looped) else None
     with engine.evaluation():
@@ -280,17 +233,22 @@ def sample_text(config: Config, engine: TrainingEngine, device: torch.device) ->
     return tokenizer.decode(ids)
 
 
-def _open_run_directory(config: Config, accept_changes: bool, device: torch.device) -> None:
+def _open_run_directory(
+    config: Config, accept_changes: bool, device: torch.device
+) -> tuple[dict[str, tuple[Any, Any]], TextIO | None]:
+    """The options that changed since the last start, and the lock on the directory (rank 0)."""
     rank, directory = dist.get_rank(), Path(config.run.directory)
     changed = distributed.agree(lambda: run_directory.prepare(config, accept_changes) if rank == 0 else {})
+    lock = distributed.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
     hosts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hosts, run_directory.host_name())
     start_logging(directory, rank)
     log.info(f"rank {rank} of {len(hosts)} on {hosts[rank]}, process {os.getpid()}, device {device}")
     if rank == 0:
-        run_directory.record_environment(directory, hosts, str(device), config.precision)
+        run_directory.record_environment(directory, hosts, str(device), precision(config, device))
     for path, (before, after) in changed.items():
         log.info(f"changed since the last start: {path}: {before!r} -> {after!r}")
+    return changed, lock
 
 
 def _say_where(directory: Path) -> None:

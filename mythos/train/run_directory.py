@@ -3,6 +3,7 @@
 ``config.yaml`` is what the run trains, ``environment.json`` a list of where each of its lives ran.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -23,7 +24,10 @@ from mythos.errors import UserError
 from mythos.files import write_atomically
 
 CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
 ENVIRONMENT_FILE = "environment.json"
+NEVER_CHANGEABLE = ("model.", "seed", "train.global_batch_", "data.sequence_length")
+"""Options without which the saved weights and the position in the data mean nothing."""
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "mosaicml-streaming", "mythos")
 
 
@@ -32,24 +36,25 @@ def prepare(config: Config, accept_changes: bool) -> dict[str, tuple[Any, Any]]:
 
     Returns:
         The options that differ from the run's last start, with the old and the new value; they are allowed to.
+        ``config.yaml`` still holds the old ones: ``write_config`` follows once everything else was found to fit.
 
     Raises:
         UserError: the directory cannot be written, or it holds a run that another configuration defines.
     """
-    directory = Path(config.run.directory)
-    changed = {}
+    directory, changed = Path(config.run.directory), {}
     try:
-        saved = directory / CONFIG_FILE
-        if saved.exists():
-            changed = _check_same_run(saved, config, accept_changes)
+        if (directory / CONFIG_FILE).exists():
+            changed = _check_same_run(directory / CONFIG_FILE, config, accept_changes)
         elif directory.exists() and any(directory.iterdir()):
             raise UserError(
                 f"run.directory = {config.run.directory!r}: not empty and no run ({CONFIG_FILE} is missing): "
                 "choose another directory"
             )
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_config(config)
         for name in ("checkpoints", "log", "tensorboard"):
-            (directory / name).mkdir(parents=True, exist_ok=True)
-        write_atomically(saved, yaml.safe_dump(to_dict(config), sort_keys=False))
+            (directory / name).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(
             f"run.directory = {config.run.directory!r}: {error.strerror} ({error.filename}): choose a directory "
@@ -58,27 +63,60 @@ def prepare(config: Config, accept_changes: bool) -> dict[str, tuple[Any, Any]]:
     return changed
 
 
+def write_config(config: Config) -> None:
+    """Write the configuration that the run goes on with; rank 0 only."""
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    write_atomically(Path(config.run.directory) / CONFIG_FILE, text)
+
+
+def lock(directory: Path) -> TextIO | None:
+    """Keep other processes from training in the same directory, as long as the returned file is open; rank 0 only.
+
+    Raises:
+        UserError: another process does already.
+    """
+    file = open(directory / LOCK_FILE, "a+")  # noqa: SIM115 - open for the whole run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{directory}: {file.read().strip()} trains here: wait for it, or stop it") from None
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {host_name()}")
+    file.flush()
+    return file
+
+
 def _check_same_run(saved: Path, config: Config, accept_changes: bool) -> dict[str, tuple[Any, Any]]:
     try:
         before = yaml.safe_load(saved.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{saved}: damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(before, dict) or not isinstance(before.get("model"), dict):
+        raise UserError(f"{saved}: damaged, not a configuration: restore it, or choose another run.directory")
     changed = differences(before, to_dict(config))
     known = options()
-    breaking = [path for path in changed if path not in known or not known[path].json_schema_extra["changeable"]]  # type: ignore[index,call-overload]
-    if breaking and not accept_changes:
+    # An option that this version does not know, or did not then, has no word in it.
+    breaking = [
+        path
+        for path in changed
+        if path in known and not known[path].json_schema_extra["changeable"]  # type: ignore[index,call-overload]
+    ]
+    never = [path for path in breaking if path.startswith(NEVER_CHANGEABLE)]
+    if never or (breaking and not accept_changes):
         lines = "\n".join(f"  {path}: {changed[path][0]!r} -> {changed[path][1]!r}" for path in breaking)
-        raise UserError(
-            f"{saved.parent} holds a run with another configuration:\n{lines}\n"
-            "Choose another run.directory, or go on with the changes: --accept-changes"
-        )
+        remedy = "Choose another run.directory" + ("" if never else ", or go on with the changes: --accept-changes")
+        raise UserError(f"{saved.parent} holds a run with another configuration:\n{lines}\n{remedy}")
     return changed
 
 
 def record_environment(directory: Path, hosts: list[str], device: str, precision: str) -> None:
     """Append this life of the run to environment.json; rank 0 only."""
     path = directory / ENVIRONMENT_FILE
-    lives = json.loads(path.read_text()) if path.exists() else []
+    lives = _read_lives(path)
     lives.append(
         {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -95,6 +133,19 @@ def record_environment(directory: Path, hosts: list[str], device: str, precision
         }
     )
     write_atomically(path, json.dumps(lives, indent=2))
+
+
+def _read_lives(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        lives = json.loads(path.read_text())
+    except ValueError:
+        lives = None
+    if isinstance(lives, list):
+        return lives
+    os.replace(path, path.with_suffix(".damaged"))  # a record, which must not keep the run from going on
+    return []
 
 
 def host_name() -> str:

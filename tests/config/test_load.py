@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,10 @@ def test_a_missing_file_and_a_bad_override_are_named() -> None:
         load(["nowhere.yaml"])
     with pytest.raises(UserError, match="'train.steps': an override has the form key=value"):
         load([MODEL, RUN], ["train.steps"], 2)
+    with pytest.raises(UserError, match=r"'train.steps=\?\?\?': train.steps = '\?\?\?': give a value"):
+        load([MODEL, RUN], ["train.steps=???"], 2)
+    with pytest.raises(UserError, match="cannot be merged"):
+        load([MODEL, RUN], ["model=[1]"], 2)
     with pytest.raises(UserError, match="NOT_SET_ANYWHERE"):
         load([MODEL, RUN], ["data.directory=${oc.env:NOT_SET_ANYWHERE}"], 2)
 
@@ -141,10 +146,24 @@ def test_every_option_is_documented_in_one_line() -> None:
 
 
 def test_every_option_has_a_reader() -> None:
+    """Read as ``section.option`` somewhere in the code, the section by its name or by a local name for it."""
+    local_names = {
+        "model": ("config", "model"),
+        "attention": ("config", "attention"),
+        "feed_forward": ("config", "feed_forward"),
+        "core_experts": ("config", "experts", "core_experts", "self_experts"),
+        "halting": ("config", "halting"),
+    }
     root = Path(__file__).parents[2]
     sources = [*root.glob("mythos/**/*.py"), *root.glob("launch/**/*.py")]
-    code = "\n".join(path.read_text() for path in sources if path.name != "schema.py")
-    unread = [path for path in options() if f".{path.rsplit('.', 1)[-1]}" not in code]
+    code = "\n".join(path.read_text() for path in sources if path.name not in ("schema.py", "show.py"))
+    unread = []
+    for path in options():
+        *sections, name = path.split(".")
+        section = sections[-1] if sections else "config"
+        names = (section, *local_names.get(section, ("config",) if section in ("loop", "optim", "eval") else ()))
+        if not any(re.search(rf"\b{local}\.{name}\b", code) for local in names):
+            unread.append(path)
     assert not unread
 
 

@@ -1,11 +1,14 @@
 """The validation loss is the plain mean over the first sequences, however they are spread over ranks."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mythos.data.stream import TokenDataset
+from mythos.eval.exit import exit_rule
 from mythos.eval.val_loss import validation_losses
 from mythos.model import build_model, depth
 from tests.model.helpers import randomise
@@ -19,7 +22,8 @@ def measure(kind: str, data: Path, sequences: int, micro_batch: int) -> dict[str
     model = randomise(build_model(tiny_config(kind, data, data)), deviation=0.1).eval()
     depths = () if kind == "dense" else (1, 3)
     with torch.no_grad():
-        return validation_losses(model, TokenDataset(data, "validation"), depths, sequences, micro_batch, CPU)
+        forward = model if depths else lambda tokens, targets, plan: model(tokens, targets)
+        return validation_losses(forward, TokenDataset(data, "validation"), depths, sequences, micro_batch, CPU)
 
 
 @pytest.mark.parametrize(("sequences", "micro_batch"), [(7, 2), (5, 4), (1, 4), (100, 3)])
@@ -43,3 +47,32 @@ def test_a_dense_model_has_one_loss(two_ranks: RankPool, tiny_data: Path) -> Non
     found = two_ranks.run(measure, "dense", tiny_data, 7, 2)
     assert found[0] == found[1]
     assert list(found[0]) == ["val/loss"]
+
+
+def steps_taken(data: Path, options: dict[str, Any]) -> list[int]:
+    """How many loop steps a validation pass takes on this rank; rank 1's state settles later than rank 0's."""
+    overrides = {f"eval__{name}": value for name, value in options.items()}
+    config = tiny_config("mythos", data, data, **overrides)
+    model = randomise(build_model(config), deviation=0.05).eval()
+    rule, steps = exit_rule(config.eval), []
+    slow = 3 * dist.get_rank()
+
+    def late(before: torch.Tensor, after: torch.Tensor, halted: torch.Tensor) -> bool:
+        steps.append(None)
+        if len(steps) <= slow:  # this rank alone is not done
+            return rule(before, after + 1e6, torch.zeros_like(halted))
+        return rule(before, after, halted)
+
+    tokens = torch.arange(30).view(2, 15)
+    with torch.no_grad():
+        model(tokens, None, depth.fixed(40, 2), late)
+    return len(steps)
+
+
+@pytest.mark.parametrize("options", [{"exit_change": 0.05}, {"exit_when_halted": True}])
+def test_all_ranks_leave_the_loop_at_the_same_step(
+    options: dict[str, Any], two_ranks: RankPool, tiny_data: Path
+) -> None:
+    first, second = two_ranks.run(steps_taken, tiny_data, options)
+    assert first == second
+    assert 3 < first < 40

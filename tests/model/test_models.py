@@ -18,7 +18,8 @@ PATH = Path("unused")
 
 
 def forward(kind: str, model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
-    return model(tokens, targets, None if kind == "dense" else depth.fixed(3, len(tokens)))[0]
+    plan = [] if kind == "dense" else [depth.fixed(3, len(tokens))]
+    return model(tokens, targets, *plan)[0]
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -31,12 +31,12 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
     batch, curve = global_batch_sequences(config), []
     for step in range(1, steps + 1):
         rows = torch.from_numpy(stream.rows((step - 1) * batch, batch))
-        plan = None
+        plan = []
         if config.loop is not None:
             depths = depth.draw_depths(config.loop, config.seed, step, batch)
             seeds = [depth.state_seed(config.seed, (step - 1) * batch + row) for row in range(batch)]
-            plan = depth.plan(depths, config.loop.backprop_depth, slice(0, batch), seeds)
-        loss, _ = model(rows[:, :-1], rows[:, 1:], plan)
+            plan = [depth.plan(depths, config.loop.backprop_depth, slice(0, batch), seeds)]
+        loss, _ = model(rows[:, :-1], rows[:, 1:], *plan)
         load = expert_load(model) if moe_layers(model) else None
         optimizer.zero_grad()
         loss.backward()

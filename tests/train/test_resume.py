@@ -99,8 +99,31 @@ def test_old_checkpoints_are_removed_and_the_state_is_stored(
     assert (directory / "latest").read_text() == "step_00000010"
     state = json.loads((directory / "step_00000010" / "state.json").read_text())
     assert (state["step"], state["samples"], state["data"]["seed"]) == (10, 80, 42)
-    assert state["world"] == {"ranks": 2, "zero_stage": 3, "expert_parallel_size": 2}
+    assert state["world"] == {"ranks": 2, "zero_stage": 3, "expert_parallel_size": 2, "precision": "fp32"}
     assert len(list((directory / "step_00000010").glob("rng_rank_*.pt"))) == 2
+
+
+def test_a_start_before_the_first_checkpoint_begins_again_without_doubled_steps(
+    two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny_config("looped-moe", tiny_data, tmp_path / "run", ranks=2, train__steps=3, **MOE)
+    two_ranks.run(run_training, config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert two_ranks.run(run_training, config) == [0, 0]
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "val/loss_depth_3" in line] == [0, 3]
+
+
+def test_what_a_killed_save_left_is_removed(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, train__steps=6, checkpoint__every=3)
+    half = tmp_path / "run" / "checkpoints" / "step_00000002"
+    two_ranks.run(run_training, tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, train__steps=1))
+    half.mkdir()
+    (half / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"half")
+    assert two_ranks.run(run_training, config) == [0, 0]
+    found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert found == ["step_00000003", "step_00000006"]
 
 
 def random_numbers(config: Config, path: Path) -> tuple[list[float], list[float]]:
@@ -157,5 +180,12 @@ def test_what_does_not_fit_the_checkpoint_is_refused(
     other_data = tiny_config("looped-moe", elsewhere, run, ranks=2, **longer)
     assert "the run was started on other data (fingerprint" in two_ranks.run(failure, other_data)[0]
 
+    newest = run / "checkpoints" / "step_00000004"
+    (newest / "rng_rank_00001.pt").write_bytes(b"rubbish")
+    assert "cannot be read" in two_ranks.run(failure, tiny_config("looped-moe", tiny_data, run, ranks=2, **longer))[1]
+    (newest / "state.json").write_text("{}")
+    assert "state.json: damaged" in two_ranks.run(failure, config)[0]
+    (run / "checkpoints" / "latest").write_text("")
+    assert "latest: is empty" in two_ranks.run(failure, config)[0]
     (run / "checkpoints" / "latest").write_text("step_00000099")
     assert "names step_00000099, which is missing or incomplete" in two_ranks.run(failure, config)[0]

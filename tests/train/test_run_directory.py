@@ -1,10 +1,12 @@
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mythos.errors import UserError
-from mythos.train.run_directory import prepare, record_environment
+from mythos.train.run_directory import lock, prepare, record_environment, write_config
 from tests.tiny import tiny_config
 
 
@@ -12,19 +14,54 @@ def test_another_configuration_in_the_same_directory_is_refused_with_the_differe
     run, data = tmp_path / "run", tmp_path / "data"
     prepare(tiny_config("looped-moe", data, run), accept_changes=False)
     before = (run / "config.yaml").read_text()
-    other = tiny_config("looped-moe", data, run, optim__learning_rate=1e-4, seed=7, train__steps=99)
+    other = tiny_config("looped-moe", data, run, optim__learning_rate=1e-4, train__steps=99)
     with pytest.raises(UserError) as error:
         prepare(other, accept_changes=False)
     message = str(error.value)
     assert "  optim.learning_rate: 0.003 -> 0.0001\n" in message
-    assert "  seed: 42 -> 7\n" in message
     assert "train.steps" not in message, "a longer run is the same run"
     assert "--accept-changes" in message
-    assert (run / "config.yaml").read_text() == before
 
-    changed = prepare(other, accept_changes=True)
-    assert changed == {"optim.learning_rate": (0.003, 0.0001), "seed": (42, 7), "train.steps": (20, 99)}
+    assert prepare(other, accept_changes=True) == {"optim.learning_rate": (0.003, 0.0001), "train.steps": (20, 99)}
+    assert (run / "config.yaml").read_text() == before, "only a start that goes on replaces it"
+    write_config(other)
     assert prepare(other, accept_changes=False) == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"seed": 7}, "seed: 42 -> 7"),
+        ({"train__global_batch_sequences": 16}, "train.global_batch_sequences: 8 -> 16"),
+        ({"model__width": 64}, "model.width: 32 -> 64"),
+    ],
+)
+def test_what_the_saved_state_depends_on_never_changes(tmp_path: Path, overrides: dict[str, Any], line: str) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    prepare(tiny_config("looped-moe", data, run), accept_changes=False)
+    with pytest.raises(UserError, match=line) as error:
+        prepare(tiny_config("looped-moe", data, run, **overrides), accept_changes=True)
+    assert "--accept-changes" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "train: 5", "a: [", "\xff\xfe"])
+def test_a_damaged_config_is_named(tmp_path: Path, content: str) -> None:
+    config = tiny_config("looped", tmp_path / "data", tmp_path / "run")
+    prepare(config, accept_changes=False)
+    (tmp_path / "run" / "config.yaml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match="config.yaml: damaged"):
+        prepare(config, accept_changes=False)
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    assert held is not None
+    with pytest.raises(UserError, match=f"process {os.getpid()} on .* trains here"):
+        lock(tmp_path)
+    held.close()
+    again = lock(tmp_path)
+    assert again is not None
+    again.close()
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
@@ -62,6 +99,12 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_every_life_is_recorded(tmp_path: Path) -> None:
+    for _ in range(2):
+        record_environment(tmp_path, ["here", "there"], "cpu", "fp32")
+    (tmp_path / "environment.json").write_text("[{")
+    record_environment(tmp_path, ["anew"], "cpu", "fp32")
+    assert (tmp_path / "environment.damaged").exists()
+    (tmp_path / "environment.json").write_text("[]")
     for _ in range(2):
         record_environment(tmp_path, ["here", "there"], "cpu", "fp32")
     lives = json.loads((tmp_path / "environment.json").read_text())
