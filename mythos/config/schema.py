@@ -188,13 +188,27 @@ class Train:
 
 @section
 class Optim:
-    """AdamW and its learning rate: linear warm-up, constant, cooldown."""
+    """AdamW, or Muon and AdamW; their learning rates: linear warm-up, constant, cooldown."""
 
-    learning_rate: float = option("peak learning rate", gt=0)
+    kind: Literal["adamw", "muon"] = option(
+        "adamw, or muon: Muon for the blocks' matrices and the routed experts, AdamW for the rest", "adamw"
+    )
+    learning_rate: float = option("peak learning rate of AdamW", gt=0)
     beta1: float = option("decay of the gradient's running mean", 0.9, ge=0, lt=1)
     beta2: float = option("decay of the squared gradient's running mean", 0.95, ge=0, lt=1)
     epsilon: float = option("added to the denominator", 1e-8, gt=0)
-    weight_decay: float = option("decoupled decay of matrices; embeddings, norms and vectors have none", 0.1, ge=0)
+    weight_decay: float = option(
+        "AdamW's decoupled decay of matrices when kind is adamw; embeddings, norms and vectors have none", 0.1, ge=0
+    )
+    muon_learning_rate: float = option("peak learning rate of Muon", 8e-3, gt=0)
+    muon_momentum: float = option("decay of the gradient's running mean in Muon, after its warm-up", 0.95, ge=0, lt=1)
+    muon_momentum_start: float = option("the same at the first step", 0.85, ge=0, lt=1)
+    muon_momentum_warmup_steps: int = option("steps from one to the other, linearly", 300, ge=0)
+    muon_weight_decay: float = option(
+        "Muon's decay at the first step, where update and weight agree in sign; falls linearly to 0 over train.steps",
+        0.2,
+        ge=0,
+    )
     gradient_clip: float = option(
         "largest gradient norm, larger ones are scaled down to it; 0 switches it off", 1.0, ge=0
     )

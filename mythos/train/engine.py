@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -21,7 +22,13 @@ from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
 from mythos.model.loop import ExitRule, Loop
 from mythos.model.moe import MoE
-from mythos.train.optimizer import build_optimizer
+from mythos.train.muon import Exchange, MuonAdamW
+from mythos.train.optimizer import build_optimizer, stacked_matrices
+from mythos.train.placement import placement
+from mythos.train.schedule import MuonStep
+
+# DeepSpeed takes only optimizers that were tested with ZeRO: this one is, here.
+ZERO_SUPPORTED_OPTIMIZERS.append(MuonAdamW)
 
 
 class Update(NamedTuple):
@@ -54,6 +61,8 @@ class TrainingEngine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=sections)
         self._check_conversion(moe_names)
         self._keep_buffers_in_fp32()
+        if isinstance(optimizer, MuonAdamW):
+            optimizer.exchanges = self._exchanges(optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -77,10 +86,13 @@ class TrainingEngine:
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # counts the micro batch
 
-    def step(self, learning_rate: float) -> Update:
+    def step(self, learning_rate: float, muon: MuonStep | None = None) -> Update:
         """After the last micro batch: clip and update, or skip the update when the gradient norm is not finite."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            if muon and group["muon"]:
+                group |= {"lr": muon.learning_rate, "momentum": muon.momentum, "weight_decay": muon.weight_decay}
+            else:
+                group["lr"] = learning_rate
         if self._plain_optimizer:
             norm = self._clip_plain_gradients()
             self.deepspeed.step()
@@ -125,6 +137,21 @@ class TrainingEngine:
             elif self.clip and norm > self.clip:
                 parameter.grad.mul_(self.clip / (norm + 1e-6))  # type: ignore[union-attr]
         return norm
+
+    def _exchanges(self, optimizer: MuonAdamW) -> dict[Tensor, Exchange]:
+        """For each tensor that DeepSpeed hands to Muon: how the matrices in it are orthogonalised. Collective."""
+        replicas = {"": dist.group.WORLD}
+        if self.stage == 0:
+            names = [group["name"] for group in optimizer.param_groups if group.get("moe")]
+            replicas |= {name: groups._get_expert_data_parallel_group(name) for name in names}
+        stacked = stacked_matrices(self.module)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return {
+            tensor: Exchange(held, process_group, self.stage == 0, dtype, self.device)
+            for tensor, process_group, held in placement(
+                self.deepspeed.optimizer, optimizer, self.stage, replicas, stacked
+            )
+        }
 
     def _check_conversion(self, moe_names: list[str]) -> None:
         """AutoEP skips a layer whose names do not match without a word; then experts would train unsynchronised."""

@@ -37,7 +37,7 @@ from mythos.train.batch import (
 )
 from mythos.train.engine import TrainingEngine, precision
 from mythos.train.preemption import StopRequest
-from mythos.train.schedule import learning_rate
+from mythos.train.schedule import learning_rate, muon_step
 
 
 def train(config: Config, device: torch.device, stop: StopRequest, accept_changes: bool = False) -> int:
@@ -112,7 +112,7 @@ def _train(
             losses.append(loss.detach())
             health.append(diagnostics)
         rate = learning_rate(config.optim, step - 1, config.train.steps)
-        update = engine.step(rate)
+        update = engine.step(rate, muon_step(config.optim, step - 1, config.train.steps))
         if load is not None:
             dist.all_reduce(load)
             if update.applied:

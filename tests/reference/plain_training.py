@@ -9,20 +9,33 @@ from mythos.config.schema import Config
 from mythos.data.stream import OrderedStream, TokenDataset
 from mythos.model import build_model, depth
 from mythos.model.moe import balance, expert_load, moe_layers
+from tests.reference.muon import PlainMuon
+
+BY_MUON = ("attention.", "feed_forward.")
+HALVES = ("gate_up.weight", "key_value.weight", "gate_up_proj")
 
 
 def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozenset()) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step: whole batch, autograd, textbook clipping and torch's AdamW.
+    """(loss, gradient norm) of every step: whole batch, autograd, textbook clipping, torch's AdamW, plain Muon.
 
     The updates of the ``skipped`` steps (from 1) are left out.
     """
     torch.set_num_threads(1)
     model = build_model(config)
-    matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and name != "embedding.weight"]
-    others = [p for name, p in model.named_parameters() if p.ndim < 2 or name == "embedding.weight"]
-    optim = config.optim
+    optim, parameters, by_muon = config.optim, dict(model.named_parameters()), {}
+    if optim.kind == "muon":
+        by_muon = {
+            name: p
+            for name, p in parameters.items()
+            if p.ndim >= 2 and any(part in name for part in BY_MUON) and "router" not in name
+        }
+    muon = PlainMuon(by_muon, {name for name in by_muon if name.endswith(HALVES)})
+    rest = {name: p for name, p in parameters.items() if name not in by_muon}
+    matrices = [p for name, p in rest.items() if p.ndim >= 2 and name != "embedding.weight"]
+    others = [p for name, p in rest.items() if p.ndim < 2 or name == "embedding.weight"]
+    decay = 0.0 if optim.kind == "muon" else optim.weight_decay
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}],
         betas=(optim.beta1, optim.beta2),
         eps=optim.epsilon,
         fused=False,
@@ -41,13 +54,15 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.gradient_clip)
+        # warm-up, then the linear descent over the second half, written out
+        scale = min(1, step / optim.warmup_steps) * min(1, (steps - step + 1) / (steps / 2))
         for group in optimizer.param_groups:
-            # warm-up, then the linear descent over the second half, written out
-            group["lr"] = (
-                optim.learning_rate * min(1, step / optim.warmup_steps) * min(1, (steps - step + 1) / (steps / 2))
-            )
+            group["lr"] = optim.learning_rate * scale
         if step not in skipped:
             optimizer.step()
+            warm = min(1, (step - 1) / optim.muon_momentum_warmup_steps)
+            momentum = optim.muon_momentum_start + (optim.muon_momentum - optim.muon_momentum_start) * warm
+            muon.step(optim.muon_learning_rate * scale, momentum, optim.muon_weight_decay * (steps - step + 1) / steps)
             if load is not None:
                 balance(model, load, config.model.core_experts.balance_rate)
         curve.append((loss.item(), norm.item()))
