@@ -51,7 +51,7 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
             plan = [depth.plan(depths, config.loop.backprop_depth, slice(0, batch), seeds)]
         loss, _ = model(rows[:, :-1], rows[:, 1:], *plan)
         load = expert_load(model) if moe_layers(model) else None
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.gradient_clip)
         # warm-up, then the linear descent over the second half, written out

@@ -20,20 +20,16 @@ MUON: dict[str, Any] = {
     "optim__epsilon": 1e-10,
 }
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        f"ZeRO-{stage}, EP {experts}": (
-            "looped-moe",
-            {"parallel__zero_stage": stage, "parallel__expert_parallel_size": experts},
-        )
-        for stage in range(4)
-        for experts in (1, 2)
-    },
-    "ZeRO-3, accumulation 2": ("looped-moe", {"train__micro_batch_sequences": 2}),
-    "ZeRO-2, accumulation 2": ("looped-moe", {"parallel__zero_stage": 2, "train__micro_batch_sequences": 2}),
+    "ZeRO-0, EP 1": ("looped-moe", {"parallel__zero_stage": 0}),
+    "ZeRO-0, EP 2": ("looped-moe", {"parallel__zero_stage": 0, "parallel__expert_parallel_size": 2}),
+    "ZeRO-1, EP 2": ("looped-moe", {"parallel__zero_stage": 1, "parallel__expert_parallel_size": 2}),
+    "ZeRO-2, EP 1": ("looped-moe", {"parallel__zero_stage": 2}),
+    "ZeRO-2, EP 2": ("looped-moe", {"parallel__zero_stage": 2, "parallel__expert_parallel_size": 2}),
+    "ZeRO-3, EP 1": ("looped-moe", {}),
+    "ZeRO-3, EP 2": ("looped-moe", {"parallel__expert_parallel_size": 2}),
+    "accumulation 2": ("looped-moe", {"train__micro_batch_sequences": 2}),
     "dense core, ZeRO-3": ("looped", {}),
-    "dense core, ZeRO-2": ("looped", {"parallel__zero_stage": 2}),
-    "baseline, ZeRO-3": ("dense", {}),
-    "baseline, ZeRO-0": ("dense", {"parallel__zero_stage": 0}),
+    "baseline, ZeRO-2": ("dense", {"parallel__zero_stage": 2}),
 }
 
 
@@ -52,4 +48,4 @@ def test_two_ranks_train_like_one_plain_process(
     plain = plain_curve(model, tiny_data)
     assert curve(config, "train/loss") == pytest.approx([loss for loss, _ in plain], rel=1e-4)
     assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-3)
-    assert plain[-1][0] < 0.9 * plain[0][0], "it must learn"
+    assert plain[-1][0] < plain[0][0] - 0.3, "it must learn"
