@@ -170,13 +170,19 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _muon(self, group: dict[str, Any]) -> None:
         parameters: list[Tensor] = group["params"]
+        if not self.exchanges:  # DeepSpeed tries a step without gradients out while it is being initialised
+            for parameter in parameters:
+                parameter.grad = None
+            return
         rate, momentum = group["lr"], group["momentum"]
         directions = []
         for parameter in parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             state = self.state[parameter]
             if not state:
+                state["step"] = torch.zeros((), device=parameter.device)  # AdamW expects one when it loads a state
                 state["exp_avg"] = torch.zeros_like(parameter)
+            state["step"] += 1
             average = state["exp_avg"].lerp_(gradient, 1 - momentum)
             directions.append(gradient.lerp(average, momentum).flatten())
             parameter.grad = None
