@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import LinearCrossEntropyOptions
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
@@ -13,16 +14,20 @@ CHUNK_LOGITS = 1 << 24
 def cross_entropy(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, z_loss: float = 0.0) -> Tensor:
     """Mean over the targets that are not ``IGNORED`` of -log softmax(head h)[target] + z_loss * logsumexp(head h)^2.
 
-    In fp32; 0 if all targets are ignored. The logits are made in chunks of tokens, and made again in the backward
-    pass, so that never more than ``CHUNK_LOGITS`` of them are in memory. z-loss: PaLM, arXiv 2204.02311.
+    In fp32; 0 if all targets are ignored. Never more than ``CHUNK_LOGITS`` logits are in memory. z-loss: PaLM,
+    arXiv 2204.02311.
     """
     hidden_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
-    chunk = max(1, CHUNK_LOGITS // head_VD.shape[0])
-    total = hidden_TD.new_zeros((), dtype=torch.float32)
-    for hidden_tD, targets_t in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True):
-        arguments = (hidden_tD, head_VD, targets_t, z_loss)
-        # One chunk needs no second pass: its logits are within the bound anyway.
-        total = total + (_sum(*arguments) if len(targets_T) <= chunk else _recomputed_sum(*arguments))
+    chunk_tokens = max(1, CHUNK_LOGITS // head_VD.shape[0])
+    if len(targets_T) <= chunk_tokens:
+        total = _sum(hidden_TD, head_VD, targets_T, z_loss)
+    elif z_loss == 0:
+        options = LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens)
+        total = F.linear_cross_entropy(
+            hidden_TD, head_VD, targets_T, reduction="sum", ignore_index=IGNORED, options=options
+        ).float()
+    else:
+        total = _sum_in_chunks(hidden_TD, head_VD, targets_T, z_loss, chunk_tokens)
     return total / (targets_T != IGNORED).sum().clamp(min=1)
 
 
@@ -34,5 +39,10 @@ def _sum(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z_loss: float) -
     return total
 
 
-def _recomputed_sum(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z_loss: float) -> Tensor:
-    return checkpoint(_sum, hidden_TD, head_VD, targets_T, z_loss, use_reentrant=False, preserve_rng_state=False)
+def _sum_in_chunks(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z_loss: float, chunk_tokens: int) -> Tensor:
+    """The library's form has no z-loss. Here the logits of a chunk are made again in the backward pass."""
+    total = hidden_TD.new_zeros((), dtype=torch.float32)
+    for hidden_tD, targets_t in zip(hidden_TD.split(chunk_tokens), targets_T.split(chunk_tokens), strict=True):
+        arguments = (hidden_tD, head_VD, targets_t, z_loss)
+        total = total + checkpoint(_sum, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return total

@@ -79,7 +79,7 @@ def _block_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
         if isinstance(block, Block):
             for module in block.modules():
                 if not isinstance(module, nn.Embedding | Router | Experts):
-                    yield from (p for p in module.parameters(recurse=False) if p.ndim >= 2)
+                    yield from (p for p in module.parameters(recurse=False) if _dimensions(p) >= 2)
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:

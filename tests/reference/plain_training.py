@@ -11,7 +11,7 @@ from mythos.model import build_model, depth
 from mythos.model.moe import balance, expert_load, moe_layers
 from tests.reference.muon import PlainMuon
 
-BY_MUON = ("attention.", "feed_forward.")
+BY_MUON = ("attention.", "feed_forward.", "adapter.")
 HALVES = ("gate_up.weight", "key_value.weight", "gate_up_proj")
 
 
@@ -31,8 +31,8 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
         }
     muon = PlainMuon(by_muon, {name for name in by_muon if name.endswith(HALVES)})
     rest = {name: p for name, p in parameters.items() if name not in by_muon}
-    matrices = [p for name, p in rest.items() if p.ndim >= 2 and name != "embedding.weight"]
-    others = [p for name, p in rest.items() if p.ndim < 2 or name == "embedding.weight"]
+    matrices = [p for name, p in rest.items() if p.ndim >= 2 and "embedding" not in name]
+    others = [p for name, p in rest.items() if p.ndim < 2 or "embedding" in name]
     decay = 0.0 if optim.kind == "muon" else optim.weight_decay
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}],

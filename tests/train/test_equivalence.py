@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from mythos import loss
+from mythos.config.schema import Config
 from tests.reference.plain_training import train_plainly
 from tests.spawn import RankPool
-from tests.tiny import tiny_config
+from tests.tiny import VOCABULARY, tiny_config
 from tests.train.runs import curve, run_training
 
 STEPS = 20
@@ -48,7 +50,7 @@ def test_two_ranks_train_like_one_plain_process(
     assert two_ranks.run(run_training, config) == [0, 0]
 
     plain = plain_curve(model, tiny_data, overrides.get("loop__depth"))
-    assert curve(config, "train/loss") == pytest.approx([loss for loss, _ in plain], rel=1e-5)
+    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
     assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
     if model != "dense":
         assert len(set(curve(config, "depth/mean"))) > 3, "the depth must change from step to step"
@@ -61,5 +63,25 @@ def test_one_rank_trains_like_the_plain_process(
     config = tiny_config(model, tiny_data, tmp_path / "run", train__steps=STEPS)
     assert one_rank.run(run_training, config) == [0]
     plain = plain_curve(model, tiny_data, None)
-    assert curve(config, "train/loss") == pytest.approx([loss for loss, _ in plain], rel=1e-5)
+    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
+    assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
+
+
+def train_with_chunked_loss(config: Config) -> int:
+    whole = loss.CHUNK_LOGITS
+    loss.CHUNK_LOGITS = 10 * VOCABULARY
+    try:
+        return run_training(config)
+    finally:
+        loss.CHUNK_LOGITS = whole
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
+def test_the_loss_in_chunks_trains_the_same_under_zero_3(
+    z_loss: float, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, train__steps=6, train__z_loss=z_loss)
+    assert two_ranks.run(train_with_chunked_loss, config) == [0, 0]
+    plain = train_plainly(config, 6)
+    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
     assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)

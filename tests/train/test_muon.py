@@ -39,7 +39,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ZeRO-3, EP 1": ("looped-moe", {}),
     "ZeRO-3, EP 2": ("looped-moe", {"parallel__expert_parallel_size": 2}),
     "accumulation 2": ("looped-moe", {"train__micro_batch_sequences": 2}),
-    "dense core, ZeRO-3": ("looped", {}),
+    "all options, ZeRO-3, EP 2": ("mythos", {"parallel__expert_parallel_size": 2}),
+    "published, ZeRO-3": ("published", {}),
     "baseline, ZeRO-2": ("dense", {"parallel__zero_stage": 2}),
 }
 
@@ -59,7 +60,7 @@ def test_two_ranks_train_like_one_plain_process(
     plain = plain_curve(model, tiny_data)
     assert curve(config, "train/loss") == pytest.approx([loss for loss, _ in plain], rel=1e-4)
     assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-3)
-    assert plain[-1][0] < plain[0][0] - 0.3, "it must learn"
+    assert plain[-1][0] < plain[0][0] - 0.15, "it must learn"
 
 
 @pytest.mark.parametrize(("model", "stage"), [("looped-moe", 3), ("dense", 0)])
@@ -88,7 +89,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(
 
 def good_then_bad_step(config: Config) -> tuple[list[bool], list[bool], int]:
     """Whether two steps were applied, the second with a NaN loss; which tensors it left alone; how many momenta."""
-    engine = TrainingEngine(config, build_model(config), torch.device("cpu"))
+    engine = TrainingEngine(config, torch.device("cpu"))
     inner = getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
 
     def snapshot() -> list[torch.Tensor]:
