@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def _train(job: tuple[list[str], list[str]]) -> str:
     from mythos.errors import TrainingError
     from mythos.metrics.console import log
     from mythos.train.loop import train
-    from mythos.train.preemption import StopRequest
+    from mythos.train.preemption import SIGNALS, StopRequest
 
     files, overrides = job
     config = load(files, overrides)
@@ -61,4 +62,6 @@ def _train(job: tuple[list[str], list[str]]) -> str:
         outcome = error
     for handler in list(log.handlers):
         log.removeHandler(handler)
+    for number in SIGNALS:  # the pool ends its workers by SIGTERM, which the run took for a wish to be saved
+        signal.signal(number, signal.SIG_DFL)
     return f"{config.run.directory}: {outcome}"

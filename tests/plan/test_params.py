@@ -1,10 +1,12 @@
 """Parameter counts: published numbers to the digit, and the arithmetic against the modules themselves."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from launch.cli import main
 from mythos.config.load import load_model
 from mythos.config.schema import Looped
 from mythos.model import build_structure
@@ -90,6 +92,16 @@ def test_the_arithmetic_counts_what_the_modules_have(name: str) -> None:
         model = load_model([CONFIGS / f"{name}.yaml"])
         chosen = model.core_experts.experts_per_token / model.core_experts.experts
         assert count.total - count.active == pytest.approx(routed * (1 - chosen))
+
+
+def test_the_command_prints_the_parts_and_their_sums(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", str(CONFIGS / "looped-moe-770m.yaml")]) == 0
+    lines = dict(re.match(r"(.+?) {2,}([\d,]+)", line).groups() for line in capsys.readouterr().out.splitlines())
+    numbers = {name: int(text.replace(",", "")) for name, text in lines.items()}
+    sums = {name: numbers.pop(name) for name in ("total", "active a token", "of which lookup tables")}
+    assert sum(numbers.values()) == sums["total"]
+    idle = 58 / 64 * numbers["routed experts"]
+    assert sums["active a token"] == sums["total"] - idle
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -54,6 +54,7 @@ def test_two_ranks_train_like_one_plain_process(
     assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
     if model != "dense":
         assert len(set(curve(config, "depth/mean"))) > 3, "the depth must change from step to step"
+        assert max(curve(config, "depth/done_over_due")) <= 1.02
 
 
 @pytest.mark.parametrize("model", ["looped-moe", "mythos", "dense"])
