@@ -219,9 +219,10 @@ def sample_text(config: Config, engine: TrainingEngine, device: torch.device) ->
     tokenizer.encode_special_tokens = True  # the prompt is text: "<|bos|>" in it is seven letters
     prompt = [tokenizer.token_to_id(BOS), *tokenizer.encode(config.sample.prompt).ids]
     deepest = max(eval_depths(config)) if isinstance(config.model, Looped) else None
+    rule = exit_rule(config.eval)
     with engine.evaluation():
         ids = sample_tokens(
-            engine,
+            lambda tokens, targets, plan: engine(tokens, targets, plan, rule),
             prompt,
             config.sample.tokens,
             config.sample.temperature,

@@ -1,0 +1,39 @@
+"""Built sharded by ZeRO-3, a model starts with the weights that it has when it is built whole."""
+
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+
+from mythos.config.schema import Config
+from mythos.model import build_model
+from mythos.train.engine import TrainingEngine
+from tests.spawn import RankPool
+from tests.tiny import tiny_config
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    """Every parameter of the engine's model but the routed experts, whole."""
+    engine = TrainingEngine(config, torch.device("cpu"))
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        if "experts.w" not in name:  # AutoEP's form, checked by training
+            with deepspeed.zero.GatheredParameters([parameter]):
+                found[name.replace("router.gate.", "router.")] = parameter.detach().clone()
+    return found
+
+
+@pytest.mark.parametrize("model", ["mythos", "published"])
+def test_sharded_and_whole_models_start_alike(
+    model: str, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    whole = {
+        name: parameter.detach()
+        for name, parameter in build_model(tiny_config(model, tiny_data, tmp_path)).named_parameters()
+        if "_proj" not in name
+    }
+    for pool in (one_rank, two_ranks):
+        for found in pool.run(weights, tiny_config(model, tiny_data, tmp_path, ranks=pool.ranks)):
+            assert found.keys() == whole.keys()
+            assert all(torch.equal(found[name], whole[name]) for name in whole)
