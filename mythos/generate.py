@@ -1,13 +1,8 @@
 """Text from a model, one token after the other, without a cache."""
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
-from mythos.model import depth
-
-Forward = Callable[[Tensor, Tensor | None, depth.DepthPlan | None], tuple[Tensor, dict[str, Tensor]]]
+from mythos.model import Forward, depth
 
 
 def sample_tokens(

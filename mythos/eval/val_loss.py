@@ -1,6 +1,6 @@
 """Loss on held-out documents, at each depth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,10 +9,7 @@ from torch import Tensor
 
 from mythos.data.stream import TokenDataset
 from mythos.loss import IGNORED
-from mythos.model import depth
-
-Forward = Callable[[Tensor, Tensor | None, depth.DepthPlan | None], tuple[Tensor, dict[str, Tensor]]]
-"""(tokens (B, S), targets (B, S), plan) -> (mean loss, diagnostics)."""
+from mythos.model import Forward, depth
 
 
 def validation_losses(

@@ -1,11 +1,17 @@
 """The model: knows nothing of ranks, process groups, environment variables or DeepSpeed."""
 
-from torch import nn
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 from mythos.config.schema import Config, Dense, Looped
 from mythos.model.dense import DenseTransformer
+from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
 from mythos.model.looped import LoopedTransformer
+
+Forward = Callable[[Tensor, Tensor | None, DepthPlan | None], tuple[Tensor, dict[str, Tensor]]]
+"""(tokens (B, S), targets (B, S) or None, plan) -> (loss or logits, diagnostics)."""
 
 
 def build_model(config: Config) -> nn.Module:

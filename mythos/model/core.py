@@ -41,11 +41,11 @@ class CoreBlock(Block):
     """A block whose feed-forward layer may be a mixture-of-experts, with an adapter beside it for each loop step."""
 
     def __init__(self, config: Looped, value_gate: bool) -> None:
-        self_experts = config.core_experts
-        layer = MoE(config.width, self_experts) if self_experts else feed_forward(config.width, config.feed_forward)
+        experts = config.core_experts
+        layer = MoE(config.width, experts) if experts else feed_forward(config.width, config.feed_forward)
         super().__init__(config, layer, value_gate)
-        self.expert_config = self_experts
-        self.penalised = self_experts is not None and (self_experts.balance_loss > 0 or self_experts.router_z_loss > 0)
+        self.expert_config = experts
+        self.penalised = experts is not None and (experts.balance_loss > 0 or experts.router_z_loss > 0)
         self.adapter = Adapter(config.width, config.adapter_rank, config.adapter_loops) if config.adapter_rank else None
 
     def forward(  # type: ignore[override]

@@ -151,7 +151,7 @@ def test_every_option_has_a_reader() -> None:
         "model": ("config", "model"),
         "attention": ("config", "attention"),
         "feed_forward": ("config", "feed_forward"),
-        "core_experts": ("config", "experts", "core_experts", "self_experts"),
+        "core_experts": ("config", "experts", "core_experts"),
         "halting": ("config", "halting"),
     }
     root = Path(__file__).parents[2]
