@@ -19,7 +19,7 @@ def test_the_demo_learns_and_a_second_start_says_that_it_is_finished(tmp_path: P
     environ = {name: value for name, value in clean_environment().items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     done = run(command, limit_s=1500, env=environ, cwd=REPO)
     assert done.returncode == 0, done.stderr
-    assert "sample: 'My fellow citizens, the state of the Union" in done.stderr
+    assert 'sample: "My fellow citizens, the state of the Union' in done.stderr
     assert f"run directory: {directory}" in done.stderr
     assert f"tensorboard --logdir {directory}" in done.stderr
 

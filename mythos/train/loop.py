@@ -1,5 +1,6 @@
 """The training run, from the first step to the last, in the order in which things happen."""
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -167,7 +168,7 @@ def _train(
 
     progress.close()
     if exit_code == DONE and config.sample.tokens:
-        log.info(f"sample: {sample_text(config, engine, device)!r}")
+        log.info(f"sample: {json.dumps(sample_text(config, engine, device), ensure_ascii=False)}")
     _say_where(directory)
     return exit_code
 
