@@ -120,8 +120,10 @@ class Loop(nn.Module):
         if self.noise_deviation:
             generator = torch.Generator(e_BSD.device)
             limit = 3 * self.noise_deviation
-            for row, seed in zip(state["h"], plan.state_seeds, strict=True):
-                nn.init.trunc_normal_(row, 0.0, self.noise_deviation, -limit, limit, generator.manual_seed(seed))
+            drawn_SD = torch.empty(e_BSD.shape[1:], device=e_BSD.device)  # fp32: bf16 would draw from a coarse grid
+            for row_SD, seed in zip(state["h"], plan.state_seeds, strict=True):
+                nn.init.trunc_normal_(drawn_SD, 0.0, self.noise_deviation, -limit, limit, generator.manual_seed(seed))
+                row_SD.copy_(drawn_SD)
         if self.halting is not None:
             state["output"], state["weights"], state["ponder"] = self.halting.start(e_BSD)
         return state

@@ -41,8 +41,8 @@ class LoopedTransformer(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss (scalar), or logits (B, S, V) when ``targets_BS`` is None; and diagnostics.
 
-        In training the loss includes the routing penalty and the ponder cost; diagnostics then hold the pure
-        cross-entropy beside it.
+        In training the loss includes the routing penalty and the ponder cost; the diagnostics then say how much of it
+        they are (``train/penalty``).
         """
         rotary = rotary_for(self.config.attention, tokens_BS.shape[1], tokens_BS.device)
         x_BSD, values = self.embedding(tokens_BS), self.value_embeddings(tokens_BS)
