@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         from mythos.train import distributed
 
         try:
+            stop.leave_after(config.preemption.grace_s)
             device = distributed.start(config.device)
             from mythos.train.loop import train  # imports DeepSpeed, which wants to know the device
 
