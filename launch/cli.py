@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from launch import config, data, params, train
+from launch import checkpoint, config, data, export, params, train
 from mythos import __version__
 from mythos.errors import FAILED, UserError
 
@@ -16,10 +16,15 @@ Train recurrent-depth (looped) transformers with sparse mixture-of-experts.
   mythos config MODEL.yaml RUN.yaml key=value ...
   mythos params MODEL.yaml        parameters by part
   mythos train  MODEL.yaml RUN.yaml key=value ...
+  mythos checkpoint list RUN      what a run has saved
+  mythos export RUN               weights as safetensors
 
 The same train command runs bare (one process) and under torchrun, mpiexec and srun.
 """
-EXIT_CODES = "exit codes: 0 done, 2 bad input, 85 preempted and saved (start again to go on), other: failed"
+EXIT_CODES = (
+    "exit codes: 0 done, 2 bad input, 74 checkpoints cannot be written, 85 preempted (start again to go on), "
+    "other: failed"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mythos {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (train, config, params, data):
+    for command in (train, config, params, data, checkpoint, export):
         command.add_parser(subparsers)
     return parser
 

@@ -165,6 +165,7 @@ def _train(
                 log.warning(f"step {step}: {warning}")
         metrics |= saver.metrics()
         watchdog.progress(f"step {step}")
+        watchdog.started()
 
         last = step == config.train.steps
         if due(step, config.log.every) or last or not update.applied:
