@@ -3,8 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,11 +13,11 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from mythos.config.derive import eval_depths, global_batch_sequences, micro_steps, tokens_per_step
+from mythos.config.derive import eval_depths, global_batch_sequences, tokens_per_step
 from mythos.config.load import flatten, to_dict
 from mythos.config.schema import Config, Looped
 from mythos.data.format import BOS
-from mythos.data.stream import OrderedStream, TokenDataset
+from mythos.data.stream import Source
 from mythos.errors import DONE, PREEMPTED, TrainingError
 from mythos.eval.exit import exit_rule
 from mythos.eval.val_loss import validation_losses
@@ -27,15 +28,8 @@ from mythos.metrics.throughput import StepClock, peak_memory_gib
 from mythos.metrics.writer import MetricsWriter
 from mythos.model.moe import balance, expert_load, moe_layers
 from mythos.train import checkpoint, distributed, run_directory
-from mythos.train.batch import (
-    check_data_unchanged,
-    data_identity,
-    draw_depths,
-    micro_batch,
-    micro_batch_plan,
-    open_data,
-    read_tokenizer,
-)
+from mythos.train.batch import StepBatches, draw_depths, micro_batch_plan, tokens_and_targets
+from mythos.train.data import RunData, check_data_unchanged, open_data, read_tokenizer
 from mythos.train.engine import TrainingEngine, precision
 from mythos.train.preemption import StopRequest
 from mythos.train.schedule import learning_rate, muon_step
@@ -56,27 +50,28 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
     data = distributed.agree(lambda: open_data(config))
     changed, lock = _open_run_directory(config, accept_changes, device)
     with lock or nullcontext(), ExitStack() as cleanup:
-        return _train(config, device, stop, data, changed, cleanup)
+        return _train(config, device, stop, data, changed, accept_changes, cleanup)
 
 
 def _train(
     config: Config,
     device: torch.device,
     stop: StopRequest,
-    data: tuple[TokenDataset, TokenDataset],
+    data: RunData,
     changed: Mapping[str, Any],
+    accept_changes: bool,
     cleanup: ExitStack,
 ) -> int:
     directory, rank = Path(config.run.directory), dist.get_rank()
-    training_set, validation_set = data
     found = distributed.agree(lambda: checkpoint.latest(directory / "checkpoints"))
     engine = TrainingEngine(config, device)
-    state: dict[str, Any] = {"data": data_identity(config), "skipped_steps": 0, "bad_steps_in_a_row": 0}
+    state: dict[str, Any] = {"data": data.identity, "skipped_steps": 0, "bad_steps_in_a_row": 0}
     first_step = 0
     if found is not None:
         saved = checkpoint.load(engine, found)
-        distributed.agree(lambda: check_data_unchanged(saved["data"], state["data"]))
-        state, first_step = saved, saved["step"]
+        for change in distributed.agree(lambda: check_data_unchanged(saved["data"], data.identity, accept_changes)):
+            log.warning(f"data changed: {change}; going on at sample {saved['samples']} of the new order")
+        state, first_step = saved | {"data": data.identity}, saved["step"]
         log.info(f"resumed from {found} at step {first_step} of {config.train.steps}")
     if first_step >= config.train.steps:
         log.info(f"the run is finished at step {first_step}: raise train.steps (now {config.train.steps}) to go on")
@@ -91,10 +86,11 @@ def _train(
         run_directory.write_config(config)
         writer.write_config(yaml.safe_dump(to_dict(config), sort_keys=False), flatten(to_dict(config)))
     if not found:
-        validate(config, engine, validation_set, 0, writer)
-    stream = OrderedStream(training_set, config.seed)
+        validate(config, engine, data.validation, 0, writer)
+    stream = data.stream(config)
+    batches = cleanup.enter_context(closing(StepBatches(config, stream, first_step + 1)))
+    distributed.agree(batches.check)
     progress = Progress(first_step, config.train.steps, rank)
-    steps_of_micro_batches = micro_steps(config, dist.get_world_size())
     has_experts = bool(moe_layers(engine.module))
     clock = StepClock()
     exit_code = DONE
@@ -103,9 +99,10 @@ def _train(
         clock.start()
         depths = draw_depths(config, step)
         losses, health, load = [], [], None
-        for micro_step in range(steps_of_micro_batches):
-            with clock.waiting_for_data():
-                tokens, targets = micro_batch(config, stream, step, micro_step, device)
+        with clock.waiting_for_data():
+            micro_batches = batches.take(step)
+        for micro_step, sequences in enumerate(micro_batches):
+            tokens, targets = tokens_and_targets(sequences, device)
             loss, diagnostics = engine(tokens, targets, micro_batch_plan(config, depths, step, micro_step))
             if has_experts:  # before the backward pass, whose recomputation would count the tokens again
                 load = expert_load(engine.module) + (0 if load is None else load)
@@ -121,8 +118,11 @@ def _train(
 
         # Everything a rank knows alone travels in one exchange, and all ranks decide on the same numbers.
         local = {"train/loss": torch.stack(losses).mean().item(), **model_metrics(health)}
+        with clock.waiting_for_data():  # for the next step: what one rank cannot read, all ranks must know
+            data_failed = batches.failed()
         worst = {
             "stop": float(stop.asked),
+            "data_failed": float(data_failed),
             "perf/data_wait_seconds": clock.data_wait_seconds,
             "perf/peak_memory_gib": peak_memory_gib(device),
         }
@@ -130,9 +130,10 @@ def _train(
         agreed = dict(zip(local, rows.mean(dim=0).tolist(), strict=False))
         agreed |= dict(zip(worst, rows.amax(dim=0)[len(local) :].tolist(), strict=True))
         seconds = clock.seconds()
-        stopping = bool(agreed.pop("stop"))
+        stopping, data_failed = bool(agreed.pop("stop")), bool(agreed.pop("data_failed"))
         state["bad_steps_in_a_row"] = 0 if update.applied else state["bad_steps_in_a_row"] + 1
         state["skipped_steps"] += not update.applied
+        state["epochs"] = stream.epochs(step * global_batch_sequences(config))
         metrics = agreed | {
             "train/learning_rate": rate,
             "train/gradient_norm": update.gradient_norm,
@@ -153,10 +154,12 @@ def _train(
                 writer.write(step, metrics)
         if not update.applied:
             report_bad_step(config, step, state["bad_steps_in_a_row"])
-        if stopping:  # time may be short: save before anything else
+        if stopping or data_failed:  # time may be short: save before anything else
             save(config, engine, step, state)
+        if data_failed:
+            distributed.agree(batches.check)
         if due(step, config.eval.every) or last:
-            validate(config, engine, validation_set, step, writer)
+            validate(config, engine, data.validation, step, writer)
         if (due(step, config.checkpoint.every) or last) and not stopping:
             save(config, engine, step, state)
         if stopping and not last:
@@ -168,7 +171,7 @@ def _train(
 
     progress.close()
     if exit_code == DONE and config.sample.tokens:
-        log.info(f"sample: {json.dumps(sample_text(config, engine, device), ensure_ascii=False)}")
+        log.info(f"sample: {json.dumps(sample_text(config, engine, data.tokenizer, device), ensure_ascii=False)}")
     _say_where(directory)
     return exit_code
 
@@ -179,14 +182,16 @@ def due(step: int, every: int) -> bool:
 
 
 def validate(
-    config: Config, engine: TrainingEngine, dataset: TokenDataset, step: int, writer: MetricsWriter | None
+    config: Config, engine: TrainingEngine, sources: Sequence[Source], step: int, writer: MetricsWriter | None
 ) -> None:
     """Measure and report the validation loss at each depth. Collective."""
     rule = exit_rule(config.eval)
+    for source in sources:
+        distributed.agree(partial(source.dataset.check, config.eval.sequences))
     with engine.evaluation():
         losses = validation_losses(
             lambda tokens, targets, plan: engine(tokens, targets, plan, rule),
-            dataset,
+            sources,
             eval_depths(config),
             config.eval.sequences,
             config.train.micro_batch_sequences,
@@ -214,9 +219,9 @@ def report_bad_step(config: Config, step: int, in_a_row: int) -> None:
         )
 
 
-def sample_text(config: Config, engine: TrainingEngine, device: torch.device) -> str:
+def sample_text(config: Config, engine: TrainingEngine, tokenizer_file: Path, device: torch.device) -> str:
     """The prompt and the model's continuation, as text. Collective."""
-    tokenizer = read_tokenizer(config)
+    tokenizer = read_tokenizer(tokenizer_file)
     tokenizer.encode_special_tokens = True  # the prompt is text: "<|bos|>" in it is seven letters
     prompt = [tokenizer.token_to_id(BOS), *tokenizer.encode(config.sample.prompt).ids]
     deepest = max(eval_depths(config)) if isinstance(config.model, Looped) else None

@@ -178,7 +178,7 @@ def test_what_does_not_fit_the_checkpoint_is_refused(
 
     elsewhere = write_data_set(tmp_path / "data", VOCABULARY, seed=1)
     other_data = tiny_config("looped-moe", elsewhere, run, ranks=2, **longer)
-    assert "the run was started on other data (fingerprint" in two_ranks.run(failure, other_data)[0]
+    assert "the run was started on other data (sources.data.fingerprint: " in two_ranks.run(failure, other_data)[0]
 
     newest = run / "checkpoints" / "step_00000004"
     (newest / "rng_rank_00001.pt").write_bytes(b"rubbish")

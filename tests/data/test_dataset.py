@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,14 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mythos.data.stream import OrderedStream, TokenDataset
+from mythos.data.dataset import TokenDataset
 from mythos.errors import UserError
 from tests.data.conftest import ROWS, SEQUENCE_LENGTH, write_data_set
 
 LENGTH = ROWS["train"]
-
-
-# --- the reader -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocabulary_size", [4096, 70000])
@@ -32,6 +30,28 @@ def test_rows_equal_those_of_the_streaming_library(tmp_path: Path, vocabulary_si
         assert row.dtype == np.int64
         assert row.shape == (SEQUENCE_LENGTH + 1,)
         np.testing.assert_array_equal(row, theirs[index]["tokens"])
+
+
+def test_packed_shards_give_the_same_rows_and_leave_the_data_directory_alone(pristine: Path, tmp_path: Path):
+    packed = write_data_set(tmp_path / "data", compression="zstd:3")
+    before = sorted(packed.rglob("*"))
+    ours, expected = TokenDataset(packed, "train"), TokenDataset(pristine, "train")
+    np.testing.assert_array_equal(ours.read(range(LENGTH)), expected.read(range(LENGTH)))
+    assert sorted(packed.rglob("*")) == before
+    flip_byte(packed / "train" / "shard.00001.mds.zstd", 30)
+    with pytest.raises(UserError, match=r"shard\.00001\.mds\.zstd: damaged"):
+        TokenDataset(packed, "train").read(range(LENGTH))
+
+
+def test_only_a_bounded_number_of_files_is_open(pristine: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mythos.data.dataset.KEEP_OPEN", 2)
+    dataset = TokenDataset(pristine, "train")
+    files = len(os.listdir("/proc/self/fd"))
+    rows = dataset.read(range(LENGTH))
+    assert len(os.listdir("/proc/self/fd")) == files + 2
+    np.testing.assert_array_equal(rows, TokenDataset(pristine, "train").read(range(LENGTH)))
+    dataset.close()
+    assert len(os.listdir("/proc/self/fd")) <= files + 2, "those of the second data set"
 
 
 def test_rows_may_be_read_in_any_order_and_changed(pristine: Path):
@@ -56,11 +76,10 @@ def test_unknown_split(pristine: Path):
 
 
 def test_the_reader_imports_neither_torch_nor_streaming():
-    code = "import sys, mythos.data.stream; sys.exit(bool({'torch', 'streaming'} & set(sys.modules)))"
+    code = (
+        "import sys, mythos.data.stream, mythos.data.cache; sys.exit(bool({'torch', 'streaming'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-# --- damage -----------------------------------------------------------------------------------------------------------
 
 
 def flip_byte(path: Path, position: int) -> None:
@@ -102,6 +121,14 @@ def test_truncated_shard_is_found_at_construction(data_set: Path):
     assert str(shard) in str(caught.value)
 
 
+def test_shard_cut_while_it_is_in_use_is_an_error_and_not_a_signal(data_set: Path):
+    dataset = TokenDataset(data_set, "train")
+    dataset[0]
+    os.truncate(data_set / "train" / "shard.00000.mds", 300)
+    with pytest.raises(UserError, match=r"shard\.00000\.mds: was cut while in use"):
+        dataset[15]
+
+
 def test_shard_truncated_after_construction_is_found_before_it_is_mapped(data_set: Path):
     dataset = TokenDataset(data_set, "train")
     shard = data_set / "train" / "shard.00000.mds"
@@ -125,7 +152,9 @@ def set_in_shard(name: str, value: object) -> Callable[[dict[str, Any]], object]
         (set_in_shard("column_encodings", ["ndarray:uint16"]), "column_encodings"),
         (set_in_shard("column_sizes", [None]), "column_sizes"),
         (set_in_shard("column_names", ["text"]), "column_names"),
-        (set_in_shard("compression", "zstd"), "compression"),
+        (set_in_shard("compression", "gz"), "compression"),
+        (set_in_shard("compression", "zstd"), "damaged entry"),
+        (lambda index: index["shards"][1]["raw_data"].update(basename="../../etc/passwd"), "basename"),
         (set_in_shard("format", "jsonl"), "format"),
         (set_in_shard("raw_data", None), "damaged entry"),
         (lambda index: index["shards"][1]["raw_data"]["hashes"].clear(), "xxh3_64"),
@@ -179,64 +208,3 @@ def test_missing_file(data_set: Path, name: str):
     with pytest.raises(UserError, match="no such file") as caught:
         TokenDataset(data_set, "train")
     assert str(data_set / name) in str(caught.value)
-
-
-# --- the order --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def train(pristine: Path) -> TokenDataset:
-    return TokenDataset(pristine, "train")
-
-
-def epoch_order(dataset: TokenDataset, seed: int, epoch: int) -> list[int]:
-    return OrderedStream(dataset, seed).indices(epoch * len(dataset), len(dataset)).tolist()
-
-
-def test_every_epoch_reads_every_row_once_in_an_order_of_its_own(train: TokenDataset):
-    orders = [epoch_order(train, seed, epoch) for seed in range(4) for epoch in range(4)]
-    for order in orders:
-        assert sorted(order) == list(range(LENGTH))
-    # Also catches a key such as seed + epoch, where (0, 1) and (1, 0) would share an order.
-    assert len({tuple(order) for order in orders}) == len(orders)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_the_same_samples_whatever_slices_they_are_read_in(train: TokenDataset, world_size: int):
-    total = 3 * LENGTH - 9
-    expected = OrderedStream(train, 7).rows(0, total)
-    streams = [OrderedStream(train, 7) for _ in range(world_size)]
-    batch_rows, position = 24, 0
-    pieces = []
-    while position < total:  # 24 does not divide 103: batches span epochs
-        share = batch_rows // world_size
-        for rank, stream in enumerate(streams):
-            pieces.append(stream.rows(position + rank * share, share))
-        position += batch_rows
-    np.testing.assert_array_equal(np.concatenate(pieces)[:total], expected)
-
-
-def test_a_batch_over_the_border_of_two_epochs(train: TokenDataset):
-    stream = OrderedStream(train, 3)
-    border = stream.indices(LENGTH - 2, 5).tolist()
-    assert border == epoch_order(train, 3, 0)[-2:] + epoch_order(train, 3, 1)[:3]
-    assert stream.indices(LENGTH - 2, 5).tolist() == border  # also with the later epoch in the cache
-    assert stream.indices(5, 2 * LENGTH).tolist() == (
-        epoch_order(train, 3, 0)[5:] + epoch_order(train, 3, 1) + epoch_order(train, 3, 2)[:5]
-    )
-
-
-def test_rows_are_those_of_the_indices(train: TokenDataset):
-    stream = OrderedStream(train, 1)
-    rows = stream.rows(40, 6)
-    assert rows.shape == (6, SEQUENCE_LENGTH + 1)
-    assert rows.dtype == np.int64
-    for row, index in zip(rows, stream.indices(40, 6), strict=True):
-        np.testing.assert_array_equal(row, train[int(index)])
-    assert stream.rows(40, 0).shape == (0, SEQUENCE_LENGTH + 1)
-
-
-def test_the_order_is_the_one_that_earlier_versions_gave(train: TokenDataset):
-    """A run resumed after an upgrade (numpy may change its permutation) must not read rows twice."""
-    assert OrderedStream(train, 0).indices(0, 6).tolist() == [99, 14, 7, 15, 86, 70]
-    assert OrderedStream(train, 5).indices(2 * LENGTH, 6).tolist() == [55, 20, 86, 63, 98, 38]
