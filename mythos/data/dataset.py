@@ -43,8 +43,10 @@ class TokenDataset:
         self.shards = read_index(self._place / INDEX_FILE, self.manifest, self._remedy)
         self._storage.check(self.shards)
         self._dtype = np.dtype(self.manifest.encoding.split(":")[1]).newbyteorder("<")
-        self._ends = np.cumsum([shard.rows for shard in self.shards])
+        self._rows = np.array([shard.rows for shard in self.shards], dtype=np.int64)
+        self._ends = np.cumsum(self._rows)
         self._open: OrderedDict[int, Future[OpenShard]] = OrderedDict()
+        self._ready: dict[int, OpenShard] = {}
         self._keep_open = KEEP_OPEN
         expected = self.manifest.splits[split].sequences
         if not 0 < len(self) == expected:
@@ -59,13 +61,15 @@ class TokenDataset:
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Those rows, int64 of shape (len(indices), sequence_length + 1). Raises IndexError outside [0, len)."""
-        rows = np.empty((len(indices), self.manifest.row_tokens), dtype=self._dtype)
-        numbers = np.searchsorted(self._ends, indices, side="right")
-        for row, index, number in zip(rows, indices, numbers, strict=True):
-            if not 0 <= index < len(self):
-                raise IndexError(f"row {index} of {len(self)}")
-            first = self._ends[number] - self.shards[number].rows
-            self._opened(int(number)).read(int(index - first), row)
+        wanted = np.asarray(indices, dtype=np.int64)
+        outside = wanted[(wanted < 0) | (wanted >= len(self))]
+        if outside.size:
+            raise IndexError(f"row {outside[0]} of {len(self)}")
+        numbers = np.searchsorted(self._ends, wanted, side="right")
+        places = wanted - (self._ends - self._rows)[numbers]
+        rows = np.empty((len(wanted), self.manifest.row_tokens), dtype=self._dtype)
+        for row, number, place in zip(rows, numbers.tolist(), places.tolist(), strict=True):
+            (self._ready.get(number) or self._opened(number)).read(place, row)
         return rows.astype(np.int64)
 
     def check(self, rows: int) -> None:
@@ -98,13 +102,15 @@ class TokenDataset:
             except BaseException:
                 del self._open[number]
                 raise
-        return self._open[number].result()
+        self._ready[number] = self._open[number].result()
+        return self._ready[number]
 
     def _open_shard(self, number: int) -> OpenShard:
         shard = self.shards[number]
         return OpenShard(self._storage.open(shard), shard, str(self._place / shard.raw.name), self._remedy)
 
     def _let_go(self, number: int) -> None:
+        self._ready.pop(number, None)
         future = self._open.pop(number)
         if not future.cancel():
             future.add_done_callback(_close)

@@ -85,6 +85,8 @@ class TokenStream:
         tokens = np.empty((count, self.sources[0].dataset.sequence_length + 1), dtype=np.int64)
         for number, source in enumerate(self.sources):
             own = numbers == number
+            if own.all():
+                return source.dataset.read(rows)
             if own.any():
                 tokens[own] = source.dataset.read(rows[own])
         return tokens
