@@ -3,6 +3,7 @@
 The library knows s3, gs, oci, azure, azure-dl, hf, dbfs, sftp and alipan, each with the credentials of its own tools.
 """
 
+import errno
 import importlib
 import importlib.util
 import sys
@@ -19,6 +20,7 @@ TIMEOUT_S = 60.0
 RETRY_PAUSES_S = (1.0, 4.0)
 """Before the second and the third attempt at an object store."""
 _COPY_BYTES = 1 << 23
+_LOCAL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 _clients = threading.local()
 _import_lock = threading.Lock()
@@ -46,8 +48,8 @@ def fetch(origin: str, target: Path) -> None:
             return
         except Exception as error:  # each library has its own
             target.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-                raise  # of the local disk
+            if isinstance(error, OSError) and error.errno in _LOCAL_DISK:
+                raise
             if pause_s is None:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
                 raise UserError(
