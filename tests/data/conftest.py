@@ -22,7 +22,7 @@ def write_data_set(directory: Path, vocabulary_size: int = 4096, seed: int = 0) 
         tokenizer_sha256="0" * 64,
         sources=(Source("some.parquet", 10, "0" * 16),),
         settings=Settings("text", 5.0, 1),
-        splits={split: SplitCounts(3, 999, ROWS[split], ROWS[split] * (SEQUENCE_LENGTH + 1), 5) for split in SPLITS},
+        splits={split: SplitCounts(3, 999, ROWS[split], ROWS[split] * (SEQUENCE_LENGTH + 1), 5, 2) for split in SPLITS},
     )
     generator = np.random.default_rng(seed)
     dtype = manifest.encoding.split(":")[1]
