@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_prep.write_shards import prepare
 from tokenizers import Tokenizer
 
 from data_prep.documents import split_of
-from data_prep.write_shards import prepare
 from mythos.data.format import BOS, SPLITS, Manifest, fingerprint
 from mythos.data.stream import TokenDataset
 from mythos.errors import UserError
