@@ -135,11 +135,13 @@ def _read_batches(rows: RowRange, column: str, content: str) -> Iterator[tuple[i
                 ):
                     skip = max(rows.first_row - row, 0)
                     if skip < batch.num_rows and row < end:
-                        yield row + skip, batch.column(0).slice(skip, end - row - skip)
+                        documents = batch.column(0).slice(skip, end - row - skip)
+                        documents.validate(full=True)  # that text is UTF-8, that lists lie within their values
+                        yield row + skip, documents
                     row += batch.num_rows
                     if row >= end:
                         break
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            except (pa.ArrowException, OSError) as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(
                     f"{rows.source}: row group {row_group} is damaged ({reason}); fetch the file again"
