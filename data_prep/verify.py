@@ -83,7 +83,7 @@ def structure(directory: Path, manifest: Manifest) -> tuple[list[str], list[Veri
 
 
 def _read_entries(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    index = parse_json_object(path, read_data_file(path), "the index is damaged")
+    index = parse_json_object(path, read_data_file(path), "its shards were not looked at")
     entries = index.get("shards")
     if index.get("version") != 2 or not isinstance(entries, list):
         raise UserError(f"{path}: not an MDS index of version 2")

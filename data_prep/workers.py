@@ -100,6 +100,10 @@ class Workers:
                 # In the middle of an item when there was an error; what it has not finished is cleared away later.
                 worker.process.kill()
                 worker.process.join()
+        if exit_code != DONE:
+            for worker in workers:
+                if worker.process is None:
+                    _wait_until_told(worker.connection, until)
 
     def run(self, items: Sequence[Item], progress: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
         """(number of the item, result) as they are finished. Raises what an item raised, and WorkerLost."""
@@ -181,7 +185,11 @@ def serve(world: World) -> int:
     if exit_code is None:
         raise WorkerLost("rank 0 died; run the same command again: what is finished is kept")
     if exit_code != DONE:
-        connection.poll(GRACE_S)  # rank 0 closes when it is gone: it speaks, and so ends, first
+        # Rank 0 speaks, and so ends, first. The launcher then sends SIGTERM, and srun would return that of this rank.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(OSError):
+            _send(connection, {"told": True})
+            connection.poll(GRACE_S)
     return exit_code
 
 
@@ -229,6 +237,14 @@ def _serve(connection: Connection) -> int | None:
                 _send(connection, reply)
             except OSError:
                 return None
+
+
+def _wait_until_told(connection: Connection, until: float) -> None:
+    """Until the rank knows that the run has ended; what it says before is of no interest any more."""
+    with contextlib.suppress(OSError, EOFError):
+        while connection.poll(max(until - time.monotonic(), 0)):
+            if "told" in _receive(connection):
+                return
 
 
 def _lost(worker: _Worker) -> WorkerLost:

@@ -222,13 +222,12 @@ def _lead_or_serve(arguments: argparse.Namespace, lead: Callable[[argparse.Names
 
         if world.rank > 0:
             exit_code = serve(world)
-        else:
-            processes = 1 if world.world_size > 1 else arguments.processes or len(os.sched_getaffinity(0))
-            with Workers(world, processes) as workers:
-                exit_code = lead(arguments, workers)
-        if exit_code:
-            sys.exit(exit_code)  # an end that does not let MPI wait for ranks that have failed
-        return exit_code
+            if exit_code:
+                sys.exit(exit_code)  # not an end at which MPI waits for the others
+            return exit_code
+        processes = 1 if world.world_size > 1 else arguments.processes or len(os.sched_getaffinity(0))
+        with Workers(world, processes) as workers:
+            return lead(arguments, workers)
 
 
 def _check_launcher(world: "World", processes: int | None) -> None:
