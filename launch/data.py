@@ -86,8 +86,8 @@ def _add_prepare(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
         help="tokenise text and write it as shards",
-        description="Tokenise the text, pack it into rows and write train and validation shards. Run again with the "
-        "same sources and settings it does nothing.\n\n" + _PARALLEL.format(command="prepare"),
+        description="Tokenise the text, pack it into rows and write train and validation shards.\n"
+        "Run again with the same sources and settings it does nothing.\n\n" + _PARALLEL.format(command="prepare"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_sources(parser, "text", "text")
@@ -99,9 +99,9 @@ def _add_import(commands: Any) -> None:
     parser = commands.add_parser(
         "import",
         help="write token ids that were made elsewhere as shards",
-        description="Pack documents that are token ids already, lists of integers, and write train and validation "
-        "shards as `data prepare` does. Every id is checked against the tokenizer. A document that does not begin with "
-        "<|bos|> gets it.\n\n" + _PARALLEL.format(command="import"),
+        description="Pack documents that are token ids already, lists of integers, and write train and validation\n"
+        "shards as `data prepare` does. Every id is checked against the tokenizer. A document that does not\n"
+        "begin with <|bos|> gets it.\n\n" + _PARALLEL.format(command="import"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_sources(parser, "token ids", "input_ids")

@@ -10,7 +10,7 @@ from tests.cluster import run as run_command
 from tests.data_prep.conftest import VALIDATION_PERCENT, content_of, run
 from tests.data_prep.test_documents import damage_row_group
 
-LIMIT_S = 60
+LIMIT_S = 150
 
 
 def submit(cluster: dict[str, str], log: Path, *words: object) -> str:

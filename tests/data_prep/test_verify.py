@@ -125,11 +125,11 @@ def test_a_truncated_index_and_another_tokenizer(data: Path, capsys: pytest.Capt
 def test_in_two_processes_and_without_a_manifest(data: Path):
     words = [sys.executable, "-m", "launch.cli", "data", "verify", data, "--processes", "2"]
     flip(file_of(data, SHARD))
-    done = run_command(words, limit_s=60)
+    done = run_command(words, limit_s=150)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     (data / "manifest.json").unlink()
-    done = run_command(words, limit_s=60)
+    done = run_command(words, limit_s=150)
     assert done.returncode == 2
     assert "manifest.json: no such file" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -25,7 +25,7 @@ from tests.data_prep.conftest import VALIDATION_PERCENT, content_of, run
 from tests.data_prep.test_documents import damage_row_group
 from tests.require import require
 
-LIMIT_S = 60
+LIMIT_S = 150
 MYTHOS = [sys.executable, "-m", "launch.cli", "data"]
 
 
