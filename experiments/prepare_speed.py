@@ -20,6 +20,7 @@ import time
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as parquet
@@ -27,7 +28,9 @@ import pyarrow.parquet as parquet
 BATCH_CHARACTERS = 1 << 20
 
 
-def encode_alone(sources: list[Path], column: str, tokenizer: Path, start: Barrier, share: tuple[int, int]) -> None:
+def encode_alone(
+    sources: list[Path], column: str, tokenizer: Path, start: Barrier, share: tuple[int, int], cpu_s: Any
+) -> None:
     """One process: its share of the batches in memory, then, with the others, nothing but encoding."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     from tokenizers import Tokenizer
@@ -46,17 +49,20 @@ def encode_alone(sources: list[Path], column: str, tokenizer: Path, start: Barri
     own = batches[number::processes]
     start.wait()
     start.wait()  # the parent has read the clocks
+    before = time.process_time()
     for batch in own:
         encoder.encode_batch_fast(batch, add_special_tokens=False)
+    cpu_s[number] = time.process_time() - before
     start.wait()
 
 
-def measure_alone(sources: list[Path], column: str, tokenizer: Path, processes: int) -> float:
-    """Wall seconds of encoding everything."""
+def measure_alone(sources: list[Path], column: str, tokenizer: Path, processes: int) -> tuple[float, float]:
+    """Wall seconds and CPU seconds of encoding everything."""
     context = get_context("spawn")
     start = context.Barrier(processes + 1)
+    cpu_s = context.Array("d", processes)
     workers = [
-        context.Process(target=encode_alone, args=(sources, column, tokenizer, start, (number, processes)))
+        context.Process(target=encode_alone, args=(sources, column, tokenizer, start, (number, processes), cpu_s))
         for number in range(processes)
     ]
     for worker in workers:
@@ -68,7 +74,7 @@ def measure_alone(sources: list[Path], column: str, tokenizer: Path, processes: 
     elapsed_s = time.monotonic() - began
     for worker in workers:
         worker.join()
-    return elapsed_s
+    return elapsed_s, sum(cpu_s)
 
 
 def measure_command(command: list[str]) -> tuple[float, float, float]:
@@ -120,9 +126,7 @@ def main() -> None:
             ("2 processes", 2, [], ["--processes", "2"]),
             ("2 MPI ranks", 2, [mpiexec, "-n", "2"], []),
         ]:
-            cpu_before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-            alone_s = measure_alone(arguments.sources, arguments.column, arguments.tokenizer, processes)
-            alone_cpu_s = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu_before
+            alone_s, alone_cpu_s = measure_alone(arguments.sources, arguments.column, arguments.tokenizer, processes)
             directory = Path(tempfile.mkdtemp(prefix="prepare-speed-"))
             try:
                 command = [*before, *mythos, "--output", str(directory / "data"), *after]
@@ -131,8 +135,8 @@ def main() -> None:
                 shutil.rmtree(directory)
             print(
                 f"{name}: {megabytes / elapsed_s:.2f} MB/s, tokenizers alone {megabytes / alone_s:.2f} MB/s, ratio "
-                f"{alone_s / elapsed_s:.2f}; CPU {cpu_s:.1f} s and {alone_cpu_s:.1f} s (with reading); "
-                f"peak memory {peak_mb:.0f} MB",
+                f"{alone_s / elapsed_s:.2f}; CPU {cpu_s:.1f} s, alone {alone_cpu_s:.1f} s, ratio {alone_cpu_s / cpu_s:.2f}; "
+                f"peak memory {peak_mb:.0f} MB; load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
 
