@@ -12,6 +12,7 @@ its finished parts there, and the next one goes on with them.
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,11 @@ def prepare(
     )
     work = output.with_name(f".{output.name}.partial")
     if _is_occupied(output):
-        return _existing(output, plan), False
+        manifest = _existing(output, plan)
+        if work.exists():  # killed between its last two steps
+            with writing(work), suppress(UserError), locked_directory(work):
+                shutil.rmtree(work)
+        return manifest, False
     with writing(work), locked_directory(work):
         if _is_occupied(output):  # another run has finished it just before the lock was free
             shutil.rmtree(work)

@@ -135,8 +135,8 @@ def main() -> None:
                 shutil.rmtree(directory)
             print(
                 f"{name}: {megabytes / elapsed_s:.2f} MB/s, tokenizers alone {megabytes / alone_s:.2f} MB/s, ratio "
-                f"{alone_s / elapsed_s:.2f}; CPU {cpu_s:.1f} s, alone {alone_cpu_s:.1f} s, ratio {alone_cpu_s / cpu_s:.2f}; "
-                f"peak memory {peak_mb:.0f} MB; load {os.getloadavg()[0]:.1f}",
+                f"{alone_s / elapsed_s:.2f}; CPU {cpu_s:.1f} s, alone {alone_cpu_s:.1f} s, ratio "
+                f"{alone_cpu_s / cpu_s:.2f}; peak memory {peak_mb:.0f} MB; load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
 

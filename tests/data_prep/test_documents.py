@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -127,3 +129,22 @@ def test_a_changed_byte_of_a_page_with_a_checksum_is_noticed(tmp_path: Path):
     path.write_bytes(content.replace(b"letters some", b"lettexs some", 1))
     with pytest.raises(UserError, match=r"sums\.parquet: row group 0 is damaged"):
         list(read_texts(whole(path), "text"))
+
+
+def test_memory_does_not_grow_with_the_row_group(tmp_path: Path):
+    """A file of one row group of 100 MB, read by a fresh process from its last rows."""
+    texts = pa.array([f"{number:08} " * 170 for number in range(65_000)])
+    path = tmp_path / "large.parquet"
+    parquet.write_table(
+        pa.table({"text": texts}), path, row_group_size=1 << 30, compression="none", use_dictionary=False
+    )
+    code = (
+        "import resource, sys; from pathlib import Path; from data_prep.documents import read_texts, row_ranges; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "ranges = row_ranges(Path(sys.argv[1]), 'text', 'text'); before = peak(); "
+        "print(len(ranges), sum(1 for _ in read_texts(ranges[-1], 'text')), peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    ranges, documents_read, more_kib = map(int, done.stdout.split())
+    assert (ranges, documents_read) == (6, 65_000 - 65_000 * 5 // 6)
+    assert more_kib < 40 << 10

@@ -106,6 +106,14 @@ def test_the_second_run_does_nothing(source: Path, tokenizer: Path, tmp_path: Pa
     assert state_of(tmp_path) == before
 
 
+def test_what_a_run_left_that_was_killed_at_the_very_end_is_removed(source: Path, tokenizer: Path, tmp_path: Path):
+    run([source], tokenizer, tmp_path / "data")
+    (tmp_path / ".data.partial/parts").mkdir(parents=True)
+    (tmp_path / ".data.partial/lock").touch()
+    run([source], tokenizer, tmp_path / "data")
+    assert os.listdir(tmp_path) == ["data"]
+
+
 def test_the_same_input_gives_the_same_data_in_another_place(source: Path, tokenizer: Path, prepared: Path, tmp_path):
     run([source], tokenizer, tmp_path / "elsewhere")
     assert fingerprint(tmp_path / "elsewhere") == fingerprint(prepared)
