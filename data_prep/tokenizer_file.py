@@ -63,13 +63,17 @@ class TokenizerFile:
         return max(self.encoder.get_vocab().values()) + 1
 
 
-@lru_cache(maxsize=2)
 def load_tokenizer(path: Path) -> TokenizerFile:
     """Read it, for encoding without truncation or padding. Raises UserError when it is damaged or has no BOS."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {_REMEDY}") from error
+    return _parse(path, content)
+
+
+@lru_cache(maxsize=1)
+def _parse(path: Path, content: bytes) -> TokenizerFile:
     try:
         encoder = Tokenizer.from_str(content.decode())
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file

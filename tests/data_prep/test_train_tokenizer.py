@@ -12,7 +12,6 @@ import data_prep.train_tokenizer as train_tokenizer_module
 from data_prep import documents
 from data_prep.documents import split_of
 from data_prep.prepare import settings_for
-from data_prep.tokenizer_file import load_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
 from mythos.data.format import BOS
 from mythos.errors import UserError
@@ -137,5 +136,4 @@ def test_preparation_holds_out_what_the_tokenizer_has_not_seen(tokenizer: Path, 
     # A note that speaks of another tokenizer says nothing about this one.
     foreign.write_text(tokenizer.read_text() + "\n")
     tmp_path.joinpath("foreign.training.json").write_bytes(tokenizer.with_name("tokenizer.training.json").read_bytes())
-    load_tokenizer.cache_clear()
     assert share(6.0, foreign) == 6.0
