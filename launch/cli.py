@@ -1,18 +1,19 @@
 """The command line: `mythos COMMAND ...`. Each command is a file of its own beside this one."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from launch import checkpoint, config, data, export, params, train
 from mythos import __version__
-from mythos.errors import FAILED, UserError
+from mythos.errors import DONE, FAILED, UserError
 
 DESCRIPTION = """\
 Train recurrent-depth (looped) transformers with sparse mixture-of-experts.
 
   mythos data tokenizer ...       text -> tokenizer
-  mythos data prepare ...         text -> token shards
+  mythos data prepare ...         text -> token shards; `mythos data --help` lists import, verify and show
   mythos config MODEL.yaml RUN.yaml key=value ...
   mythos params MODEL.yaml        parameters by part
   mythos train  MODEL.yaml RUN.yaml key=value ...
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mythos: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # such as `mythos data show DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except KeyboardInterrupt:
         print("mythos: interrupted", file=sys.stderr)
         return FAILED

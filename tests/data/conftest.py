@@ -33,7 +33,7 @@ def write_data_set(
         sources=(Source("some.parquet", 10, "0" * 16),),
         settings=Settings("text", 5.0, 1),
         splits={
-            split: SplitCounts(3, 999, counts[split], counts[split] * (SEQUENCE_LENGTH + 1), 5) for split in SPLITS
+            split: SplitCounts(3, 999, counts[split], counts[split] * (SEQUENCE_LENGTH + 1), 5, 2) for split in SPLITS
         },
     )
     generator = np.random.default_rng(seed)
