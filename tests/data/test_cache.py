@@ -119,7 +119,8 @@ def test_a_bad_copy_is_fetched_again_and_a_bad_origin_is_named(
         (copy,) = cached(tmp_path / "cache")
         damage(copy)
         np.testing.assert_array_equal(open_cached(data_set, tmp_path / "cache")[0], expected)
-    assert len(fetched) == 3
+    # A stream of the test before may still be fetching.
+    assert len([origin for origin in fetched if origin.startswith(str(data_set))]) == 3
 
     shard = data_set / "train" / "shard.00001.mds"
     flip_byte(shard, 400)
