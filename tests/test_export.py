@@ -38,7 +38,7 @@ def plain_state(config: Config, found: Path) -> dict[str, torch.Tensor]:
     """The trained weights as the optimizer updates them, under the plain model's names."""
     engine = TrainingEngine(replace(config, parallel=replace(config.parallel, zero_stage=0)), torch.device("cpu"))
     checkpoint.load(engine, found)
-    state = {name.replace(".gate.", "."): tensor for name, tensor in engine.module.state_dict().items()}
+    state = {name.replace(".router.gate.", ".router."): tensor for name, tensor in engine.module.state_dict().items()}
     for layer in [name.removesuffix("w1") for name in state if name.endswith(".experts.w1")]:
         gate, down, up = (state.pop(f"{layer}w{number}") for number in (1, 2, 3))
         state |= {f"{layer}gate_up_proj": torch.cat([gate, up], dim=1), f"{layer}down_proj": down}
