@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from typing import Any, NoReturn
 
 from launch.config import add_config_arguments, split_configuration
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         try:
             stop.leave_after(config.preemption.grace_s)
-            device = distributed.start(config.device)
+            device = distributed.start(config.device, distributed.TIMEOUT + timedelta(seconds=config.train.watchdog_s))
             from mythos.train.loop import train  # imports DeepSpeed, which wants to know the device
 
             exit_code = train(config, device, stop, arguments.accept_changes)

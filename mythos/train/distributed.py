@@ -15,8 +15,12 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
 
 
-def start(device_option: str) -> torch.device:
+def start(device_option: str, timeout: timedelta = TIMEOUT) -> torch.device:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name; returns this rank's device.
+
+    Args:
+        timeout: after which a collective that hangs fails by itself; longer than the watchdog's patience, which knows
+            more to tell.
 
     Raises:
         UserError: ``cuda`` was asked for and there is none, or this node has fewer GPUs than ranks.
@@ -28,7 +32,7 @@ def start(device_option: str) -> torch.device:
         # The same config, seed and data must give the same losses, bit for bit, on GPUs too.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method="env://", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method="env://", timeout=timeout)
     return device
 
 

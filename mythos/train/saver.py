@@ -107,14 +107,17 @@ class Saver:
         """All ranks have written: hand their receipts to rank 0's thread, or give up if one has failed."""
         assert self._future is not None
         assert self._snapshot is not None
+        first = dist.get_rank() == 0
         receipts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(receipts, _receipt(self._future, self._snapshot))
-        failed = [f"rank {rank}: {receipt.failure}" for rank, receipt in enumerate(receipts) if receipt.failure]
-        if failed:
-            self._fail(failed[0])
+        dist.gather_object(_receipt(self._future, self._snapshot), receipts if first else None, dst=0)
+        failed = [f"rank {rank}: {r.failure}" for rank, r in enumerate(receipts) if first and r.failure]
+        outcome: list[Any] = failed[:1] or [None]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[0]:
+            self._fail(outcome[0])
             return
         self._stage, self._future = COMMITTING, None
-        if dist.get_rank() == 0:
+        if first:
             self._future = self._thread.submit(self._commit, _manifest(self._step, receipts, self._shapes))
 
     def _commit(self, manifest: layout.Manifest) -> int:

@@ -56,16 +56,31 @@ def configuration(data: Path, directory: Path, ranks: int = 2, **overrides: Any)
     return tiny_config("looped-moe", data, directory / "run", ranks=ranks, **(options | overrides))
 
 
-def live(config: Config, fault: dict[str, Any], ranks: int = 2, poke: Callable[[Path], None] | None = None) -> Life:
-    """One life of the run under mpiexec, or bare for one rank; ``poke`` is called once it is on its way."""
+LAUNCHERS: dict[str, list[Any]] = {
+    "bare": [],
+    "mpiexec": [BIN / "mpiexec", "-n", "2"],
+    "torchrun": [BIN / "torchrun", "--nproc-per-node=2", "--no-python"],
+    "srun": ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"],
+}
+
+
+def live(
+    config: Config,
+    fault: dict[str, Any],
+    ranks: int = 2,
+    launcher: str | None = None,
+    env: dict[str, str] | None = None,
+    poke: Callable[[Path], None] | None = None,
+) -> Life:
+    """One life of the run, under mpiexec or bare by default; ``poke`` is called once it is on its way."""
     directory = Path(config.run.directory).parent
     file, plan = directory / f"config_{ranks}.yaml", directory / "fault.json"
     file.write_text(yaml.safe_dump(to_dict(config)))
     plan.write_text(json.dumps(fault))
-    mpiexec = [BIN / "mpiexec", "-n", str(ranks)] if ranks > 1 else []
-    command = [*mpiexec, sys.executable, "-m", "tests.faults.victim", plan, "train", file]
+    start = LAUNCHERS[launcher or ("mpiexec" if ranks > 1 else "bare")]
+    command = [*start, sys.executable, "-m", "tests.faults.victim", plan, "train", file]
     if poke is None:
-        done = run(command, LIMIT_S, env=clean_environment())
+        done = run(command, LIMIT_S, env=env or clean_environment())
         code, output = done.returncode, done.stdout + done.stderr
     else:
         with subprocess.Popen(

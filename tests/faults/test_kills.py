@@ -63,6 +63,41 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
     TABLE.append(Row(name, first.ended - fired, lost_steps(first, second), True))
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_a_killed_rank_under_other_launchers(
+    launcher: str, undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path, slurm_cluster: dict[str, str]
+) -> None:
+    """Two nodes under srun: the rank that dies is told from the other node."""
+    config = configuration(tiny_data, tmp_path)
+    fault = {"where": "backward", "rank": 0, "call": 15}
+    first = live(config, fault, launcher=launcher, env=slurm_cluster)
+    fired = float((tmp_path / "fault.fired").read_text())
+    assert first.exit_code not in (0, 2, PREEMPTED), first.output
+    log = (tmp_path / "run" / "log" / "rank_00001.log").read_text()
+    assert f"rank 0 on {host_of(tmp_path / 'run', 0)} (process " in first.output + log
+    second = live(config, fault, launcher=launcher, env=slurm_cluster)
+    assert second.exit_code == 0, second.output
+    assert losses(config) == undisturbed[0]
+    assert consumed(config) == undisturbed[1]
+    name = f"kill -9 of rank 0 in its backward pass, under {launcher}"
+    TABLE.append(Row(name, first.ended - fired, lost_steps(first, second), True))
+
+
+def test_a_nan_in_one_ranks_gradient_is_left_out_by_all(
+    undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = configuration(tiny_data, tmp_path)
+    life = live(config, {"where": "nan gradient", "rank": 1, "call": 17})
+    assert life.exit_code == 0, life.output
+    assert "step 17: loss or gradient not finite, update skipped (1 in a row)" in life.output
+    assert losses(config)[:17] == undisturbed[0][:17]
+    assert losses(config)[17:] != undisturbed[0][17:], "one update is left out"
+    assert consumed(config) == undisturbed[1]
+    skipped = [line["train/skipped_steps"] for line in read_metrics(tmp_path / "run") if "train/loss" in line]
+    assert skipped == [0.0] * 16 + [1.0] * (STEPS - 16)
+    TABLE.append(Row("NaN in one rank's gradient (its update is left out)", 0.0, 0, True))
+
+
 def test_kill_9_of_all(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
     config = configuration(tiny_data, tmp_path)
     killed_at = 0.0
@@ -88,7 +123,7 @@ def test_a_kill_while_another_layout_is_read(undisturbed: Undisturbed, tiny_data
     two, one = configuration(tiny_data, tmp_path), configuration(tiny_data, tmp_path, ranks=1)
     first = live(two, term)
     assert first.exit_code == PREEMPTED, first.output
-    assert first.last_step == 14
+    assert 0 < first.last_step < STEPS
     (tmp_path / "fault.fired").unlink()
     kill = {"where": "load", "rank": 0, "call": RANDOM.randrange(5, 40)}
     second = live(one, kill, ranks=1)
@@ -171,6 +206,12 @@ def wait_for_step(run: Path, step: int, limit_s: float = 120) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached in {limit_s} s")
+
+
+def host_of(run: Path, rank: int) -> str:
+    found = re.search(rf"rank {rank} of 2 on (\S+),", (run / "log" / f"rank_{rank:05d}.log").read_text())
+    assert found
+    return found[1]
 
 
 def process_of(run: Path, rank: int) -> int:

@@ -6,6 +6,7 @@ can tell whether one was lost or came twice.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -76,6 +77,8 @@ def arm(fault: Fault) -> None:
     def backward_with_hook(engine: TrainingEngine, loss: torch.Tensor) -> None:
         if fault.reached("backward"):
             loss.register_hook(lambda gradient: fault.strike())
+        if fault.reached("nan gradient"):
+            loss.register_hook(lambda gradient: gradient * math.nan)
         backward(engine, loss)
 
     TrainingEngine.backward = backward_with_hook  # type: ignore[method-assign]
