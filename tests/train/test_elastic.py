@@ -18,6 +18,8 @@ from tests.tiny import tiny_config
 from tests.train.runs import curve, run_some_steps, run_training
 
 STEPS = 18
+TOLERANCE = {"train/loss": 1e-6, "val/loss_depth_3": 1e-6, "train/gradient_norm": 1e-4, "moe/load_max_over_mean": 1e-6}
+"""Relative; another layout adds in another order."""
 
 
 @pytest.fixture
@@ -31,21 +33,18 @@ def of(model: str, data: Path, run: Path, ranks: int, experts: int, stage: int, 
 
 
 @pytest.mark.parametrize(
-    ("model", "optimizer", "lives", "tolerance"),
+    ("model", "optimizer", "lives"),
     [
         # ranks, expert-parallel size, ZeRO stage
-        ("looped-moe", "adamw", [(4, 2, 3), (2, 2, 3), (1, 1, 3), (4, 4, 3)], 1e-6),
-        ("mythos", "adamw", [(2, 2, 3), (2, 1, 2), (1, 1, 0), (2, 2, 1), (2, 2, 0), (2, 1, 3)], 1e-6),
-        # Newton-Schulz amplifies rounding, whose order depends on the layout: two layouts that are never left
-        # differ as much.
-        ("looped-moe", "muon", [(4, 2, 3), (2, 2, 3), (1, 1, 3), (4, 4, 2)], 1e-4),
+        ("looped-moe", "adamw", [(4, 2, 3), (2, 2, 3), (1, 1, 3), (4, 4, 3)]),
+        ("mythos", "adamw", [(2, 2, 3), (2, 1, 2), (1, 1, 0), (2, 2, 1), (2, 2, 0), (2, 1, 3)]),
+        ("looped-moe", "muon", [(4, 2, 3), (2, 2, 3), (1, 1, 3), (4, 4, 2)]),
     ],
 )
 def test_losses_go_on_across_layouts(
     model: str,
     optimizer: str,
     lives: list[tuple[int, int, int]],
-    tolerance: float,
     pools: dict[int, RankPool],
     tiny_data: Path,
     tmp_path: Path,
@@ -59,9 +58,8 @@ def test_losses_go_on_across_layouts(
             assert set(pools[life[0]].run(run_some_steps, config, 3)) == {PREEMPTED}
         else:
             assert set(pools[life[0]].run(run_training, config)) == {0}
-    for name in ("train/loss", "train/gradient_norm", "val/loss_depth_3", "moe/load_max_over_mean"):
-        scale = 10 if name == "train/gradient_norm" else 1
-        assert curve(config, name) == pytest.approx(curve(straight, name), rel=scale * tolerance), name
+    for name in TOLERANCE:
+        assert curve(config, name) == pytest.approx(curve(straight, name), rel=TOLERANCE[name]), name
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "train/loss" in line] == list(
         range(1, STEPS + 1)
     )
