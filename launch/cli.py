@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from launch import config, data, params, train
+from launch import config, data, evaluate, params, status, train
 from mythos import __version__
 from mythos.errors import FAILED, UserError
 
@@ -16,6 +16,8 @@ Train recurrent-depth (looped) transformers with sparse mixture-of-experts.
   mythos config MODEL.yaml RUN.yaml key=value ...
   mythos params MODEL.yaml        parameters by part
   mythos train  MODEL.yaml RUN.yaml key=value ...
+  mythos status RUN               how a run stands, from its directory
+  mythos eval   RUN               validation losses of a checkpoint
 
 The same train command runs bare (one process) and under torchrun, mpiexec and srun.
 """
@@ -32,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mythos {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (train, config, params, data):
+    for command in (train, status, evaluate, config, params, data):
         command.add_parser(subparsers)
     return parser
 

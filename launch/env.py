@@ -7,6 +7,7 @@ Slurm job (their processes then carry the helper's SLURM_PROCID), so srun is ask
 import os
 import re
 import signal
+import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -49,6 +50,11 @@ class World:
     local_world_size: int
     address: str
     port: int
+
+    @property
+    def place(self) -> str:
+        """Which process this is, for errors."""
+        return f"rank {self.rank} on {socket.gethostname()}"
 
     def describe(self) -> str:
         """One line for the log."""

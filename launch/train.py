@@ -4,11 +4,16 @@ import argparse
 import logging
 import os
 import signal
-import sys
 import time
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.config import add_config_arguments, split_configuration
+
+if TYPE_CHECKING:  # neither is imported before it is needed: a mistake in the configuration is told in no time
+    import torch
+
+    from mythos.config.schema import Config
 
 LAUNCHER_GRACE_S = 10
 DESCRIPTION = """\
@@ -46,43 +51,55 @@ def run(arguments: argparse.Namespace) -> int:
     from mythos.train.preemption import StopRequest
 
     stop = StopRequest()  # before anything slow, so that a signal at any time ends in a saved run
-    from launch.env import read_world
     from mythos.config.load import load
+
+    def work(config: "Config", device: "torch.device") -> int:
+        from mythos.train.loop import train  # imports DeepSpeed, which wants to know the device
+
+        return train(config, device, stop, arguments.accept_changes)
+
+    files, overrides = split_configuration(arguments.configuration)
+    return run_ranks(lambda world_size: load(files, overrides, world_size), work)
+
+
+def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, torch.device], int]") -> int:
+    """Join the other ranks and do the work; ``configure`` is given their number. Returns the exit code.
+
+    An error is told once, by the rank that knows, and ends the process at once: see ``World`` for what follows.
+    """
+    from launch.env import read_world
     from mythos.errors import FAILED, UserError
     from mythos.metrics.console import log, start_logging
 
     with read_world() as world:
         start_logging(None, world.rank)
-        files, overrides = split_configuration(arguments.configuration)
         try:
-            config = load(files, overrides, world.world_size)
+            config = configure(world.world_size)
         except UserError as error:
             if world.rank > 0:
                 _wait_for_rank_0()
-                sys.exit(error.exit_code)
+                log.error(f"mythos: {world.place}, but not rank 0, finds {error}")
+                _leave(error.exit_code)
             raise
         log.info(world.describe())
         world.export()
         from mythos.train import distributed
 
         try:
-            device = distributed.start(config.device)
-            from mythos.train.loop import train  # imports DeepSpeed, which wants to know the device
-
-            exit_code = train(config, device, stop, arguments.accept_changes)
+            exit_code = work(config, distributed.start(config.device))
             distributed.finish()
             return exit_code
         except UserError as error:
             if world.rank > 0 and error.agreed:
                 _wait_for_rank_0()
             else:
-                log.error(f"mythos: {error}" if error.agreed else f"mythos: rank {world.rank}: {error}")
+                log.error(f"mythos: {error}" if error.agreed else f"mythos: {world.place}: {error}")
             _leave(error.exit_code)
         except OSError as error:
-            log.error(f"mythos: rank {world.rank}: {error}; what is saved is intact: start again to go on")
+            log.error(f"mythos: {world.place}: {error}; what is saved is intact: start again to go on")
             _leave(FAILED)
         except Exception:
-            log.exception(f"mythos: rank {world.rank} failed")
+            log.exception(f"mythos: {world.place} failed")
             _leave(FAILED)
 
 

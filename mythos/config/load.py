@@ -47,6 +47,22 @@ def load_model(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Lo
     return validate(OUTSIDE_A_RUN | _merge(files, overrides)).model
 
 
+def load_run(directory: Path, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
+    """The configuration of the run in ``directory`` for work that makes no optimizer step.
+
+    Its global batch is one micro batch of each process, so that any number of processes will do.
+
+    Raises:
+        UserError: as ``load``; also when there is no run.
+    """
+    raw = _merge([directory / "config.yaml"], overrides)
+    train = raw.get("train")
+    if isinstance(train, dict) and isinstance(train.get("micro_batch_sequences"), int):
+        train["global_batch_sequences"] = train["micro_batch_sequences"] * world_size
+        train["global_batch_tokens"] = None
+    return validate(raw, world_size)
+
+
 def validate(raw: dict[str, Any], world_size: int = 1) -> Config:
     """Validate a plain tree. Options that are wrong by themselves do not hide broken rules between the others."""
     findings: list[Finding] = []

@@ -26,7 +26,7 @@ from mythos.metrics.health import depth_metrics, expert_metrics, model_metrics
 from mythos.metrics.throughput import StepClock, peak_memory_gib
 from mythos.metrics.writer import MetricsWriter
 from mythos.model.moe import balance, expert_load, moe_layers
-from mythos.train import checkpoint, distributed, run_directory
+from mythos.train import checkpoint, distributed, preflight, run_directory
 from mythos.train.batch import (
     check_data_unchanged,
     data_identity,
@@ -37,6 +37,7 @@ from mythos.train.batch import (
     read_tokenizer,
 )
 from mythos.train.engine import TrainingEngine, precision
+from mythos.train.life import Life
 from mythos.train.preemption import StopRequest
 from mythos.train.schedule import learning_rate, muon_step
 
@@ -53,10 +54,15 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
         UserError: the run directory or the data do not fit the configuration.
         TrainingError: the loss or the gradient stayed non-finite for ``train.max_bad_steps`` steps in a row.
     """
-    data = distributed.agree(lambda: open_data(config))
-    changed, lock = _open_run_directory(config, accept_changes, device)
-    with lock or nullcontext(), ExitStack() as cleanup:
-        return _train(config, device, stop, data, changed, cleanup)
+    with Life(Path(config.run.directory)) as life, ExitStack() as cleanup:
+        reports = preflight.check_ranks(config, device)
+        data = distributed.agree(lambda: open_data(config))
+        changed, lock = _open_run_directory(config, accept_changes, device, reports)
+        cleanup.enter_context(lock or nullcontext())
+        life.begin()
+        exit_code = _train(config, device, stop, data, changed, cleanup)
+        life.end(exit_code)
+        return exit_code
 
 
 def _train(
@@ -236,17 +242,19 @@ def sample_text(config: Config, engine: TrainingEngine, device: torch.device) ->
 
 
 def _open_run_directory(
-    config: Config, accept_changes: bool, device: torch.device
+    config: Config, accept_changes: bool, device: torch.device, reports: list[preflight.Report]
 ) -> tuple[dict[str, tuple[Any, Any]], TextIO | None]:
     """The options that changed since the last start, and the lock on the directory (rank 0)."""
     rank, directory = dist.get_rank(), Path(config.run.directory)
     changed = distributed.agree(lambda: run_directory.prepare(config, accept_changes) if rank == 0 else {})
     lock = distributed.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
-    hosts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, run_directory.host_name())
+    preflight.check_run_directory(config)
     start_logging(directory, rank)
-    log.info(f"rank {rank} of {len(hosts)} on {hosts[rank]}, process {os.getpid()}, device {device}")
+    log.info(f"rank {rank} of {len(reports)}: process {os.getpid()}, device {device}")
+    for report in reports if rank == 0 else [reports[rank]]:
+        log.info(str(report))
     if rank == 0:
+        hosts = [report.host for report in reports]
         run_directory.record_environment(directory, hosts, str(device), precision(config, device))
     for path, (before, after) in changed.items():
         log.info(f"changed since the last start: {path}: {before!r} -> {after!r}")

@@ -1,0 +1,82 @@
+"""Validation losses of a saved checkpoint, written beside the run as JSON."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mythos.config.derive import eval_depths
+from mythos.config.schema import Config
+from mythos.data.format import fingerprint
+from mythos.errors import UserError
+from mythos.eval.exit import exit_rule
+from mythos.eval.val_loss import validation_losses
+from mythos.files import write_atomically
+from mythos.train import checkpoint, distributed, preflight
+from mythos.train.batch import open_data
+from mythos.train.engine import TrainingEngine
+
+EVALUATIONS = "evaluations"
+
+
+def evaluate(config: Config, device: torch.device, found: Path) -> dict[str, Any]:
+    """Load the checkpoint ``found`` and measure the loss at each of ``eval.depths``. Collective.
+
+    Rank 0 writes the result to RUN/evaluations/step_XXXXXXXX.json; one that is there is replaced.
+
+    Raises:
+        UserError: the checkpoint or the data do not fit the configuration, or cannot be read.
+    """
+    preflight.check_ranks(config, device)
+    _, validation_set = distributed.agree(lambda: open_data(config))
+    engine = TrainingEngine(config, device)
+    state = checkpoint.load(engine, found)
+    rule = exit_rule(config.eval)
+    with engine.evaluation():
+        losses = validation_losses(
+            lambda tokens, targets, plan: engine(tokens, targets, plan, rule),
+            validation_set,
+            eval_depths(config),
+            config.eval.sequences,
+            config.train.micro_batch_sequences,
+            device,
+        )
+    result = {
+        "checkpoint": found.name,
+        "step": state["step"],
+        **losses,
+        "sequences": min(config.eval.sequences, len(validation_set)),
+        "data": {"directory": config.data.directory, "fingerprint": fingerprint(Path(config.data.directory))},
+        "ranks": dist.get_world_size(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    if dist.get_rank() == 0:
+        directory = found.parent.parent / EVALUATIONS
+        directory.mkdir(exist_ok=True)
+        write_atomically(directory / f"{found.name}.json", json.dumps(result, indent=2))
+    return result
+
+
+def find_checkpoint(directory: Path, names: Sequence[str]) -> Path:
+    """The checkpoint of that name, by default the newest. Collective.
+
+    Raises:
+        UserError: it is not there or not complete, or more than one is named.
+    """
+    return distributed.agree(lambda: _find(directory / "checkpoints", names))
+
+
+def _find(directory: Path, names: Sequence[str]) -> Path:
+    there = sorted(path.parent.name for path in directory.glob(f"step_*/{checkpoint.STATE}"))
+    if len(names) > 1:
+        raise UserError(f"{' '.join(names)}: give one checkpoint: {', '.join(there)}")
+    newest = checkpoint.latest(directory)
+    name = names[0] if names else (newest.name if newest else "")
+    if name not in there:
+        what = f"no complete checkpoint {name!r}" if name else "no checkpoint yet"
+        raise UserError(f"{directory}: {what}" + (f": there are {', '.join(there)}" if there else ""))
+    return directory / name
