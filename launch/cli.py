@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from launch import config, data, evaluate, params, status, train
+from launch import config, data, evaluate, job, params, status, train
 from mythos import __version__
 from mythos.errors import FAILED, UserError
 
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mythos {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (train, status, evaluate, config, params, data):
+    for command in (train, status, evaluate, config, params, data, job):
         command.add_parser(subparsers)
     return parser
 

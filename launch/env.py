@@ -83,6 +83,8 @@ class World:
         agreed = isinstance(error, SystemExit) and error.code in (None, DONE, PREEMPTED)
         if error is None or agreed:
             rendezvous.finalise_mpi()
+        # A batch script repeats it; the interpreter's end would bring back the default, which kills.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         if self.launcher == "srun":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
