@@ -77,7 +77,7 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
             config = configure(world.world_size)
         except UserError as error:
             if world.rank > 0:
-                _wait_for_rank_0()
+                _wait_for_rank_0(error.exit_code)
                 log.error(f"mythos: {world.place}, but not rank 0, finds {error}")
                 _leave(error.exit_code)
             raise
@@ -91,7 +91,7 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
             return exit_code
         except UserError as error:
             if world.rank > 0 and error.agreed:
-                _wait_for_rank_0()
+                _wait_for_rank_0(error.exit_code)
             else:
                 log.error(f"mythos: {error}" if error.agreed else f"mythos: {world.place}: {error}")
             _leave(error.exit_code)
@@ -109,7 +109,10 @@ def _leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def _wait_for_rank_0() -> None:
-    """Every rank has found the same mistake. Rank 0 reports it and fails; the launcher then ends this process."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _wait_for_rank_0(exit_code: int) -> None:
+    """Every rank has found the same mistake. Rank 0 reports it and fails; the launcher then ends this process.
+
+    With the same exit code, for srun passes on the largest of all.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: _leave(exit_code))
     time.sleep(LAUNCHER_GRACE_S)
