@@ -58,8 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
 
         return train(config, device, stop, arguments.accept_changes)
 
-    files, overrides = split_configuration(arguments.configuration)
-    return run_ranks(lambda world_size: load(files, overrides, world_size), work)
+    def configure(world_size: int) -> "Config":
+        config = load(*split_configuration(arguments.configuration), world_size)
+        stop.leave_after(config.preemption.grace_s)
+        return config
+
+    return run_ranks(configure, work)
 
 
 def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, torch.device], int]") -> int:

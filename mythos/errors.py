@@ -3,6 +3,7 @@
 DONE = 0
 FAILED = 1
 BAD_INPUT = 2
+FAILED_TO_SAVE = 74
 PREEMPTED = 85
 
 
@@ -22,3 +23,9 @@ class TrainingError(UserError):
 
     exit_code = FAILED
     agreed = True
+
+
+class SaveError(TrainingError):
+    """Checkpoints cannot be written, time after time; the last complete one is intact."""
+
+    exit_code = FAILED_TO_SAVE

@@ -11,8 +11,8 @@ LAYERS = [
     ("mythos.errors", "mythos.files"),
     ("mythos.config",),
     ("mythos.plan",),
-    ("mythos.loss", "mythos.data", "mythos.metrics", "mythos.model"),
-    ("mythos.eval", "mythos.generate"),
+    ("mythos.loss", "mythos.data", "mythos.checkpoint", "mythos.metrics", "mythos.model"),
+    ("mythos.eval", "mythos.generate", "mythos.export"),
     ("mythos.train",),
     ("launch", "data_prep"),
 ]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mythos.config.derive import global_batch_sequences
-from mythos.config.schema import Config, Dense, Latent, Looped, MixtureOfExperts
+from mythos.config.model_schema import Dense, Latent, Looped, MixtureOfExperts
+from mythos.config.schema import Config
 
 VALUE_GATE_CHANNELS = 32
 """First channels of an attention layer's input, which decide how much of the value embedding is let in."""

@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from mythos.config.check import Finding, check
-from mythos.config.schema import Config, Dense, Looped
+from mythos.config.model_schema import Dense, Looped
+from mythos.config.schema import Config
 from mythos.errors import UserError
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,10 +18,28 @@ class _AboveTheBar(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk silences, without a traceback for every line: the console still tells everything."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+def _tell_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """A thread that fails tells so in the log; one that writes to a disk which is full or gone, in one line."""
+    name = failure.thread.name if failure.thread else "a thread"
+    if isinstance(failure.exc_value, OSError):
+        log.error(f"{name}: {failure.exc_value}")
+    elif failure.exc_value is not None:
+        log.error(f"{name} failed", exc_info=failure.exc_value)
+
+
 def start_logging(directory: Path | None, rank: int) -> None:
     """Rank 0 speaks on the console, the others tell errors alone; each has a log file, once there is a directory."""
     log.setLevel(logging.INFO)
     log.propagate = False
+    threading.excepthook = _tell_of_thread
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -29,7 +48,7 @@ def start_logging(directory: Path | None, rank: int) -> None:
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)  # a rank alone with its error must be heard
     log.addHandler(console)
     if directory is not None:
-        file = logging.FileHandler(directory / "log" / f"rank_{rank:05d}.log")
+        file = _LogFile(directory / "log" / f"rank_{rank:05d}.log")
         file.setFormatter(logging.Formatter(FORMAT))
         log.addHandler(file)
 

@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from mythos.files import write_atomically
+from mythos.metrics.console import log
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -17,37 +18,70 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
     """Writes scalars of a step to both places; used by rank 0 alone.
 
+    A disk that is full or gone does not end the training: the error is told once, and what could not be written to
+    metrics.jsonl is written when there is space again. TensorBoard's curves then have a gap.
+
     Args:
         directory: the run directory.
         resumed_step: what was written for later steps (by a life that was killed) is dropped; -1: everything.
     """
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
-        path = directory / METRICS_FILE
-        _truncate(path, resumed_step)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
-        self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10)
+        self._directory = directory
+        self._unwritten: list[str] = []
+        self._failing = False
+        self.rewind(resumed_step)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was written for steps after this one."""
+        path = self._directory / METRICS_FILE
+        _truncate(path, step)
+        self._file = path.open("a", buffering=1)
+        self._tensorboard: SummaryWriter | None = self._open_tensorboard(step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line in metrics.jsonl (a non-finite value as null, which JSON can hold) and one point in each curve."""
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps(line) + "\n")
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._unwritten.append(json.dumps(line) + "\n")
+        try:
+            if self._failing:  # the last line may be there in part
+                self._file = (self._directory / METRICS_FILE).open("a", buffering=1)
+                self._file.write("\n")
+            while self._unwritten:
+                self._file.write(self._unwritten[0])
+                del self._unwritten[0]
+            if self._tensorboard is None:
+                self._tensorboard = self._open_tensorboard(step - 1)
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                log.error(f"metrics of step {step} not written ({error}): training goes on")
+            self._failing, self._tensorboard = True, None
+
+    def _open_tensorboard(self, last_step: int) -> SummaryWriter:
+        return SummaryWriter(str(self._directory / "tensorboard"), purge_step=last_step + 1, flush_secs=10)
 
     def write_config(self, config_yaml: str, options: Mapping[str, Any]) -> None:
         """The configuration as text, and as hparams for TensorBoard's comparison of runs."""
-        self._tensorboard.add_text("config", f"```yaml\n{config_yaml}\n```")
+        if self._tensorboard is None:
+            return
         values = {
             name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()
         }
+        self._tensorboard.add_text("config", f"```yaml\n{config_yaml}\n```")
         for summary in hparams(values, {"train/loss": 0.0}):
             self._tensorboard._get_file_writer().add_summary(summary)
 
     def close(self) -> None:
         """Flush and close both."""
-        self._file.close()
-        self._tensorboard.close()
+        try:
+            self._file.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        except OSError as error:
+            log.error(f"the last metrics were not written ({error})")
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from mythos.config.schema import Config, Dense, Looped
+from mythos.config.model_schema import Dense, Looped
+from mythos.config.schema import Config
 from mythos.model.dense import DenseTransformer
 from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise

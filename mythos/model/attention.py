@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.check import VALUE_GATE_CHANNELS
-from mythos.config.schema import Dense, GroupedQuery, Latent, Looped
+from mythos.config.model_schema import Dense, GroupedQuery, Latent, Looped
 from mythos.model.layers import rotary_angles, rotate
 
 QK_NORM_EPSILON = 1e-6

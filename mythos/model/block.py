@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mythos.config.schema import Dense, Looped
+from mythos.config.model_schema import Dense, Looped
 from mythos.model.attention import build_attention
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mythos.config.schema import Looped
+from mythos.config.model_schema import Looped
 from mythos.model.block import Block
 from mythos.model.layers import feed_forward
 from mythos.model.moe import MoE, Routing, observe_routing, routing_penalty

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mythos.config.schema import Dense
+from mythos.config.model_schema import Dense
 from mythos.model.attention import ValueEmbeddings, has_value_embedding, rotary_for
 from mythos.model.block import Block
 from mythos.model.head import TiedHead

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mythos.config.schema import Halting
+from mythos.config.model_schema import Halting
 
 
 class ACTHalting(nn.Module):

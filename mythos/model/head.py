@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.config.schema import Dense, Looped
+from mythos.config.model_schema import Dense, Looped
 from mythos.loss import cross_entropy
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.config.schema import Looped
+from mythos.config.model_schema import Looped
 
 POWER_ITERATIONS = 100
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.config.schema import FeedForward
+from mythos.config.model_schema import FeedForward
 
 
 def initial_deviation(width: int) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mythos.config.schema import Looped
+from mythos.config.model_schema import Looped
 from mythos.model.attention import has_value_embedding
 from mythos.model.core import CoreBlock
 from mythos.model.depth import DepthPlan, due

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.config.schema import MixtureOfExperts
+from mythos.config.model_schema import MixtureOfExperts
 from mythos.model.layers import SwiGLU
+
+TOKENS_PER_EXPERT = "tokens_per_expert"
 
 
 class Router(nn.Linear):
@@ -59,7 +61,7 @@ class MoE(nn.Module):
         self.router = Router(width, config.experts)
         self.experts = Experts(width, config)
         self.shared_experts = SwiGLU(width, config.shared_hidden_size)
-        self.register_buffer("tokens_per_expert", torch.zeros(config.experts), persistent=False)
+        self.register_buffer(TOKENS_PER_EXPERT, torch.zeros(config.experts), persistent=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
@@ -135,7 +137,7 @@ def routing_penalty(routing: Routing, config: MixtureOfExperts) -> Tensor:
 
 def moe_layers(model: nn.Module) -> list[Any]:
     """The mixture-of-experts layers of a model, in the plain and in AutoEP's form, in their order in the model."""
-    return [module for module in model.modules() if "tokens_per_expert" in module._buffers]
+    return [module for module in model.modules() if TOKENS_PER_EXPERT in module._buffers]
 
 
 def forget_load(layers: Iterable[Any]) -> None:

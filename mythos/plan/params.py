@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mythos.config.check import VALUE_GATE_CHANNELS
-from mythos.config.schema import Dense, FeedForward, GroupedQuery, Latent, Looped, MixtureOfExperts
+from mythos.config.model_schema import Dense, FeedForward, GroupedQuery, Latent, Looped, MixtureOfExperts
 
 
 @dataclass(frozen=True)

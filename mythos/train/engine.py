@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ from mythos.model import build_model, build_structure
 from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
 from mythos.model.loop import ExitRule, Loop
-from mythos.model.moe import MoE
+from mythos.model.moe import TOKENS_PER_EXPERT, MoE
 from mythos.train.muon import Exchange, MuonAdamW
 from mythos.train.optimizer import build_optimizer, stacked_matrices
-from mythos.train.placement import placement
+from mythos.train.placement import Piece, Whole, pieces, placement, refresh_weights
 from mythos.train.schedule import MuonStep
 
 # DeepSpeed takes only optimizers that were tested with ZeRO: this one is, here.
@@ -58,6 +58,7 @@ class TrainingEngine:
         if moe_names:  # ZeRO 1 and 2 find the experts' group by these marks
             optimizer.param_groups[-1] |= {"moe": True, "name": f"ep_size_{self.expert_parallel_size}"}
             sections["expert_parallel"] = _expert_parallel_section(config, moe_names)
+        self.optimizer = optimizer
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=sections)
         self._check_conversion(moe_names)
         self._keep_buffers_in_fp32()
@@ -109,6 +110,33 @@ class TrainingEngine:
                 yield
         finally:
             self.deepspeed.train()
+
+    def pieces(self) -> Iterator[Piece]:
+        """The fp32 weights and the optimizer state on this rank, parameter by parameter."""
+        wholes = {id(parameter): _whole(name, parameter) for name, parameter in self.module.named_parameters()}
+        return pieces(self.deepspeed.optimizer, self.optimizer, self.stage, lambda p: wholes[id(p)])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, experts of all ranks together."""
+        return {name: _whole(name, parameter).shape for name, parameter in self.module.named_parameters()}
+
+    def refresh_weights(self) -> None:
+        """Give the model the fp32 weights after ``pieces`` were filled from a checkpoint. Collective."""
+        refresh_weights(self.deepspeed.optimizer, self.optimizer, self.stage)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What the model remembers besides its parameters, such as the experts' balance biases; alike on all ranks."""
+        return {
+            f"{prefix}.{name}": buffer
+            for prefix, module in self.module.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set and name != TOKENS_PER_EXPERT
+        }
+
+    def set_buffers(self, saved: Mapping[str, Tensor]) -> None:
+        """Put saved buffers in place."""
+        for name, buffer in self.buffers().items():
+            buffer.copy_(saved[name])
 
     @property
     def _plain_optimizer(self) -> bool:
@@ -166,6 +194,23 @@ class TrainingEngine:
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[name] = buffer.float()
+
+
+def _whole(name: str, parameter: Any) -> Whole:
+    """What a parameter of the engine's module is a part of."""
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    if getattr(parameter, "allreduce", True):
+        return Whole(name, shape, 0, dist.get_rank(), dist.get_world_size())
+    group = parameter.group_name  # an expert's: each rank of the group holds shape[0] experts, in the ranks' order
+    ranks, rank = groups._get_expert_parallel_world_size(group), groups._get_expert_parallel_rank(group)
+    replicas = groups._get_expert_data_parallel_group(group)
+    return Whole(
+        name,
+        (ranks * shape[0], *shape[1:]),
+        rank * torch.Size(shape).numel(),
+        dist.get_rank(replicas),
+        dist.get_world_size(replicas),
+    )
 
 
 def precision(config: Config, device: torch.device) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mythos.checkpoint import layout
 from mythos.config.derive import eval_depths
 from mythos.config.schema import Config
 from mythos.data.format import fingerprint
@@ -67,14 +68,14 @@ def find_checkpoint(directory: Path, names: Sequence[str]) -> Path:
     Raises:
         UserError: it is not there or not complete, or more than one is named.
     """
-    return distributed.agree(lambda: _find(directory / "checkpoints", names))
+    return distributed.agree(lambda: _find(directory / layout.DIRECTORY, names))
 
 
 def _find(directory: Path, names: Sequence[str]) -> Path:
-    there = sorted(path.parent.name for path in directory.glob(f"step_*/{checkpoint.STATE}"))
+    there = sorted(path.name for path in layout.complete(directory))
     if len(names) > 1:
         raise UserError(f"{' '.join(names)}: give one checkpoint: {', '.join(there)}")
-    newest = checkpoint.latest(directory)
+    newest = layout.latest(directory)
     name = names[0] if names else (newest.name if newest else "")
     if name not in there:
         what = f"no complete checkpoint {name!r}" if name else "no checkpoint yet"

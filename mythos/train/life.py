@@ -37,6 +37,13 @@ class Life:
         if dist.get_rank() == 0:
             append_event(self.directory, ENDED, exit_code=exit_code)
 
+    def fail(self, message: str, exit_code: int) -> None:
+        """The run has failed, for a reason that this rank knows."""
+        with suppress(OSError):  # a full disk may be what ends the run: that is what counts, not this line
+            append_event(
+                self.directory, FAILED, exit_code=exit_code, rank=dist.get_rank(), message=message[:LONGEST_MESSAGE]
+            )
+
     def __enter__(self) -> Self:
         return self
 
@@ -51,8 +58,4 @@ class Life:
         if not self._has_begun and (not (self.directory / CONFIG_FILE).exists() or is_locked(self.directory)):
             return
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        exit_code = error.exit_code if isinstance(error, UserError) else FAILED_CODE
-        with suppress(OSError):  # a full disk may be what ended the run: that error counts, not this one
-            append_event(
-                self.directory, FAILED, exit_code=exit_code, rank=dist.get_rank(), message=message[:LONGEST_MESSAGE]
-            )
+        self.fail(message, error.exit_code if isinstance(error, UserError) else FAILED_CODE)

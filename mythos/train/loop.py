@@ -11,10 +11,13 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 import yaml
+from torch import Tensor
 
+from mythos.checkpoint import layout
 from mythos.config.derive import eval_depths, global_batch_sequences, micro_steps, tokens_per_step
 from mythos.config.load import flatten, to_dict
-from mythos.config.schema import Config, Looped
+from mythos.config.model_schema import Looped
+from mythos.config.schema import Config
 from mythos.data.format import BOS
 from mythos.data.stream import OrderedStream, TokenDataset
 from mythos.errors import DONE, PREEMPTED, TrainingError
@@ -24,8 +27,10 @@ from mythos.generate import sample_tokens
 from mythos.metrics.console import Progress, log, start_logging
 from mythos.metrics.health import depth_metrics, expert_metrics, model_metrics
 from mythos.metrics.throughput import StepClock, peak_memory_gib
+from mythos.metrics.watch import CollapseWatch, LossWatch
 from mythos.metrics.writer import MetricsWriter
-from mythos.model.moe import balance, expert_load, moe_layers
+from mythos.model.depth import DepthPlan
+from mythos.model.moe import balance, expert_load
 from mythos.train import checkpoint, distributed, preflight, run_directory
 from mythos.train.batch import (
     check_data_unchanged,
@@ -39,7 +44,9 @@ from mythos.train.batch import (
 from mythos.train.engine import TrainingEngine, precision
 from mythos.train.life import Life
 from mythos.train.preemption import StopRequest
+from mythos.train.saver import Saver
 from mythos.train.schedule import learning_rate, muon_step
+from mythos.train.watchdog import Watchdog
 
 
 def train(config: Config, device: torch.device, stop: StopRequest, accept_changes: bool = False) -> int:
@@ -54,13 +61,18 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
         UserError: the run directory or the data do not fit the configuration.
         TrainingError: the loss or the gradient stayed non-finite for ``train.max_bad_steps`` steps in a row.
     """
-    with Life(Path(config.run.directory)) as life, ExitStack() as cleanup:
+    with (
+        Watchdog(config.train.watchdog_s) as watchdog,
+        Life(Path(config.run.directory)) as life,
+        ExitStack() as cleanup,
+    ):
         reports = preflight.check_ranks(config, device)
         data = distributed.agree(lambda: open_data(config))
         changed, lock = _open_run_directory(config, accept_changes, device, reports)
         cleanup.enter_context(lock or nullcontext())
         life.begin()
-        exit_code = _train(config, device, stop, data, changed, cleanup)
+        watchdog.before_end = stop.before_leaving = life.fail
+        exit_code = _train(config, device, stop, data, changed, watchdog, cleanup)
         life.end(exit_code)
         return exit_code
 
@@ -71,13 +83,16 @@ def _train(
     stop: StopRequest,
     data: tuple[TokenDataset, TokenDataset],
     changed: Mapping[str, Any],
+    watchdog: Watchdog,
     cleanup: ExitStack,
 ) -> int:
     directory, rank = Path(config.run.directory), dist.get_rank()
     training_set, validation_set = data
-    found = distributed.agree(lambda: checkpoint.latest(directory / "checkpoints"))
+    found = checkpoint.newest_valid(directory / layout.DIRECTORY)
+    watchdog.progress("building the model")
     engine = TrainingEngine(config, device)
-    state: dict[str, Any] = {"data": data_identity(config), "skipped_steps": 0, "bad_steps_in_a_row": 0}
+    watchdog.progress("loading the checkpoint")
+    state: dict[str, Any] = {"data": data_identity(config), "skipped_steps": 0, "bad_steps_in_a_row": 0, "loss": {}}
     first_step = 0
     if found is not None:
         saved = checkpoint.load(engine, found)
@@ -97,11 +112,14 @@ def _train(
         run_directory.write_config(config)
         writer.write_config(yaml.safe_dump(to_dict(config), sort_keys=False), flatten(to_dict(config)))
     if not found:
-        validate(config, engine, validation_set, 0, writer)
+        validate(config, engine, validation_set, 0, writer, watchdog)
     stream = OrderedStream(training_set, config.seed)
+    saver = Saver(directory / layout.DIRECTORY, config.checkpoint, engine)
     progress = Progress(first_step, config.train.steps, rank)
     steps_of_micro_batches = micro_steps(config, dist.get_world_size())
-    has_experts = bool(moe_layers(engine.module))
+    loss_watch = LossWatch(**state["loss"])
+    experts = getattr(config.model, "core_experts", None)
+    collapse_watch = CollapseWatch(experts.experts_per_token, config.train.collapse_steps) if experts else None
     clock = StepClock()
     exit_code = DONE
 
@@ -113,7 +131,7 @@ def _train(
             with clock.waiting_for_data():
                 tokens, targets = micro_batch(config, stream, step, micro_step, device)
             loss, diagnostics = engine(tokens, targets, micro_batch_plan(config, depths, step, micro_step))
-            if has_experts:  # before the backward pass, whose recomputation would count the tokens again
+            if experts:  # before the backward pass, whose recomputation would count the tokens again
                 load = expert_load(engine.module) + (0 if load is None else load)
             engine.backward(loss)
             losses.append(loss.detach())
@@ -122,13 +140,14 @@ def _train(
         update = engine.step(rate, muon_step(config.optim, step - 1, config.train.steps))
         if load is not None:
             dist.all_reduce(load)
-            if update.applied:
-                balance(engine.module, load, config.model.core_experts.balance_rate)  # type: ignore[union-attr]
+            if update.applied and experts:
+                balance(engine.module, load, experts.balance_rate)
 
         # Everything a rank knows alone travels in one exchange, and all ranks decide on the same numbers.
         local = {"train/loss": torch.stack(losses).mean().item(), **model_metrics(health)}
         worst = {
             "stop": float(stop.asked),
+            "saving": float(saver.pending),
             "perf/data_wait_seconds": clock.data_wait_seconds,
             "perf/peak_memory_gib": peak_memory_gib(device),
         }
@@ -137,6 +156,7 @@ def _train(
         agreed |= dict(zip(worst, rows.amax(dim=0)[len(local) :].tolist(), strict=True))
         seconds = clock.seconds()
         stopping = bool(agreed.pop("stop"))
+        saver.advance(pending_anywhere=bool(agreed.pop("saving")))
         state["bad_steps_in_a_row"] = 0 if update.applied else state["bad_steps_in_a_row"] + 1
         state["skipped_steps"] += not update.applied
         metrics = agreed | {
@@ -151,6 +171,10 @@ def _train(
             metrics |= depth_metrics(depths, config.loop.backprop_depth)
         if load is not None:
             metrics |= expert_metrics(load)
+            if collapse_watch and (warning := collapse_watch.look(load)):
+                log.warning(f"step {step}: {warning}")
+        metrics |= saver.metrics()
+        watchdog.progress(f"step {step}")
 
         last = step == config.train.steps
         if due(step, config.log.every) or last or not update.applied:
@@ -159,12 +183,16 @@ def _train(
                 writer.write(step, metrics)
         if not update.applied:
             report_bad_step(config, step, state["bad_steps_in_a_row"])
+        elif config.train.spike_sigma:
+            report_spike(step, metrics["train/loss"], config.train.spike_sigma, loss_watch)
+            state["loss"] = loss_watch.state()
         if stopping:  # time may be short: save before anything else
-            save(config, engine, step, state)
+            save(config, saver, step, state)
+            saver.finish()
         if due(step, config.eval.every) or last:
-            validate(config, engine, validation_set, step, writer)
+            validate(config, engine, validation_set, step, writer, watchdog)
         if (due(step, config.checkpoint.every) or last) and not stopping:
-            save(config, engine, step, state)
+            save(config, saver, step, state)
         if stopping and not last:
             log.info(
                 f"asked to stop ({stop.signal_name or 'on another rank'}): saved at step {step}; start again to go on"
@@ -172,6 +200,9 @@ def _train(
             exit_code = PREEMPTED
             break
 
+    saver.finish()
+    if writer and (rest := saver.metrics()):
+        writer.write(step, rest)
     progress.close()
     if exit_code == DONE and config.sample.tokens:
         log.info(f"sample: {json.dumps(sample_text(config, engine, device), ensure_ascii=False)}")
@@ -185,13 +216,23 @@ def due(step: int, every: int) -> bool:
 
 
 def validate(
-    config: Config, engine: TrainingEngine, dataset: TokenDataset, step: int, writer: MetricsWriter | None
+    config: Config,
+    engine: TrainingEngine,
+    dataset: TokenDataset,
+    step: int,
+    writer: MetricsWriter | None,
+    watchdog: Watchdog,
 ) -> None:
     """Measure and report the validation loss at each depth. Collective."""
     rule = exit_rule(config.eval)
+
+    def forward(tokens: Tensor, targets: Tensor | None, plan: DepthPlan | None) -> tuple[Tensor, dict[str, Tensor]]:
+        watchdog.progress(f"validation after step {step}")
+        return engine(tokens, targets, plan, rule)
+
     with engine.evaluation():
         losses = validation_losses(
-            lambda tokens, targets, plan: engine(tokens, targets, plan, rule),
+            forward,
             dataset,
             eval_depths(config),
             config.eval.sequences,
@@ -203,17 +244,30 @@ def validate(
         writer.write(step, losses)
 
 
-def save(config: Config, engine: TrainingEngine, step: int, state: dict[str, Any]) -> None:
-    """Write a checkpoint. The data position follows from the step, and stands in the state for those who read it."""
-    state["samples"] = step * global_batch_sequences(config)
-    checkpoint.save(engine, Path(config.run.directory) / "checkpoints", step, state, config.checkpoint.keep_last)
+def save(config: Config, saver: Saver, step: int, state: dict[str, Any]) -> None:
+    """Begin a checkpoint. The data position follows from the step, and stands in the state for those who read it."""
+    position = {
+        "step": step,
+        "samples": step * global_batch_sequences(config),
+        "tokens": step * tokens_per_step(config),
+    }
+    saver.start(step, state | position | {"world": checkpoint.world_shape(saver.engine)})
+
+
+def report_spike(step: int, loss: float, sigma: float, watch: LossWatch) -> bool:
+    """Tell of a loss far above its running mean, and take it into that mean; whether it was one."""
+    deviations = watch.deviations(loss)
+    watch.learn(loss, sigma)
+    if deviations > sigma:
+        log.warning(f"step {step}: loss {loss:.4f} is a spike, {deviations:.1f} standard deviations above its mean")
+    return deviations > sigma
 
 
 def report_bad_step(config: Config, step: int, in_a_row: int) -> None:
     """Tell of a skipped update; end the run when there were too many in a row."""
     log.warning(f"step {step}: loss or gradient not finite, update skipped ({in_a_row} in a row)")
     if in_a_row >= config.train.max_bad_steps:
-        newest = checkpoint.latest(Path(config.run.directory) / "checkpoints")
+        newest = layout.latest(Path(config.run.directory) / layout.DIRECTORY)
         raise TrainingError(
             f"loss or gradient not finite at {in_a_row} steps in a row (train.max_bad_steps), up to step {step}; "
             f"last checkpoint: {newest or 'none yet'}: lower optim.learning_rate or look at the data"

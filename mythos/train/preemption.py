@@ -1,9 +1,15 @@
-"""Turns signals into a request to stop at the next step boundary."""
+"""Turns signals into a request to stop at the next step boundary, and into an exit when there is no time for that."""
 
+import logging
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+
+from mythos.errors import PREEMPTED
+from mythos.metrics.console import log
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -13,12 +19,14 @@ SECOND_CTRL_C_S = 3.0
 class StopRequest:
     """Set by the first SIGTERM, SIGUSR1 or SIGINT on this rank; the ranks agree on it once a step (MAX).
 
-    A second Ctrl-C, some seconds after the first, ends the process at once.
+    A second Ctrl-C, some seconds after the first, ends the process at once. Further signals change nothing.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._asked_at = 0.0
+        self.before_leaving: Callable[[str, int], None] = lambda message, exit_code: None
+        """Told why, and the exit code, when there was no time to save."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
@@ -35,3 +43,25 @@ class StopRequest:
     def asked(self) -> bool:
         """Whether this rank was asked to stop."""
         return self.signal_name is not None
+
+    def leave_after(self, grace_s: float) -> None:
+        """From now on: the process ends with PREEMPTED ``grace_s`` after the first signal, saved or not.
+
+        The interpreter handles a signal only between two instructions of the main thread, which may wait in a
+        collective or a slow write; so the time runs in a thread, which hears of the signal through a pipe.
+        """
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._leave_after, args=(reader, grace_s), name="grace", daemon=True).start()
+        if self.asked:
+            os.write(writer, b"\0")
+
+    def _leave_after(self, reader: int, grace_s: float) -> None:
+        os.read(reader, 1)
+        time.sleep(grace_s)
+        message = f"not saved within {grace_s:g} s of the signal (preemption.grace_s)"
+        log.error(f"mythos: {message}: leaving; the last complete checkpoint stands: start again to go on")
+        self.before_leaving(message, PREEMPTED)
+        logging.shutdown()
+        os._exit(PREEMPTED)

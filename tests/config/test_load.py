@@ -153,6 +153,7 @@ def test_every_option_has_a_reader() -> None:
         "feed_forward": ("config", "feed_forward"),
         "core_experts": ("config", "experts", "core_experts"),
         "halting": ("config", "halting"),
+        "checkpoint": ("options",),
     }
     root = Path(__file__).parents[2]
     sources = [*root.glob("mythos/**/*.py"), *root.glob("launch/**/*.py")]

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from mythos.config.schema import GroupedQuery, Latent
+from mythos.config.model_schema import GroupedQuery, Latent
 from mythos.model.attention import (
     GroupedQueryAttention,
     LatentAttention,

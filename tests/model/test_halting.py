@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mythos.config.schema import Halting
+from mythos.config.model_schema import Halting
 from mythos.model import build_model
 from mythos.model.depth import fixed
 from mythos.model.halting import ACTHalting

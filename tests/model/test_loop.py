@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from mythos.config.schema import Looped
+from mythos.config.model_schema import Looped
 from mythos.model.depth import DepthPlan, fixed, plan
 from mythos.model.layers import initial_deviation, rotary_angles
 from mythos.model.loop import Loop, LoopInputs

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mythos.config.schema import MixtureOfExperts
+from mythos.config.model_schema import MixtureOfExperts
 from mythos.model.moe import MoE, balance, expert_load, forget_load, moe_layers, observe_routing, routing_penalty
 from tests.model.helpers import gradients, numbers, randomise
 from tests.reference.moe import slow_moe

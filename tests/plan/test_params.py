@@ -8,7 +8,7 @@ import torch
 
 from launch.cli import main
 from mythos.config.load import load_model
-from mythos.config.schema import Looped
+from mythos.config.model_schema import Looped
 from mythos.model import build_structure
 from mythos.plan.params import count_parameters
 from tests.tiny import MODELS, tiny_config

@@ -1,0 +1,232 @@
+"""What a checkpoint is on disk, and which one counts.
+
+    checkpoints/
+      latest                   the name of the newest complete checkpoint; replaced last
+      step_00000100/           a complete checkpoint
+        manifest.json          every file with size and hash, every parameter with the files that hold its pieces
+        state.json             where the run stands
+        weights_00000.safetensors, optimizer_00000.safetensors    one pair a rank that wrote it
+      step_00000200.partial/   being written, or left by a run that was killed
+      set_aside/               damaged and half-written checkpoints that a start has found; never deleted
+
+A directory gets its final name once all its files are on disk, and counts once ``latest`` has named it.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mythos.checkpoint.tensors import Written, flush_directory, hash_file
+from mythos.errors import UserError
+from mythos.files import write_atomically
+
+FORMAT_VERSION = 1
+DIRECTORY = "checkpoints"
+POINTER = "latest"
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.json"
+PARTIAL = ".partial"
+REMOVED = ".removed"
+SET_ASIDE = "set_aside"
+_COMPLETE = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the model: its whole shape, and (file, start, stop, optimizer steps) of each of its pieces."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[int, int, int, float], ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json. Piece ``n`` lies in files ``weights_n`` and ``optimizer_n``, elements start to stop
+    of the flattened parameter."""
+
+    step: int
+    files: dict[str, Written]
+    parameters: dict[str, Parameter]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all listed files."""
+        return sum(file.bytes for file in self.files.values())
+
+    def save(self, directory: Path) -> None:
+        """Write manifest.json with a hash of its own content."""
+        content = {"format_version": FORMAT_VERSION} | asdict(self)
+        write_atomically(directory / MANIFEST_FILE, json.dumps(content | {"xxh3_64": _digest(content)}))
+
+    @classmethod
+    def load(cls, directory: Path) -> "Manifest":
+        """Read manifest.json.
+
+        Raises:
+            UserError: it is missing, damaged, or of another format.
+        """
+        path = directory / MANIFEST_FILE
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from error
+        if not isinstance(content, dict) or content.pop("xxh3_64", None) != _digest(content):
+            raise UserError(f"{path}: damaged, its content does not fit its hash")
+        if content["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format_version {content['format_version']}, this Mythos reads {FORMAT_VERSION}: "
+                "use the Mythos that wrote it"
+            )
+        return cls(
+            step=content["step"],
+            files={name: Written(*written) for name, written in content["files"].items()},
+            parameters={
+                name: Parameter(tuple(entry["shape"]), tuple(tuple(piece) for piece in entry["pieces"]))
+                for name, entry in content["parameters"].items()
+            },
+        )
+
+
+def weights_file(number: int) -> str:
+    """Name of the file with the weights that one rank wrote."""
+    return f"weights_{number:05d}.safetensors"
+
+
+def optimizer_file(number: int) -> str:
+    """Name of the file with the optimizer state that one rank wrote."""
+    return f"optimizer_{number:05d}.safetensors"
+
+
+def tag(step: int) -> str:
+    """Directory name of the checkpoint after ``step`` updates."""
+    return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a complete checkpoint."""
+    match = _COMPLETE.fullmatch(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def complete(directory: Path) -> list[Path]:
+    """The checkpoints with a final name, newest first."""
+    found = [path for path in _listed(directory) if _COMPLETE.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def half_written(directory: Path) -> list[Path]:
+    """What saves that were killed have left."""
+    return sorted(path for path in _listed(directory) if path.name.endswith(PARTIAL))
+
+
+def latest(directory: Path) -> Path | None:
+    """The checkpoint that the pointer names, whether it is there or not; None without a pointer that names one."""
+    try:
+        name = (directory / POINTER).read_text(errors="replace").strip()
+    except OSError:
+        return None
+    return directory / name if _COMPLETE.fullmatch(name) else None
+
+
+def candidates(directory: Path) -> list[Path]:
+    """What a start tries, in this order: the checkpoint that ``latest`` names, then the older ones, newest first.
+
+    Newer ones than the named one do not count: their save was not finished, or the user has gone back by writing
+    another name into ``latest``. Where the named one is not there, all count.
+    """
+    named, found = latest(directory), complete(directory)
+    if named is None or named not in found:
+        return found
+    return found[found.index(named) :]
+
+
+def problems(checkpoint: Path, manifest: Manifest, share: slice = slice(None)) -> list[str]:
+    """What is wrong with the listed files, one line each; ``share`` takes a part of them, for ranks side by side."""
+    found = []
+    for name, written in sorted(manifest.files.items())[share]:
+        path = checkpoint / name
+        try:
+            size = path.stat().st_size
+            if size != written.bytes:
+                found.append(f"{path}: {size} bytes, the manifest says {written.bytes}")
+            elif hash_file(path) != written.xxh3_64:
+                found.append(f"{path}: damaged, its content does not fit the hash in the manifest")
+        except OSError as error:
+            found.append(f"{path}: {error.strerror}")
+    return found
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Where the run stood. Raises UserError when it cannot be read."""
+    try:
+        return json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / STATE_FILE}: cannot be read ({error})") from error
+
+
+def set_aside(path: Path) -> Path:
+    """Move a damaged or half-written checkpoint out of the way, under a name that is free; returns its new place."""
+    place = path.parent / SET_ASIDE
+    place.mkdir(exist_ok=True)
+    target, number = place / path.name, 1
+    while target.exists():
+        number += 1
+        target = place / f"{path.name}.{number}"
+    os.rename(path, target)
+    return target
+
+
+def commit(partial: Path, manifest: Manifest) -> Path:
+    """Give a checkpoint, all of whose files are on disk, its final name, and point to it. Raises OSError."""
+    manifest.save(partial)
+    flush_directory(partial)
+    final, directory = partial.with_suffix(""), partial.parent
+    replaced = None
+    if final.exists():  # of steps that were rolled back
+        replaced = _out_of_use(final)
+    os.rename(partial, final)
+    flush_directory(directory)
+    write_atomically(directory / POINTER, final.name)
+    flush_directory(directory)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def remove_old(directory: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove complete checkpoints but the newest ``keep_last``, and those of every ``keep_every``-th step.
+
+    Those that are newer than ``latest`` belong to steps that were rolled back; they do not count and stay.
+    """
+    for path in candidates(directory)[keep_last:]:
+        if not (keep_every and step_of(path) % keep_every == 0):
+            _out_of_use(path)
+    for path in _listed(directory):
+        if path.name.endswith(REMOVED):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _out_of_use(path: Path) -> Path:
+    """Renamed first, so that what a kill leaves half removed has not the name of a complete checkpoint."""
+    target = path.with_name(path.name + REMOVED)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(path, target)
+    return target
+
+
+def _listed(directory: Path) -> list[Path]:
+    try:
+        return [path for path in directory.iterdir() if path.is_dir()]
+    except OSError:  # not there yet
+        return []
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True))
