@@ -29,11 +29,14 @@ checkpoints=() overrides=()
 for word in "$@"; do
   case $word in
     *=*) overrides+=("$word") ;;
-    all) for path in "$run"/checkpoints/step_*/state.json; do checkpoints+=("$(basename "${path%/*}")"); done ;;
+    all) for path in "$run"/checkpoints/step_*[0-9]/state.json; do checkpoints+=("$(basename "${path%/*}")"); done ;;
     *) checkpoints+=("$word") ;;
   esac
 done
-[ ${#checkpoints[@]} -gt 0 ] || checkpoints=("$(cat "$run/checkpoints/latest")") || exit
+if [ ${#checkpoints[@]} -eq 0 ]; then
+  newest=$(cat "$run/checkpoints/latest") || { say "$run: no complete checkpoint yet"; exit 2; }
+  checkpoints=("$newest")
+fi
 index=${SLURM_ARRAY_TASK_ID:-0}
 if [ "$index" -ge ${#checkpoints[@]} ]; then
   say "nothing to do for index $index: ${#checkpoints[@]} checkpoints"
