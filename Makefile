@@ -25,8 +25,7 @@ $(DEMO_TOKENIZER): $(DEMO_TEXT) | setup
 	$(BIN)/mythos data tokenizer $< --vocabulary-size 4096 --validation-percent 5 --output $@
 
 $(DEMO_DATA)/manifest.json: $(DEMO_TOKENIZER)
-	$(BIN)/mythos data prepare $(DEMO_TEXT) --tokenizer $< --sequence-length 256 --validation-percent 5 \
-		--output $(DEMO_DATA)
+	$(BIN)/mythos data prepare $(DEMO_TEXT) --tokenizer $< --sequence-length 256 --output $(DEMO_DATA)
 	touch $@
 
 demo: setup $(DEMO_DATA)/manifest.json

@@ -1,60 +1,134 @@
-"""Train a byte-level BPE tokenizer on the train split of Parquet text.
+"""Train a byte-level BPE tokenizer on a sample of the train split of Parquet text.
 
 Byte-level: every text can be encoded and decodes to itself, so there is no unknown token. The merges, and so the file,
-are the same for the same documents whatever the number of threads.
+are the same for the same sources and settings whatever the number of threads.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
-from data_prep.documents import count_documents, read_documents, split_of
+from data_prep.documents import RowRange, check_validation_percent, read_texts, row_ranges, split_of
+from data_prep.progress import Progress
+from data_prep.tokenizer_file import TrainingNote
 from mythos.data.format import BOS
 from mythos.errors import UserError
 from mythos.files import write_atomically
 
-SMALLEST_VOCABULARY = 257  # the 256 bytes and BOS
+_BYTES = 256
+# A visit to a row range yields at least so much, so that a small sample of a large corpus takes few visits.
+_LEAST_VISIT_BYTES = 4 << 20
+_HELD_OUT_BYTES = 8 << 20
 
 
 def train_tokenizer(
-    sources: list[Path], column: str, vocabulary_size: int, output: Path, validation_percent: float
-) -> int:
-    """Write a tokenizer file and return its vocabulary size: fewer than asked where the text has too few pairs.
+    sources: list[Path],
+    column: str,
+    vocabulary_size: int,
+    output: Path,
+    validation_percent: float,
+    sample_bytes: float = float("inf"),
+    special_tokens: Sequence[str] = (),
+) -> tuple[int, TrainingNote]:
+    """Write a tokenizer file and its note; return its vocabulary size (fewer than asked where the text has too few
+    pairs) and the note.
 
-    BOS has id 0. Only documents of the train split are seen, so nothing of the validation text reaches the vocabulary.
-    Raises UserError for an unusable source, a vocabulary below 257, or when no document falls in the train split.
+    BOS has id 0, the other special tokens follow in their order. Only documents of the train split are seen, so nothing
+    of the validation text reaches the vocabulary. Memory and time are bounded by the sample. Raises UserError for an
+    unusable source or setting, a full disk, or when no document falls in the train split.
     """
-    if vocabulary_size < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"vocabulary-size {vocabulary_size}: give at least {SMALLEST_VOCABULARY}, the 256 bytes and {BOS}"
-        )
-    documents = count_documents(sources, column)
-    seen = 0
-
-    def train_documents() -> Iterator[str]:
-        nonlocal seen
-        # disable=None: a progress bar on a terminal only.
-        for text in tqdm(read_documents(sources, column), total=documents, unit=" documents", disable=None):
-            if split_of(text, validation_percent) == "train":
-                seen += 1
-                yield text
-
+    _check(vocabulary_size, validation_percent, sample_bytes, special_tokens)
+    ranges = [rows for source in sources for rows in row_ranges(source, column, "text")]
+    total_bytes = sum(rows.bytes for rows in ranges)
+    sample = _Sample(ranges, column, validation_percent, sample_bytes)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=[BOS],
+        special_tokens=[BOS, *special_tokens],
         # All 256 bytes, also those that the text does not hold.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(train_documents(), trainer=trainer)
-    if not seen:
+    with Progress("reading the sample", int(min(sample_bytes, total_bytes))) as progress:
+        tokenizer.train_from_iterator(sample.train_texts(progress), trainer=trainer)
+    if not sample.train_bytes:
         names = ", ".join(str(source) for source in sources)
         raise UserError(f"{names}: no text for the train split; give more documents or a lower --validation-percent")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, tokenizer.to_str(pretty=True))
-    return tokenizer.get_vocab_size()
+    content = tokenizer.to_str(pretty=True)
+    note = TrainingNote(
+        tokenizer_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        validation_percent=float(validation_percent),
+        text_bytes=sample.train_bytes,
+        held_out_bytes=sum(len(text.encode()) for text in sample.held_out),
+        held_out_tokens=sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(sample.held_out)),
+    )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, content)
+        note.save(output)
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}); free space or name another --output"
+        ) from error
+    return tokenizer.get_vocab_size(), note
+
+
+def _check(vocabulary_size: int, validation_percent: float, sample_bytes: float, special_tokens: Sequence[str]) -> None:
+    least = _BYTES + 1 + len(special_tokens)
+    if vocabulary_size < least:
+        raise UserError(
+            f"vocabulary-size {vocabulary_size}: give at least {least}, the {_BYTES} bytes, {BOS}"
+            + (f" and {len(special_tokens)} special tokens" if special_tokens else "")
+        )
+    check_validation_percent(validation_percent)
+    if not sample_bytes > 0:
+        raise UserError(f"sample-mb {sample_bytes / 1e6:g}: give a number above 0")
+    for token in special_tokens:
+        if not token or [BOS, *special_tokens].count(token) > 1:
+            raise UserError(f"special-token {token!r}: give each once, not empty and not {BOS}")
+
+
+class _Sample:
+    """Documents from all over the corpus: its row ranges in an order of their own, the first documents of each.
+
+    Each range gives its share of the sample, but not less than a visit is worth. A small corpus is its own sample.
+    """
+
+    def __init__(self, ranges: list[RowRange], column: str, validation_percent: float, sample_bytes: float) -> None:
+        self.train_bytes = 0
+        self.held_out: list[str] = []
+        self._column, self._validation_percent, self._sample_bytes = column, validation_percent, sample_bytes
+        self._share = sample_bytes / max(sum(rows.bytes for rows in ranges), 1)
+        if self._share < 1:
+            # Fixed, so that the same corpus gives the same sample.
+            order = np.random.Generator(np.random.Philox(0)).permutation(len(ranges))
+            ranges = [ranges[number] for number in order]
+        self._ranges = ranges
+
+    def train_texts(self, progress: Progress) -> Iterator[str]:
+        """The texts to train on; those of the validation split are kept apart in ``held_out``."""
+        held_out_bytes = 0
+        for rows in self._ranges:
+            visit_bytes = 0
+            for text in read_texts(rows, self._column):
+                content = text.encode()
+                visit_bytes += len(content)
+                progress(len(content))
+                if split_of(content, self._validation_percent) == "train":
+                    self.train_bytes += len(content)
+                    yield text
+                elif held_out_bytes < _HELD_OUT_BYTES:
+                    held_out_bytes += len(content)
+                    self.held_out.append(text)
+                if self._share < 1 and (
+                    self.train_bytes >= self._sample_bytes
+                    or visit_bytes >= max(self._share * rows.bytes, _LEAST_VISIT_BYTES)
+                ):
+                    break
+            if self._share < 1 and self.train_bytes >= self._sample_bytes:
+                return

@@ -1,27 +1,33 @@
 """The command line: `mythos COMMAND ...`. Each command is a file of its own beside this one."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-from launch import config, data, evaluate, job, params, status, train
+from launch import checkpoint, config, data, evaluate, export, job, params, status, train
 from mythos import __version__
-from mythos.errors import FAILED, UserError
+from mythos.errors import DONE, FAILED, UserError
 
 DESCRIPTION = """\
 Train recurrent-depth (looped) transformers with sparse mixture-of-experts.
 
   mythos data tokenizer ...       text -> tokenizer
-  mythos data prepare ...         text -> token shards
+  mythos data prepare ...         text -> token shards; `mythos data --help` lists import, verify and show
   mythos config MODEL.yaml RUN.yaml key=value ...
   mythos params MODEL.yaml        parameters by part
   mythos train  MODEL.yaml RUN.yaml key=value ...
   mythos status RUN               how a run stands, from its directory
   mythos eval   RUN               validation losses of a checkpoint
+  mythos checkpoint list RUN      what a run has saved
+  mythos export RUN               weights as safetensors
 
 The same train command runs bare (one process) and under torchrun, mpiexec and srun.
 """
-EXIT_CODES = "exit codes: 0 done, 2 bad input, 85 preempted and saved (start again to go on), other: failed"
+EXIT_CODES = (
+    "exit codes: 0 done, 2 bad input, 74 checkpoints cannot be written, 85 preempted (start again to go on), "
+    "other: failed"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mythos {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (train, status, evaluate, config, params, data, job):
+    for command in (train, status, evaluate, checkpoint, export, config, params, data, job):
         command.add_parser(subparsers)
     return parser
 
@@ -52,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mythos: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # such as `mythos data show DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except KeyboardInterrupt:
         print("mythos: interrupted", file=sys.stderr)
         return FAILED

@@ -47,12 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     def work(config: "Config", device: "torch.device") -> int:
         from mythos.errors import DONE
-        from mythos.metrics.console import log
-        from mythos.train.evaluate import evaluate, find_checkpoint  # imports DeepSpeed, after the device is known
+        from mythos.train.checkpoint_losses import checkpoint_losses, find_checkpoint  # imports DeepSpeed
 
-        result = evaluate(config, device, find_checkpoint(arguments.directory, names))
-        losses = " ".join(f"{name} {value:.4f}" for name, value in result.items() if name.startswith("val/"))
-        log.info(f"{result['checkpoint']}: {losses}")
+        checkpoint_losses(config, device, find_checkpoint(arguments.directory, names))
         return DONE
 
     return run_ranks(lambda world_size: load_run(arguments.directory, overrides, world_size), work)

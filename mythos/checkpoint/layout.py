@@ -16,15 +16,15 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
-from mythos.checkpoint.tensors import Written, flush_directory, hash_file
 from mythos.errors import UserError
-from mythos.files import write_atomically
+from mythos.files import flush_directory, hash_file, write_atomically
 
 FORMAT_VERSION = 1
 DIRECTORY = "checkpoints"
@@ -35,6 +35,13 @@ PARTIAL = ".partial"
 REMOVED = ".removed"
 SET_ASIDE = "set_aside"
 _COMPLETE = re.compile(r"step_(\d{8,})")
+
+
+class Written(NamedTuple):
+    """What a file must be, to be whole."""
+
+    bytes: int
+    xxh3_64: str
 
 
 @dataclass(frozen=True)
@@ -147,11 +154,11 @@ def candidates(directory: Path) -> list[Path]:
     return found[found.index(named) :]
 
 
-def problems(checkpoint: Path, manifest: Manifest, share: slice = slice(None)) -> list[str]:
-    """What is wrong with the listed files, one line each; ``share`` takes a part of them, for ranks side by side."""
+def problems(checkpoint: Path, manifest: Manifest, only: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with the listed files, or with some of them, one line each."""
     found = []
-    for name, written in sorted(manifest.files.items())[share]:
-        path = checkpoint / name
+    for name in sorted(manifest.files if only is None else only):
+        path, written = checkpoint / name, manifest.files[name]
         try:
             size = path.stat().st_size
             if size != written.bytes:

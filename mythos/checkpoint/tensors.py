@@ -10,13 +10,14 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 24
+from mythos.checkpoint.layout import Written
+from mythos.files import CHUNK_BYTES
+
 _TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -29,13 +30,6 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-class Written(NamedTuple):
-    """What a file must be, to be whole."""
-
-    bytes: int
-    xxh3_64: str
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Written:
@@ -67,24 +61,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not say where
     return Written(8 + len(text) + position, digest.hexdigest())
-
-
-def hash_file(path: Path) -> str:
-    """xxh3_64 of a file's content. Raises OSError."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def flush_directory(directory: Path) -> None:
-    """Wait until the names in a directory are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

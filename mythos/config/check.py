@@ -3,15 +3,18 @@
 Each rule yields findings instead of raising, so that the user sees all of them at once.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mythos.config.derive import global_batch_sequences
+from mythos.config.derive import data_sources, global_batch_sequences
 from mythos.config.model_schema import Dense, Latent, Looped, MixtureOfExperts
 from mythos.config.schema import Config
 
 VALUE_GATE_CHANNELS = 32
 """First channels of an attention layer's input, which decide how much of the value embedding is let in."""
+SOURCE_NAME = r"[A-Za-z0-9_-]+"
+"""A name stands in metrics and in dotted paths."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ def check(config: Config, world_size: int) -> list[Finding]:
         _experts(config, world_size),
         _loop(config),
         _batch(config, world_size),
+        _data(config),
     )
     return [finding for rule in rules for finding in rule]
 
@@ -140,3 +144,18 @@ def _batch(config: Config, world_size: int) -> Iterator[Finding]:
             f"({world_size}) = {at_once} sequences: nearest is {nearest}",
             ("train.micro_batch_sequences", "data.sequence_length"),
         )
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    data = config.data
+    if (data.directory is None) == (not data.sources):
+        given = "none given" if data.directory is None else "both given"
+        yield Finding("data.directory", given, "give it or data.sources, one of the two", ("data.sources",))
+        return
+    for name in data.sources:
+        if not re.fullmatch(SOURCE_NAME, name):
+            yield Finding(f"data.sources.{name}", name, "a name has letters, digits, - and _ alone")
+    for directory, _ in data_sources(config).values():
+        if "://" in directory and data.cache_directory is None:
+            remedy = f"{directory} needs one: give a directory on each node's own disk"
+            yield Finding("data.cache_directory", None, remedy, ("data.directory", "data.sources"))

@@ -26,3 +26,10 @@ def eval_depths(config: Config) -> tuple[int, ...]:
     if config.loop is None:
         return ()
     return config.eval.depths or (round(config.loop.mean_depth),)
+
+
+def data_sources(config: Config) -> dict[str, tuple[str, float]]:
+    """Directory and weight of each data set by name, however they were given; a single one is called ``data``."""
+    if config.data.directory is not None:
+        return {"data": (config.data.directory, 1.0)}
+    return {name: (source.directory, source.weight) for name, source in sorted(config.data.sources.items())}

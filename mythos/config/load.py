@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -131,8 +131,9 @@ def options(section: Any = Config, prefix: str = "") -> dict[str, FieldInfo]:
     """Dotted path -> field of every option of the tree, both kinds of model included."""
     found: dict[str, FieldInfo] = {}
     for name, field in section.__pydantic_fields__.items():
+        any_name = "NAME." if get_origin(field.annotation) is dict else ""
         for kind in _sections_in(field.annotation):
-            found |= options(kind, f"{prefix}{name}.")
+            found |= options(kind, f"{prefix}{name}.{any_name}")
         found[prefix + name] = field
     return found
 
@@ -226,8 +227,9 @@ def _without(error: ValidationError, raw: dict[str, Any]) -> Config | None:
     except ValidationError as again:
         for details in again.errors():
             path = _path(details["loc"])
-            if path in wrong and not _sections_in(options()[path].annotation):
-                _set(raw, path, "?" if options()[path].annotation is str else 2)
+            field = options().get(path)  # none for a part of a named section
+            if path in wrong and field is not None and not _sections_in(field.annotation):
+                _set(raw, path, "?" if field.annotation is str else 2)
     try:
         return _strictly(raw)
     except ValidationError:

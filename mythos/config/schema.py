@@ -176,13 +176,37 @@ class Eval:
 
 
 @section
-class Data:
-    """The prepared data set (see `mythos data prepare`)."""
+class DataSource:
+    """One of several data sets."""
 
-    directory: str = option(
-        "directory with tokenizer.json, manifest.json, train/ and validation/", changeable=True, min_length=1
+    directory: str = option("prepared data set, as data.directory", changeable=True, min_length=1)
+    weight: float = option("its share of the samples, relative to the others", changeable=True, gt=0)
+
+
+@section
+class Data:
+    """Prepared data (see `mythos data prepare`): one data set, or several mixed by weight."""
+
+    directory: str | None = option(
+        "data set: a path, or the address of an object store (s3://, gs://, oci://, azure://, ...)",
+        None,
+        changeable=True,
+        min_length=1,
+    )
+    sources: dict[str, DataSource] = option(
+        "in place of it, several data sets by name, each with its directory and weight",
+        changeable=True,
+        default_factory=dict,
     )
     sequence_length: int = option("tokens of one sequence, as the data was prepared", gt=1)
+    shuffle_shards: int = option("shards of a data set whose rows are mixed at a time", 32, changeable=True, gt=0)
+    cache_directory: str | None = option(
+        "directory on each node's own disk for copies of the shards; null: shards are read where they lie",
+        None,
+        changeable=True,
+        min_length=1,
+    )
+    cache_gib: float = option("largest size of the cache, GiB", 64.0, changeable=True, gt=0)
 
 
 @section

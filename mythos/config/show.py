@@ -32,4 +32,4 @@ def _lines(section: Any, values: dict[str, Any], indent: str) -> list[str]:
 def _scalar(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value)
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+    return yaml.safe_dump(value, default_flow_style=True, width=2**30).removesuffix("\n...\n").strip()

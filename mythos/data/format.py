@@ -2,18 +2,18 @@
 
     DIR/tokenizer.json                       the tokenizer that made the ids
     DIR/manifest.json                        what the data set holds; written last, so it marks a complete data set
-    DIR/train/{index.json,shard.*.mds}       MDS shards with one column `tokens`
+    DIR/train/{index.json,shard.*.mds}       MDS shards with one column `tokens`; shard.*.mds.zstd where compressed
     DIR/validation/{index.json,shard.*.mds}
 
-A row is ``sequence_length + 1`` token ids: inputs are ``row[:-1]``, targets are ``row[1:]``. Rows are disjoint chunks
-of the split's documents laid end to end, each document begun by the BOS token.
+A row is ``sequence_length + 1`` token ids: inputs are ``row[:-1]``, targets are ``row[1:]``. Every row is full, and
+each document is begun by the BOS token; data_prep/packing.py says which documents share a row.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -21,7 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from mythos.errors import UserError
 from mythos.files import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
 COLUMN = "tokens"
 BOS = "<|bos|>"
@@ -40,7 +40,7 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Source:
-    """One Parquet file that the text came from."""
+    """One Parquet file that the documents came from."""
 
     __pydantic_config__ = _STRICT
 
@@ -51,31 +51,40 @@ class Source:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked of `mythos data prepare`, beyond the sequence length and the tokenizer."""
+    """What the user asked of `mythos data prepare` or `import`, beyond the sequence length and the tokenizer."""
 
     __pydantic_config__ = _STRICT
 
     column: str
     validation_percent: float
     shard_size_mib: int
+    packing: Literal["straight", "best_fit"] = "straight"
+    compression: Literal["zstd"] | None = None
+    content: Literal["text", "token_ids"] = "text"
+    """What the column held: text, or the ids of an earlier tokenisation."""
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What one split holds. ``tokens`` are those in the rows; the unfinished last row is ``tokens_dropped``."""
+    """What one split holds. ``tokens`` are those in the rows; the unfinished last row is ``tokens_dropped``.
+
+    ``text_bytes`` is None for imported token ids whose tokenizer is not a byte-level one. ``documents_cut`` counts the
+    documents that do not lie whole in one row.
+    """
 
     __pydantic_config__ = _STRICT
 
     documents: int
-    text_bytes: int
+    text_bytes: int | None
     sequences: int
     tokens: int
     tokens_dropped: int
+    documents_cut: int
 
     @property
-    def bytes_per_token(self) -> float:
+    def bytes_per_token(self) -> float | None:
         """UTF-8 bytes of text for each token, BOS tokens counted: turns nats a token into bits a byte."""
-        return self.text_bytes / (self.tokens + self.tokens_dropped)
+        return None if self.text_bytes is None else self.text_bytes / (self.tokens + self.tokens_dropped)
 
 
 @dataclass(frozen=True)

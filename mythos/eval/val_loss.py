@@ -7,25 +7,46 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos.data.stream import TokenDataset
+from mythos.data.dataset import TokenDataset
+from mythos.data.stream import Source
 from mythos.loss import IGNORED
 from mythos.model import Forward, depth
 
 
 def validation_losses(
     forward: Forward,
-    dataset: TokenDataset,
+    sources: Sequence[Source],
     depths: Sequence[int],
     sequences: int,
     micro_batch: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean loss a token over the first ``sequences`` of the data set, the same on any number of ranks. Collective.
+    """Mean loss a token over the first ``sequences`` of every source, the same on any number of ranks. Collective.
 
-    One value for each of ``depths`` (``val/loss_depth_T``), or ``val/loss`` for a model without a loop.
+    One value for each of ``depths`` (``val/loss_depth_T``), or ``val/loss`` for a model without a loop. Of several
+    sources this is the mean by weight, what the mixture would cost, and each has its own: ``val/NAME/loss_depth_T``.
     """
-    names = [f"val/loss_depth_{steps}" for steps in depths] or ["val/loss"]
-    totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+    of_all = [_losses(forward, source.dataset, depths, sequences, micro_batch, device) for source in sources]
+    weights = torch.tensor([source.weight for source in sources], dtype=torch.float64)
+    mean = (weights / weights.sum()) @ torch.tensor(of_all, dtype=torch.float64)
+    names = [f"loss_depth_{steps}" for steps in depths] or ["loss"]
+    found = {f"val/{name}": loss for name, loss in zip(names, mean.tolist(), strict=True)}
+    if len(sources) > 1:
+        for source, losses in zip(sources, of_all, strict=True):
+            found |= {f"val/{source.name}/{name}": loss for name, loss in zip(names, losses, strict=True)}
+    return found
+
+
+def _losses(
+    forward: Forward,
+    dataset: TokenDataset,
+    depths: Sequence[int],
+    sequences: int,
+    micro_batch: int,
+    device: torch.device,
+) -> list[float]:
+    """Of one data set, one value for each depth."""
+    totals = torch.zeros((len(depths) or 1) + 1, dtype=torch.float64, device=device)
     for first, tokens, targets, count in _batches(dataset, min(sequences, len(dataset)), micro_batch, device):
         # The initial state of a row comes from its number, so that it is the same on any number of ranks.
         for i, steps in enumerate(depths or (None,)):
@@ -34,7 +55,7 @@ def validation_losses(
             totals[i] += loss.double() * count
         totals[-1] += count
     dist.all_reduce(totals)
-    return dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))
+    return (totals[:-1] / totals[-1]).tolist()
 
 
 def _batches(

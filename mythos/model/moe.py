@@ -159,3 +159,17 @@ def balance(model: nn.Module, load_LE: Tensor, rate: float) -> None:
     """
     for layer, load_E in zip(moe_layers(model), load_LE, strict=True):
         layer.router.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
+
+
+def plain_parameters(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The parameters of the plain model, each with those that AutoEP made of it, to be joined along dimension 1."""
+    plain: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        layer, found, part = name.rpartition(".experts.")
+        if found and part in ("w1", "w3"):
+            plain[f"{layer}.experts.gate_up_proj"] = (f"{layer}.experts.w1", f"{layer}.experts.w3")
+        elif found and part == "w2":
+            plain[f"{layer}.experts.down_proj"] = (name,)
+        else:
+            plain[name.replace(".router.gate.weight", ".router.weight")] = (name,)
+    return plain

@@ -1,18 +1,15 @@
 """What a rank works on at a step: its rows of the data and its part of the depth plan."""
 
-from pathlib import Path
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from mythos.config.derive import global_batch_sequences
+from mythos.config.derive import global_batch_sequences, micro_steps
 from mythos.config.schema import Config
-from mythos.data.format import TOKENIZER_FILE, fingerprint, read_data_file
-from mythos.data.stream import OrderedStream, TokenDataset
+from mythos.data.stream import TokenStream
 from mythos.errors import UserError
 from mythos.model import depth
 
@@ -49,64 +46,62 @@ def micro_batch_plan(config: Config, depths: np.ndarray, step: int, micro_step: 
     return depth.plan(depths[everyone], config.loop.backprop_depth, own, seeds)
 
 
-def micro_batch(
-    config: Config, stream: OrderedStream, step: int, micro_step: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """This rank's tokens and targets, (B, S) each."""
-    samples = own_samples(config, step, micro_step)
-    rows = torch.from_numpy(stream.rows(samples.start, len(samples)))
+class StepBatches:
+    """This rank's rows of one step after the other, each step's read in the background while the one before runs.
+
+    Close it when done.
+    """
+
+    def __init__(self, config: Config, stream: TokenStream, first_step: int, skipped_samples: int = 0) -> None:
+        self._config, self._stream = config, stream
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: Future[np.ndarray] | None = None
+        self.restart(first_step, skipped_samples)
+
+    def restart(self, first_step: int, skipped_samples: int) -> None:
+        """Go on at ``first_step``, so many samples further on in the stream than its number says."""
+        self._skipped_samples = skipped_samples
+        self._begin(first_step)
+
+    def check(self) -> None:
+        """Wait for the next step's rows. Raises UserError when they cannot be had."""
+        if self._next is not None:
+            self._next.result()
+
+    def failed(self) -> bool:
+        """Wait for the next step's rows; whether ``check`` would raise."""
+        return self._next is not None and isinstance(self._next.exception(), UserError)
+
+    def take(self, step: int) -> np.ndarray:
+        """The rows of a step, int64 of shape (micro-steps, micro batch, sequence_length + 1). Steps in their order."""
+        assert self._next is not None
+        assert self._step == step
+        rows = self._next.result()
+        self._begin(step + 1)
+        return rows
+
+    def close(self) -> None:
+        """Let go of the data."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._stream.close()
+
+    def _begin(self, step: int) -> None:
+        self._step, self._next = step, None
+        if step <= self._config.train.steps:
+            pieces = [
+                own_samples(self._config, step, micro_step)
+                for micro_step in range(micro_steps(self._config, dist.get_world_size()))
+            ]
+            self._next = self._executor.submit(self._read, pieces)
+
+    def _read(self, pieces: list[range]) -> np.ndarray:
+        skipped = self._skipped_samples
+        return np.stack([self._stream.rows(skipped + samples.start, len(samples)) for samples in pieces])
+
+
+def tokens_and_targets(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A micro batch on its device, (B, S) each."""
+    tensor = torch.from_numpy(rows)
     if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    return rows[:, :-1], rows[:, 1:]
-
-
-def open_data(config: Config) -> tuple[TokenDataset, TokenDataset]:
-    """The training and the validation set.
-
-    Raises:
-        UserError: they are missing or damaged, or were prepared for another sequence length or vocabulary.
-    """
-    directory = Path(config.data.directory)
-    training_set, validation_set = TokenDataset(directory, "train"), TokenDataset(directory, "validation")
-    manifest = training_set.manifest
-    if manifest.sequence_length != config.data.sequence_length:
-        raise UserError(
-            f"data.sequence_length = {config.data.sequence_length}: {directory} was prepared with "
-            f"{manifest.sequence_length}: set that, or prepare the data again"
-        )
-    if manifest.vocabulary_size > config.model.vocabulary_size:
-        raise UserError(
-            f"model.vocabulary_size = {config.model.vocabulary_size}: the tokenizer of {directory} has "
-            f"{manifest.vocabulary_size} tokens: set at least that"
-        )
-    if config.sample.tokens:
-        read_tokenizer(config)
-    return training_set, validation_set
-
-
-def read_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that made the data's token ids.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    path = Path(config.data.directory) / TOKENIZER_FILE
-    text = read_data_file(path)
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{path}: damaged ({error}); run `mythos data prepare` again") from error
-
-
-def data_identity(config: Config) -> dict[str, Any]:
-    """What the order of the samples depends on."""
-    return {"fingerprint": fingerprint(Path(config.data.directory)), "seed": config.seed}
-
-
-def check_data_unchanged(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UserError when a run is resumed on other data."""
-    if before != now:
-        changes = ", ".join(
-            f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]
-        )
-        raise UserError(f"the run was started on other data ({changes}): give its data.directory and seed")
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor[:, :-1], tensor[:, 1:]

@@ -98,7 +98,7 @@ def newest_valid(directory: Path) -> Path | None:
     candidates: list[Path] = _from_rank_0(lambda: _tidy(directory))
     damaged: list[tuple[Path, str]] = []
     for candidate in candidates:
-        wrong = _problems(candidate, slice(rank, None, ranks))
+        wrong = _problems(candidate, rank, ranks)
         everyones: list[Any] = [None] * ranks
         dist.all_gather_object(everyones, wrong)
         found = [problem for each in everyones for problem in each]
@@ -155,11 +155,13 @@ def _check_same_model(engine: TrainingEngine, reader: PieceReader) -> None:
             )
 
 
-def _problems(checkpoint: Path, share: slice) -> list[str]:
+def _problems(checkpoint: Path, rank: int, ranks: int) -> list[str]:
+    """What this rank finds wrong with its share of the files."""
     try:
-        return layout.problems(checkpoint, layout.Manifest.load(checkpoint), share)
+        manifest = layout.Manifest.load(checkpoint)
     except UserError as error:
         return [str(error)]
+    return layout.problems(checkpoint, manifest, sorted(manifest.files)[rank::ranks])
 
 
 def _tidy(directory: Path) -> list[Path]:

@@ -1,83 +1,77 @@
-"""Validation losses of a saved checkpoint, written beside the run as JSON."""
+"""What a run does with its model besides training it: validation, and a sample of text."""
 
-import json
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
-from mythos.checkpoint import layout
 from mythos.config.derive import eval_depths
+from mythos.config.model_schema import Looped
 from mythos.config.schema import Config
-from mythos.data.format import fingerprint
-from mythos.errors import UserError
+from mythos.data.format import BOS
+from mythos.data.stream import Source
 from mythos.eval.exit import exit_rule
 from mythos.eval.val_loss import validation_losses
-from mythos.files import write_atomically
-from mythos.train import checkpoint, distributed, preflight
-from mythos.train.batch import open_data
+from mythos.generate import sample_tokens
+from mythos.metrics.console import log
+from mythos.metrics.writer import MetricsWriter
+from mythos.model.depth import DepthPlan
+from mythos.train import distributed
+from mythos.train.data import read_tokenizer
 from mythos.train.engine import TrainingEngine
+from mythos.train.watchdog import Watchdog
 
-EVALUATIONS = "evaluations"
 
-
-def evaluate(config: Config, device: torch.device, found: Path) -> dict[str, Any]:
-    """Load the checkpoint ``found`` and measure the loss at each of ``eval.depths``. Collective.
-
-    Rank 0 writes the result to RUN/evaluations/step_XXXXXXXX.json; one that is there is replaced.
-
-    Raises:
-        UserError: the checkpoint or the data do not fit the configuration, or cannot be read.
-    """
-    preflight.check_ranks(config, device)
-    _, validation_set = distributed.agree(lambda: open_data(config))
-    engine = TrainingEngine(config, device)
-    state = checkpoint.load(engine, found)
+def validate(
+    config: Config,
+    engine: TrainingEngine,
+    sources: Sequence[Source],
+    step: int,
+    writer: MetricsWriter | None,
+    watchdog: Watchdog,
+) -> dict[str, float]:
+    """Measure and report the validation loss at each depth. Collective."""
     rule = exit_rule(config.eval)
+
+    def forward(tokens: Tensor, targets: Tensor | None, plan: DepthPlan | None) -> tuple[Tensor, dict[str, Tensor]]:
+        watchdog.progress(f"validation after step {step}")
+        return engine(tokens, targets, plan, rule)
+
+    for source in sources:
+        distributed.agree(partial(source.dataset.check, config.eval.sequences))
     with engine.evaluation():
         losses = validation_losses(
-            lambda tokens, targets, plan: engine(tokens, targets, plan, rule),
-            validation_set,
+            forward,
+            sources,
             eval_depths(config),
             config.eval.sequences,
             config.train.micro_batch_sequences,
-            device,
+            engine.device,
         )
-    result = {
-        "checkpoint": found.name,
-        "step": state["step"],
-        **losses,
-        "sequences": min(config.eval.sequences, len(validation_set)),
-        "data": {"directory": config.data.directory, "fingerprint": fingerprint(Path(config.data.directory))},
-        "ranks": dist.get_world_size(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    if dist.get_rank() == 0:
-        directory = found.parent.parent / EVALUATIONS
-        directory.mkdir(exist_ok=True)
-        write_atomically(directory / f"{found.name}.json", json.dumps(result, indent=2))
-    return result
+    log.info(f"step {step} " + " ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    if writer:
+        writer.write(step, losses)
+    return losses
 
 
-def find_checkpoint(directory: Path, names: Sequence[str]) -> Path:
-    """The checkpoint of that name, by default the newest. Collective.
-
-    Raises:
-        UserError: it is not there or not complete, or more than one is named.
-    """
-    return distributed.agree(lambda: _find(directory / layout.DIRECTORY, names))
-
-
-def _find(directory: Path, names: Sequence[str]) -> Path:
-    there = sorted(path.name for path in layout.complete(directory))
-    if len(names) > 1:
-        raise UserError(f"{' '.join(names)}: give one checkpoint: {', '.join(there)}")
-    newest = layout.latest(directory)
-    name = names[0] if names else (newest.name if newest else "")
-    if name not in there:
-        what = f"no complete checkpoint {name!r}" if name else "no checkpoint yet"
-        raise UserError(f"{directory}: {what}" + (f": there are {', '.join(there)}" if there else ""))
-    return directory / name
+def sample_text(config: Config, engine: TrainingEngine, tokenizer_file: Path, device: torch.device) -> str:
+    """The prompt and the model's continuation, as text. Collective."""
+    tokenizer = read_tokenizer(tokenizer_file)
+    tokenizer.encode_special_tokens = True  # the prompt is text: "<|bos|>" in it is seven letters
+    prompt = [tokenizer.token_to_id(BOS), *tokenizer.encode(config.sample.prompt).ids]
+    deepest = max(eval_depths(config)) if isinstance(config.model, Looped) else None
+    rule = exit_rule(config.eval)
+    with engine.evaluation():
+        ids = sample_tokens(
+            lambda tokens, targets, plan: engine(tokens, targets, plan, rule),
+            prompt,
+            config.sample.tokens,
+            config.sample.temperature,
+            longest=config.data.sequence_length,
+            loop_depth=deepest,
+            seed=config.seed,
+            device=device,
+        )
+    return tokenizer.decode(ids)

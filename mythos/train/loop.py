@@ -11,42 +11,31 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 import yaml
-from torch import Tensor
 
 from mythos.checkpoint import layout
-from mythos.config.derive import eval_depths, global_batch_sequences, micro_steps, tokens_per_step
+from mythos.config.derive import global_batch_sequences, tokens_per_step
 from mythos.config.load import flatten, to_dict
-from mythos.config.model_schema import Looped
 from mythos.config.schema import Config
-from mythos.data.format import BOS
-from mythos.data.stream import OrderedStream, TokenDataset
 from mythos.errors import DONE, PREEMPTED, TrainingError
-from mythos.eval.exit import exit_rule
-from mythos.eval.val_loss import validation_losses
-from mythos.generate import sample_tokens
 from mythos.metrics.console import Progress, log, start_logging
 from mythos.metrics.health import depth_metrics, expert_metrics, model_metrics
 from mythos.metrics.throughput import StepClock, peak_memory_gib
 from mythos.metrics.watch import CollapseWatch, LossWatch
 from mythos.metrics.writer import MetricsWriter
-from mythos.model.depth import DepthPlan
 from mythos.model.moe import balance, expert_load
 from mythos.train import checkpoint, distributed, preflight, run_directory
-from mythos.train.batch import (
-    check_data_unchanged,
-    data_identity,
-    draw_depths,
-    micro_batch,
-    micro_batch_plan,
-    open_data,
-    read_tokenizer,
-)
+from mythos.train.batch import StepBatches, draw_depths, micro_batch_plan, tokens_and_targets
+from mythos.train.data import RunData, check_data_unchanged, open_data
 from mythos.train.engine import TrainingEngine, precision
+from mythos.train.evaluate import sample_text, validate
 from mythos.train.life import Life
 from mythos.train.preemption import StopRequest
 from mythos.train.saver import Saver
 from mythos.train.schedule import learning_rate, muon_step
 from mythos.train.watchdog import Watchdog
+
+FRESH = {"skipped_steps": 0, "bad_steps_in_a_row": 0, "skipped_samples": 0, "rewinds": 0, "loss": {}}
+"""What a run that begins has to remember, besides its weights."""
 
 
 def train(config: Config, device: torch.device, stop: StopRequest, accept_changes: bool = False) -> int:
@@ -55,11 +44,13 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
     Args:
         device: this rank's, from ``distributed.start``.
         stop: asks for a save and an early return.
-        accept_changes: go on with a run although options that define it have changed.
+        accept_changes: go on with a run although options that define it, or its data, have changed.
 
     Raises:
         UserError: the run directory or the data do not fit the configuration.
-        TrainingError: the loss or the gradient stayed non-finite for ``train.max_bad_steps`` steps in a row.
+        TrainingError: the loss or the gradient stayed non-finite for ``train.max_bad_steps`` steps in a row, or the
+            loss has spiked more often than ``train.max_rewinds``.
+        SaveError: checkpoints could not be written, ``checkpoint.max_failures`` times in a row.
     """
     with (
         Watchdog(config.train.watchdog_s) as watchdog,
@@ -72,7 +63,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
         cleanup.enter_context(lock or nullcontext())
         life.begin()
         watchdog.before_end = stop.before_leaving = life.fail
-        exit_code = _train(config, device, stop, data, changed, watchdog, cleanup)
+        exit_code = _train(config, device, stop, data, changed, accept_changes, watchdog, cleanup)
         life.end(exit_code)
         return exit_code
 
@@ -81,23 +72,24 @@ def _train(
     config: Config,
     device: torch.device,
     stop: StopRequest,
-    data: tuple[TokenDataset, TokenDataset],
+    data: RunData,
     changed: Mapping[str, Any],
+    accept_changes: bool,
     watchdog: Watchdog,
     cleanup: ExitStack,
 ) -> int:
     directory, rank = Path(config.run.directory), dist.get_rank()
-    training_set, validation_set = data
     found = checkpoint.newest_valid(directory / layout.DIRECTORY)
     watchdog.progress("building the model")
     engine = TrainingEngine(config, device)
-    watchdog.progress("loading the checkpoint")
-    state: dict[str, Any] = {"data": data_identity(config), "skipped_steps": 0, "bad_steps_in_a_row": 0, "loss": {}}
+    state: dict[str, Any] = FRESH | {"data": data.identity}
     first_step = 0
     if found is not None:
+        watchdog.progress("reading the checkpoint")
         saved = checkpoint.load(engine, found)
-        distributed.agree(lambda: check_data_unchanged(saved["data"], state["data"]))
-        state, first_step = saved, saved["step"]
+        for change in distributed.agree(lambda: check_data_unchanged(saved["data"], data.identity, accept_changes)):
+            log.warning(f"data changed: {change}; going on at sample {saved['samples']} of the new order")
+        state, first_step = saved | {"data": data.identity}, saved["step"]
         log.info(f"resumed from {found} at step {first_step} of {config.train.steps}")
     if first_step >= config.train.steps:
         log.info(f"the run is finished at step {first_step}: raise train.steps (now {config.train.steps}) to go on")
@@ -110,26 +102,31 @@ def _train(
     )
     if writer and (changed or not found):
         run_directory.write_config(config)
+        run_directory.keep_tokenizer(directory, data.tokenizer)
         writer.write_config(yaml.safe_dump(to_dict(config), sort_keys=False), flatten(to_dict(config)))
     if not found:
-        validate(config, engine, validation_set, 0, writer, watchdog)
-    stream = OrderedStream(training_set, config.seed)
+        validate(config, engine, data.validation, 0, writer, watchdog)
+    stream = data.stream(config)
+    batches = cleanup.enter_context(closing(StepBatches(config, stream, first_step + 1, state["skipped_samples"])))
+    distributed.agree(batches.check)
     saver = Saver(directory / layout.DIRECTORY, config.checkpoint, engine)
     progress = Progress(first_step, config.train.steps, rank)
-    steps_of_micro_batches = micro_steps(config, dist.get_world_size())
     loss_watch = LossWatch(**state["loss"])
     experts = getattr(config.model, "core_experts", None)
     collapse_watch = CollapseWatch(experts.experts_per_token, config.train.collapse_steps) if experts else None
     clock = StepClock()
     exit_code = DONE
 
-    for step in range(first_step + 1, config.train.steps + 1):
+    step = first_step
+    while step < config.train.steps:
+        step += 1
         clock.start()
         depths = draw_depths(config, step)
         losses, health, load = [], [], None
-        for micro_step in range(steps_of_micro_batches):
-            with clock.waiting_for_data():
-                tokens, targets = micro_batch(config, stream, step, micro_step, device)
+        with clock.waiting_for_data():
+            micro_batches = batches.take(step)
+        for micro_step, sequences in enumerate(micro_batches):
+            tokens, targets = tokens_and_targets(sequences, device)
             loss, diagnostics = engine(tokens, targets, micro_batch_plan(config, depths, step, micro_step))
             if experts:  # before the backward pass, whose recomputation would count the tokens again
                 load = expert_load(engine.module) + (0 if load is None else load)
@@ -145,8 +142,11 @@ def _train(
 
         # Everything a rank knows alone travels in one exchange, and all ranks decide on the same numbers.
         local = {"train/loss": torch.stack(losses).mean().item(), **model_metrics(health)}
+        with clock.waiting_for_data():  # for the next step: what one rank cannot read, all ranks must know
+            data_failed = batches.failed()
         worst = {
             "stop": float(stop.asked),
+            "data_failed": float(data_failed),
             "saving": float(saver.pending),
             "perf/data_wait_seconds": clock.data_wait_seconds,
             "perf/peak_memory_gib": peak_memory_gib(device),
@@ -155,8 +155,10 @@ def _train(
         agreed = dict(zip(local, rows.mean(dim=0).tolist(), strict=False))
         agreed |= dict(zip(worst, rows.amax(dim=0)[len(local) :].tolist(), strict=True))
         seconds = clock.seconds()
-        stopping = bool(agreed.pop("stop"))
+        stopping, data_failed = bool(agreed.pop("stop")), bool(agreed.pop("data_failed"))
         saver.advance(pending_anywhere=bool(agreed.pop("saving")))
+        watchdog.progress(f"step {step}")
+        watchdog.started()
         state["bad_steps_in_a_row"] = 0 if update.applied else state["bad_steps_in_a_row"] + 1
         state["skipped_steps"] += not update.applied
         metrics = agreed | {
@@ -164,6 +166,7 @@ def _train(
             "train/gradient_norm": update.gradient_norm,
             "train/tokens": float(step * tokens_per_step(config)),
             "train/skipped_steps": float(state["skipped_steps"]),
+            "train/rewinds": float(state["rewinds"]),
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": tokens_per_step(config) / seconds,
         }
@@ -174,23 +177,35 @@ def _train(
             if collapse_watch and (warning := collapse_watch.look(load)):
                 log.warning(f"step {step}: {warning}")
         metrics |= saver.metrics()
-        watchdog.progress(f"step {step}")
 
         last = step == config.train.steps
         if due(step, config.log.every) or last or not update.applied:
             progress.report(step, metrics)
             if writer:
                 writer.write(step, metrics)
+        spiked = False
         if not update.applied:
             report_bad_step(config, step, state["bad_steps_in_a_row"])
         elif config.train.spike_sigma:
-            report_spike(step, metrics["train/loss"], config.train.spike_sigma, loss_watch)
+            spiked = report_spike(step, metrics["train/loss"], config.train.spike_sigma, loss_watch)
             state["loss"] = loss_watch.state()
-        if stopping:  # time may be short: save before anything else
+        if spiked and config.train.spike_rewind and not (stopping or data_failed):
+            rewound = rewind(config, engine, saver, step, state)
+            if rewound is not None:
+                step, state, loss_watch = rewound["step"], rewound, LossWatch(**rewound["loss"])
+                batches.restart(step + 1, state["skipped_samples"])
+                if writer:
+                    writer.rewind(step)
+                continue
+        samples = step * global_batch_sequences(config) + state["skipped_samples"]
+        state |= {"samples": samples, "epochs": stream.epochs(samples)}
+        if stopping or data_failed:  # time may be short: save before anything else
             save(config, saver, step, state)
             saver.finish()
+        if data_failed:
+            distributed.agree(batches.check)
         if due(step, config.eval.every) or last:
-            validate(config, engine, validation_set, step, writer, watchdog)
+            validate(config, engine, data.validation, step, writer, watchdog)
         if (due(step, config.checkpoint.every) or last) and not stopping:
             save(config, saver, step, state)
         if stopping and not last:
@@ -205,7 +220,7 @@ def _train(
         writer.write(step, rest)
     progress.close()
     if exit_code == DONE and config.sample.tokens:
-        log.info(f"sample: {json.dumps(sample_text(config, engine, device), ensure_ascii=False)}")
+        log.info(f"sample: {json.dumps(sample_text(config, engine, data.tokenizer, device), ensure_ascii=False)}")
     _say_where(directory)
     return exit_code
 
@@ -215,43 +230,38 @@ def due(step: int, every: int) -> bool:
     return step % every == 0
 
 
-def validate(
-    config: Config,
-    engine: TrainingEngine,
-    dataset: TokenDataset,
-    step: int,
-    writer: MetricsWriter | None,
-    watchdog: Watchdog,
-) -> None:
-    """Measure and report the validation loss at each depth. Collective."""
-    rule = exit_rule(config.eval)
+def save(config: Config, saver: Saver, step: int, state: Mapping[str, Any]) -> None:
+    """Begin a checkpoint."""
+    about = {"step": step, "tokens": step * tokens_per_step(config), "world": checkpoint.world_shape(saver.engine)}
+    saver.start(step, {**state, **about})
 
-    def forward(tokens: Tensor, targets: Tensor | None, plan: DepthPlan | None) -> tuple[Tensor, dict[str, Tensor]]:
-        watchdog.progress(f"validation after step {step}")
-        return engine(tokens, targets, plan, rule)
 
-    with engine.evaluation():
-        losses = validation_losses(
-            forward,
-            dataset,
-            eval_depths(config),
-            config.eval.sequences,
-            config.train.micro_batch_sequences,
-            engine.device,
+def rewind(
+    config: Config, engine: TrainingEngine, saver: Saver, step: int, state: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Go back to the newest checkpoint after a spike at ``step``, and leave out the data of the steps since.
+
+    Returns:
+        The state to go on with, or None where there is no checkpoint yet. Collective.
+
+    Raises:
+        TrainingError: this is one spike more than ``train.max_rewinds``.
+    """
+    saver.finish()
+    found = checkpoint.newest_valid(saver.directory)
+    if found is None:
+        log.warning("no checkpoint to go back to yet: going on")
+        return None
+    if state["rewinds"] >= config.train.max_rewinds:
+        raise TrainingError(
+            f"step {step}: the loss has spiked again after {state['rewinds']} rewinds (train.max_rewinds); last "
+            f"checkpoint: {found}: lower optim.learning_rate or look at the data"
         )
-    log.info(f"step {step} " + " ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-    if writer:
-        writer.write(step, losses)
-
-
-def save(config: Config, saver: Saver, step: int, state: dict[str, Any]) -> None:
-    """Begin a checkpoint. The data position follows from the step, and stands in the state for those who read it."""
-    position = {
-        "step": step,
-        "samples": step * global_batch_sequences(config),
-        "tokens": step * tokens_per_step(config),
-    }
-    saver.start(step, state | position | {"world": checkpoint.world_shape(saver.engine)})
+    saved = checkpoint.load(engine, found)
+    left_out = (step - saved["step"]) * global_batch_sequences(config)
+    log.warning(f"going back to {found} at step {saved['step']}; the next {left_out} sequences are left out")
+    counts = {"skipped_samples": state["skipped_samples"] + left_out, "rewinds": state["rewinds"] + 1}
+    return saved | counts | {"data": state["data"]}
 
 
 def report_spike(step: int, loss: float, sigma: float, watch: LossWatch) -> bool:
@@ -272,27 +282,6 @@ def report_bad_step(config: Config, step: int, in_a_row: int) -> None:
             f"loss or gradient not finite at {in_a_row} steps in a row (train.max_bad_steps), up to step {step}; "
             f"last checkpoint: {newest or 'none yet'}: lower optim.learning_rate or look at the data"
         )
-
-
-def sample_text(config: Config, engine: TrainingEngine, device: torch.device) -> str:
-    """The prompt and the model's continuation, as text. Collective."""
-    tokenizer = read_tokenizer(config)
-    tokenizer.encode_special_tokens = True  # the prompt is text: "<|bos|>" in it is seven letters
-    prompt = [tokenizer.token_to_id(BOS), *tokenizer.encode(config.sample.prompt).ids]
-    deepest = max(eval_depths(config)) if isinstance(config.model, Looped) else None
-    rule = exit_rule(config.eval)
-    with engine.evaluation():
-        ids = sample_tokens(
-            lambda tokens, targets, plan: engine(tokens, targets, plan, rule),
-            prompt,
-            config.sample.tokens,
-            config.sample.temperature,
-            longest=config.data.sequence_length,
-            loop_depth=deepest,
-            seed=config.seed,
-            device=device,
-        )
-    return tokenizer.decode(ids)
 
 
 def _open_run_directory(

@@ -20,6 +20,7 @@ import yaml
 
 from mythos.config.load import differences, options, to_dict
 from mythos.config.schema import Config
+from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError
 from mythos.files import write_atomically
 
@@ -72,6 +73,11 @@ def write_config(config: Config) -> None:
     """Write the configuration that the run goes on with; rank 0 only."""
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
     write_atomically(Path(config.run.directory) / CONFIG_FILE, text)
+
+
+def keep_tokenizer(directory: Path, tokenizer: Path) -> None:
+    """Copy the data's tokenizer beside the configuration: with it the run can be exported without its data."""
+    write_atomically(directory / TOKENIZER_FILE, tokenizer.read_text())
 
 
 def lock(directory: Path) -> TextIO | None:

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from mythos.checkpoint import layout
-from mythos.checkpoint.tensors import Written, hash_file, write_tensors
+from mythos.checkpoint.tensors import write_tensors
 from mythos.config.schema import Checkpoint
 from mythos.errors import SaveError
-from mythos.files import write_atomically
+from mythos.files import hash_file, write_atomically
 from mythos.metrics.console import log
 from mythos.train.checkpoint import HostBuffer, Snapshot, snapshot
 from mythos.train.engine import TrainingEngine
@@ -35,7 +35,7 @@ WRITING, COMMITTING = "writing", "committing"
 class Receipt(NamedTuple):
     """What a rank tells the others of its part."""
 
-    files: dict[str, Written]
+    files: dict[str, layout.Written]
     pieces: dict[str, tuple[int, int, float]]
     failure: str | None
 
@@ -157,7 +157,7 @@ class Saver:
         log.error(f"{message}; trying again when the next one is due ({of})")
 
 
-def _write_part(partial: Path, rank: int, part: Snapshot, state: str) -> dict[str, Written]:
+def _write_part(partial: Path, rank: int, part: Snapshot, state: str) -> dict[str, layout.Written]:
     """Write this rank's files; runs in the thread."""
     partial.mkdir(exist_ok=True)  # without parents: a run directory that vanished must not come back half empty
     files = {
@@ -170,11 +170,11 @@ def _write_part(partial: Path, rank: int, part: Snapshot, state: str) -> dict[st
     if rank == 0:
         path = partial / layout.STATE_FILE
         write_atomically(path, state)
-        files[path.name] = Written(path.stat().st_size, hash_file(path))
+        files[path.name] = layout.Written(path.stat().st_size, hash_file(path))
     return files
 
 
-def _receipt(future: "Future[dict[str, Written]]", part: Snapshot) -> Receipt:
+def _receipt(future: "Future[dict[str, layout.Written]]", part: Snapshot) -> Receipt:
     try:
         return Receipt(future.result(), part.pieces, None)
     except OSError as error:

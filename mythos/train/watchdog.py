@@ -28,6 +28,8 @@ from mythos.metrics.console import log
 from mythos.train.distributed import agree
 
 LOOK_EVERY_S = 0.5
+START_S = 600.0
+"""The least that a start may take: building a large model, reading its checkpoint, compiling kernels."""
 ANSWER_S = 5.0
 """How long rank 0 waits for the others' stacks; the others wait twice as long for rank 0."""
 VERDICT_S = 2.0
@@ -69,14 +71,15 @@ class Watchdog:
     """Watches from the beginning of a ``with`` block to its end. Opening it is collective.
 
     Args:
-        limit_s: how long the run may go on without a call of ``progress``.
+        limit_s: how long the run may go on without a call of ``progress``; a start may take START_S.
 
     Raises:
         UserError: the ranks cannot reach each other.
     """
 
     def __init__(self, limit_s: float) -> None:
-        self.rank, self.limit_s = dist.get_rank(), limit_s
+        self.rank = dist.get_rank()
+        self._limit_s, self._limit_when_running_s = max(limit_s, START_S), limit_s
         self._last_progress, self._doing = time.monotonic(), "starting"
         self.before_end: Callable[[str, int], None] = lambda verdict, exit_code: None
         """Told the verdict and the exit code by the rank that ends the run."""
@@ -92,6 +95,10 @@ class Watchdog:
     def progress(self, doing: str) -> None:
         """The run goes on: ``doing`` says with what, for the report should it stop."""
         self._last_progress, self._doing = time.monotonic(), doing
+
+    def started(self) -> None:
+        """The first step is done: from now on the run's own limit holds."""
+        self._limit_s = self._limit_when_running_s
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +127,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed:
             self._listen(LOOK_EVERY_S)
-            if time.monotonic() - self._last_progress > self.limit_s:
+            if time.monotonic() - self._last_progress > self._limit_s:
                 self._hang()
 
     def _listen(self, timeout_s: float) -> list[int]:
@@ -155,7 +162,7 @@ class Watchdog:
     def _hang(self, answered: set[int] | None = None) -> None:
         """No progress anywhere: write the stacks, find out who still answers, end the run."""
         self._dumped = True
-        _write_stacks(f"no progress for {self.limit_s:g} s (train.watchdog_s), last: {self._doing}")
+        _write_stacks(f"no progress for {self._limit_s:g} s (train.watchdog_s), last: {self._doing}")
         question, patience_s = ("dump", ANSWER_S) if self.rank == 0 else ("hung", 2 * ANSWER_S)
         for peer in self._peers.values():
             peer.tell(question)
@@ -165,7 +172,7 @@ class Watchdog:
             silent -= set(self._listen(LOOK_EVERY_S))
         who = ", ".join(str(self._peers[rank]) for rank in sorted(silent))
         self._end(
-            f"no step finished for {self.limit_s:g} s (train.watchdog_s), last: {self._doing}; "
+            f"no step finished for {self._limit_s:g} s (train.watchdog_s), last: {self._doing}; "
             + (f"no answer from {who}; " if who else "every rank answers; ")
             + "the ranks' stacks are in their logs"
         )

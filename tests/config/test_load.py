@@ -154,6 +154,7 @@ def test_every_option_has_a_reader() -> None:
         "core_experts": ("config", "experts", "core_experts"),
         "halting": ("config", "halting"),
         "checkpoint": ("options",),
+        "NAME": ("source",),
     }
     root = Path(__file__).parents[2]
     sources = [*root.glob("mythos/**/*.py"), *root.glob("launch/**/*.py")]

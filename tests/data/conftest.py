@@ -1,5 +1,6 @@
 """A small data set of random ids, in several shards, written by the real MDSWriter."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -11,28 +12,44 @@ from mythos.data.format import COLUMN, SHARD_HASH, SPLITS, Manifest, Settings, S
 SEQUENCE_LENGTH = 15
 ROWS = {"train": 103, "validation": 7}
 SHARD_BYTES = 1024  # about 20 rows: six train shards
+TOKENIZER = "not read unless text is written"
 
 
-def write_data_set(directory: Path, vocabulary_size: int = 4096, seed: int = 0) -> Path:
+def write_data_set(
+    directory: Path,
+    vocabulary_size: int = 4096,
+    seed: int = 0,
+    compression: str | None = None,
+    rows: int = ROWS["train"],
+) -> Path:
+    """``rows`` are those of the train split."""
     from streaming import MDSWriter
 
+    counts = ROWS | {"train": rows}
     manifest = Manifest(
         sequence_length=SEQUENCE_LENGTH,
         vocabulary_size=vocabulary_size,
-        tokenizer_sha256="0" * 64,
+        tokenizer_sha256=hashlib.sha256(TOKENIZER.encode()).hexdigest(),
         sources=(Source("some.parquet", 10, "0" * 16),),
         settings=Settings("text", 5.0, 1),
-        splits={split: SplitCounts(3, 999, ROWS[split], ROWS[split] * (SEQUENCE_LENGTH + 1), 5) for split in SPLITS},
+        splits={
+            split: SplitCounts(3, 999, counts[split], counts[split] * (SEQUENCE_LENGTH + 1), 5, 2) for split in SPLITS
+        },
     )
     generator = np.random.default_rng(seed)
     dtype = manifest.encoding.split(":")[1]
     for split in SPLITS:
         writer = MDSWriter(
-            columns={COLUMN: manifest.encoding}, out=str(directory / split), hashes=[SHARD_HASH], size_limit=SHARD_BYTES
+            columns={COLUMN: manifest.encoding},
+            out=str(directory / split),
+            compression=compression,
+            hashes=[SHARD_HASH],
+            size_limit=SHARD_BYTES,
         )
-        for _ in range(ROWS[split]):
+        for _ in range(counts[split]):
             writer.write({COLUMN: generator.integers(vocabulary_size, size=SEQUENCE_LENGTH + 1).astype(dtype)})
         writer.finish()
+    (directory / "tokenizer.json").write_text(TOKENIZER)
     manifest.save(directory)
     return directory
 

@@ -38,11 +38,11 @@ def test_bytes_per_token_counts_the_dropped_tail(pristine: Path):
     ("content", "complaint"),
     [
         ("", "not valid JSON"),
-        ('{"format_version": 1', "not valid JSON"),
+        ('{"format_version": 2', "not valid JSON"),
         ("[1]", "not an object"),
-        ('{"format_version": 2}', "format_version is 2"),
+        ('{"format_version": 1}', "format_version is 1"),
         ("{}", "format_version is None"),
-        ('{"format_version": 1}', "sequence_length"),
+        ('{"format_version": 2}', "sequence_length"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )

@@ -1,242 +1,131 @@
-import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from mythos.data.stream import OrderedStream, TokenDataset
+from mythos.data.dataset import TokenDataset
+from mythos.data.stream import Source, TokenStream
 from mythos.errors import UserError
 from tests.data.conftest import ROWS, SEQUENCE_LENGTH, write_data_set
+from tests.data.test_dataset import flip_byte
 
 LENGTH = ROWS["train"]
-
-
-# --- the reader -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("vocabulary_size", [4096, 70000])
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_rows_equal_those_of_the_streaming_library(tmp_path: Path, vocabulary_size: int, split: str):
-    from streaming import LocalDataset
-
-    directory = write_data_set(tmp_path / "data", vocabulary_size)
-    ours, theirs = TokenDataset(directory, split), LocalDataset(str(directory), split)
-    assert len(ours) == len(theirs) == ROWS[split]
-    assert len(list((directory / "train").glob("*.mds"))) >= 5
-    for index in range(len(ours)):
-        row = ours[index]
-        assert row.dtype == np.int64
-        assert row.shape == (SEQUENCE_LENGTH + 1,)
-        np.testing.assert_array_equal(row, theirs[index]["tokens"])
-
-
-def test_rows_may_be_read_in_any_order_and_changed(pristine: Path):
-    forward, backward = TokenDataset(pristine, "train"), TokenDataset(pristine, "train")
-    rows = [forward[index] for index in range(LENGTH)]
-    for index in reversed(range(LENGTH)):
-        row = backward[index]
-        np.testing.assert_array_equal(row, rows[index])
-        row[:] = -1  # a copy: the next reader sees the data
-        np.testing.assert_array_equal(backward[index], rows[index])
-
-
-@pytest.mark.parametrize("index", [-1, LENGTH])
-def test_a_row_outside_the_data_set_is_an_index_error(pristine: Path, index: int):
-    with pytest.raises(IndexError, match=str(index)):
-        TokenDataset(pristine, "train")[index]
-
-
-def test_unknown_split(pristine: Path):
-    with pytest.raises(UserError, match="'test'"):
-        TokenDataset(pristine, "test")
-
-
-def test_the_reader_imports_neither_torch_nor_streaming():
-    code = "import sys, mythos.data.stream; sys.exit(bool({'torch', 'streaming'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-# --- damage -----------------------------------------------------------------------------------------------------------
-
-
-def flip_byte(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("position", [0, 200, -1])
-def test_flipped_byte_is_found_when_the_shard_is_first_used(data_set: Path, position: int):
-    shard = data_set / "train" / "shard.00002.mds"
-    flip_byte(shard, position)
-    dataset = TokenDataset(data_set, "train")
-    dataset[0]  # the other shards still serve
-    rows_before = sum(entry["samples"] for entry in read_index(data_set)["shards"][:2])
-    with pytest.raises(UserError, match="hash") as caught:
-        dataset[rows_before]
-    assert str(shard) in str(caught.value)
-    assert "mythos data prepare" in str(caught.value)
-    dataset[rows_before - 1]
-    with pytest.raises(UserError, match="hash"):
-        dataset[rows_before]  # asked again, it is still refused
-
-
-def test_missing_shard_is_found_at_construction(data_set: Path):
-    shard = data_set / "train" / "shard.00003.mds"
-    shard.unlink()
-    with pytest.raises(UserError, match="No such file") as caught:
-        TokenDataset(data_set, "train")
-    assert str(shard) in str(caught.value)
-
-
-def test_truncated_shard_is_found_at_construction(data_set: Path):
-    shard = data_set / "train" / "shard.00001.mds"
-    size = shard.stat().st_size
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{size - 1} bytes, the index says {size}") as caught:
-        TokenDataset(data_set, "train")
-    assert str(shard) in str(caught.value)
-
-
-def test_shard_truncated_after_construction_is_found_before_it_is_mapped(data_set: Path):
-    dataset = TokenDataset(data_set, "train")
-    shard = data_set / "train" / "shard.00000.mds"
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"shard\.00000\.mds: 100 bytes"):
-        dataset[0]
-
-
-def read_index(data_set: Path) -> dict[str, Any]:
-    return json.loads((data_set / "train" / "index.json").read_text())
-
-
-def set_in_shard(name: str, value: object) -> Callable[[dict[str, Any]], object]:
-    return lambda index: index["shards"][1].__setitem__(name, value)
-
-
-@pytest.mark.parametrize(
-    ("damage", "complaint"),
-    [
-        (set_in_shard("column_encodings", ["ndarray:uint32:16"]), "column_encodings"),
-        (set_in_shard("column_encodings", ["ndarray:uint16"]), "column_encodings"),
-        (set_in_shard("column_sizes", [None]), "column_sizes"),
-        (set_in_shard("column_names", ["text"]), "column_names"),
-        (set_in_shard("compression", "zstd"), "compression"),
-        (set_in_shard("format", "jsonl"), "format"),
-        (set_in_shard("raw_data", None), "damaged entry"),
-        (lambda index: index["shards"][1]["raw_data"]["hashes"].clear(), "xxh3_64"),
-        (lambda index: index["shards"][1].pop("samples"), "samples"),
-        (lambda index: index["shards"].__setitem__(0, None), "shard 0"),
-        (lambda index: index.update(version=1), "version 2"),
-        (lambda index: index.update(shards={}), "version 2"),
-    ],
-)
-def test_index_that_is_not_ours_is_refused(data_set: Path, damage: Callable[[dict[str, Any]], object], complaint: str):
-    index = read_index(data_set)
-    damage(index)
-    path = data_set / "train" / "index.json"
-    path.write_text(json.dumps(index))
-    with pytest.raises(UserError, match=complaint) as caught:
-        TokenDataset(data_set, "train")
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_truncated_index(data_set: Path):
-    path = data_set / "train" / "index.json"
-    path.write_text(path.read_text()[:-20])
-    with pytest.raises(UserError, match="not valid JSON") as caught:
-        TokenDataset(data_set, "train")
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("shards_kept", [0, 2])
-def test_index_with_fewer_rows_than_the_manifest(data_set: Path, shards_kept: int):
-    index = read_index(data_set)
-    index["shards"] = index["shards"][:shards_kept]
-    (data_set / "train" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=f"the manifest has {LENGTH}") as caught:
-        TokenDataset(data_set, "train")
-    assert str(data_set / "train") in str(caught.value)
-
-
-def test_index_whose_row_counts_moved_between_shards(data_set: Path):
-    index = read_index(data_set)
-    index["shards"][0]["samples"] += 1
-    index["shards"][1]["samples"] -= 1
-    (data_set / "train" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"shard\.00000\.mds: its header"):
-        TokenDataset(data_set, "train")[0]
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "train/index.json"])
-def test_missing_file(data_set: Path, name: str):
-    (data_set / name).unlink()
-    with pytest.raises(UserError, match="no such file") as caught:
-        TokenDataset(data_set, "train")
-    assert str(data_set / name) in str(caught.value)
-
-
-# --- the order --------------------------------------------------------------------------------------------------------
+SHUFFLE = 3
 
 
 @pytest.fixture(scope="module")
-def train(pristine: Path) -> TokenDataset:
-    return TokenDataset(pristine, "train")
+def directories(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, float]]:
+    root = tmp_path_factory.mktemp("sources")
+    return {
+        "web": (pristine, 0.6),
+        "code": (write_data_set(root / "code", seed=1, rows=41), 0.3),
+        "books": (write_data_set(root / "books", seed=2, rows=23), 0.1),
+    }
 
 
-def epoch_order(dataset: TokenDataset, seed: int, epoch: int) -> list[int]:
-    return OrderedStream(dataset, seed).indices(epoch * len(dataset), len(dataset)).tolist()
+def open_stream(directories: dict[str, tuple[Path, float]], seed: int = 7) -> TokenStream:
+    sources = [Source(name, weight, TokenDataset(path, "train")) for name, (path, weight) in directories.items()]
+    return TokenStream(sources, seed, SHUFFLE)
 
 
-def test_every_epoch_reads_every_row_once_in_an_order_of_its_own(train: TokenDataset):
-    orders = [epoch_order(train, seed, epoch) for seed in range(4) for epoch in range(4)]
-    for order in orders:
-        assert sorted(order) == list(range(LENGTH))
-    # Also catches a key such as seed + epoch, where (0, 1) and (1, 0) would share an order.
-    assert len({tuple(order) for order in orders}) == len(orders)
+def one(directory: Path, seed: int = 7) -> TokenStream:
+    return open_stream({"data": (directory, 1.0)}, seed)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_the_same_samples_whatever_slices_they_are_read_in(train: TokenDataset, world_size: int):
-    total = 3 * LENGTH - 9
-    expected = OrderedStream(train, 7).rows(0, total)
-    streams = [OrderedStream(train, 7) for _ in range(world_size)]
-    batch_rows, position = 24, 0
-    pieces = []
-    while position < total:  # 24 does not divide 103: batches span epochs
-        share = batch_rows // world_size
-        for rank, stream in enumerate(streams):
-            pieces.append(stream.rows(position + rank * share, share))
-        position += batch_rows
-    np.testing.assert_array_equal(np.concatenate(pieces)[:total], expected)
+def samples(stream: TokenStream, first: int, count: int) -> list[tuple[int, int]]:
+    return list(zip(*(values.tolist() for values in stream.samples(first, count)), strict=True))
 
 
-def test_a_batch_over_the_border_of_two_epochs(train: TokenDataset):
-    stream = OrderedStream(train, 3)
-    border = stream.indices(LENGTH - 2, 5).tolist()
-    assert border == epoch_order(train, 3, 0)[-2:] + epoch_order(train, 3, 1)[:3]
-    assert stream.indices(LENGTH - 2, 5).tolist() == border  # also with the later epoch in the cache
-    assert stream.indices(5, 2 * LENGTH).tolist() == (
-        epoch_order(train, 3, 0)[5:] + epoch_order(train, 3, 1) + epoch_order(train, 3, 2)[:5]
-    )
+@pytest.mark.parametrize("kind", ["one source", "mixture"])
+def test_4_2_1_4_ranks_read_exactly_the_samples_that_would_have_come(
+    kind: str, directories: dict[str, tuple[Path, float]]
+) -> None:
+    """Each life opens the data anew and knows the sample number alone, as a resumed run does."""
+    if kind == "one source":
+        directories = {"data": directories["web"]}
+    batch, micro_batch = 24, 3  # 24 does not divide the 103, 41 and 23 rows: batches span epochs
+    lives = [(4, 7), (2, 5), (1, 3), (4, 6), (8, 4)]  # ranks, steps
+    total = batch * sum(steps for _, steps in lives)
+    whole = open_stream(directories)
+    expected_rows, expected = whole.rows(0, total), samples(whole, 0, total)
+    whole.close()
+
+    step = 0
+    for ranks, steps in lives:
+        streams = [open_stream(directories) for _ in range(ranks)]
+        for _ in range(steps):
+            for micro_step in range(batch // (ranks * micro_batch)):
+                for rank, stream in enumerate(streams):
+                    first = step * batch + (micro_step * ranks + rank) * micro_batch
+                    np.testing.assert_array_equal(
+                        stream.rows(first, micro_batch), expected_rows[first : first + micro_batch]
+                    )
+                    assert samples(stream, first, micro_batch) == expected[first : first + micro_batch]
+            step += 1
+        for stream in streams:
+            stream.close()
+    if kind == "one source":
+        for epoch in range(total // LENGTH):
+            assert sorted(row for _, row in expected[epoch * LENGTH : (epoch + 1) * LENGTH]) == list(range(LENGTH))
 
 
-def test_rows_are_those_of_the_indices(train: TokenDataset):
-    stream = OrderedStream(train, 1)
-    rows = stream.rows(40, 6)
-    assert rows.shape == (6, SEQUENCE_LENGTH + 1)
+def test_rows_are_those_of_their_source(directories: dict[str, tuple[Path, float]]) -> None:
+    stream = open_stream(directories)
+    sets = [TokenDataset(directories[name][0], "train") for name in sorted(directories)]
+    rows = stream.rows(500, 60)
+    assert rows.shape == (60, SEQUENCE_LENGTH + 1)
     assert rows.dtype == np.int64
-    for row, index in zip(rows, stream.indices(40, 6), strict=True):
-        np.testing.assert_array_equal(row, train[int(index)])
+    for row, (source, index) in zip(rows, samples(stream, 500, 60), strict=True):
+        np.testing.assert_array_equal(row, sets[source][index])
     assert stream.rows(40, 0).shape == (0, SEQUENCE_LENGTH + 1)
 
 
-def test_the_order_is_the_one_that_earlier_versions_gave(train: TokenDataset):
-    """A run resumed after an upgrade (numpy may change its permutation) must not read rows twice."""
-    assert OrderedStream(train, 0).indices(0, 6).tolist() == [99, 14, 7, 15, 86, 70]
-    assert OrderedStream(train, 5).indices(2 * LENGTH, 6).tolist() == [55, 20, 86, 63, 98, 38]
+def test_every_source_runs_through_its_own_epochs(directories: dict[str, tuple[Path, float]]) -> None:
+    stream = open_stream(directories)
+    count = 1000
+    drawn = samples(stream, 0, count)
+    for number, source in enumerate(stream.sources):
+        own = [row for at, row in drawn if at == number]
+        length = len(source.dataset)
+        for epoch in range(len(own) // length):
+            assert sorted(own[epoch * length : (epoch + 1) * length]) == list(range(length)), source.name
+        assert len(own) == pytest.approx(source.weight * count, abs=2)
+        assert stream.epochs(count)[source.name] == len(own) / length
+
+
+def test_the_order_of_the_sources_in_the_configuration_does_not_matter(
+    directories: dict[str, tuple[Path, float]],
+) -> None:
+    turned = dict(reversed(directories.items()))
+    np.testing.assert_array_equal(open_stream(directories).rows(11, 90), open_stream(turned).rows(11, 90))
+
+
+def test_the_seed_makes_the_order(pristine: Path) -> None:
+    assert samples(one(pristine, 1), 0, 50) != samples(one(pristine, 2), 0, 50)
+
+
+def test_the_samples_are_those_that_earlier_versions_gave(directories: dict[str, tuple[Path, float]]) -> None:
+    """A run resumed after an upgrade must not read rows twice."""
+    assert samples(open_stream(directories), 300, 6) == [(2, 34), (1, 7), (2, 77), (1, 15), (2, 25), (2, 65)]
+
+
+def test_a_damaged_shard_is_told_when_its_rows_are_due_and_not_before(data_set: Path) -> None:
+    stream = one(data_set)
+    batches = [{int(row) for _, row in samples(stream, first, 4)} for first in range(0, LENGTH, 4)]
+    ends = np.cumsum([shard.rows for shard in stream.sources[0].dataset.shards])
+    first_use = [
+        min(step for step, rows in enumerate(batches) if any(start <= row < end for row in rows))
+        for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+    last = int(np.argmax(first_use))
+    assert first_use[last] > 5, "the run is under way"
+    shard = data_set / "train" / f"shard.{last:05d}.mds"
+    flip_byte(shard, -1)
+    stream = one(data_set)
+    for step in range(first_use[last]):
+        stream.rows(4 * step, 4)
+    with pytest.raises(UserError, match="damaged, its hash differs") as caught:
+        stream.rows(4 * first_use[last], 4)
+    assert str(shard) in str(caught.value)
+    with pytest.raises(UserError, match="damaged"):
+        stream.rows(4 * first_use[last], 4)

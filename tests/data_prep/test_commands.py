@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from launch.data import add_parser
+from mythos.data.dataset import TokenDataset
+from mythos.errors import UserError
 
 
 def command(*words: object) -> int:
@@ -19,14 +21,17 @@ def test_from_text_to_rows(source: Path, speeches: list[str], tmp_path: Path, ca
     tokenizer, output = tmp_path / "tokenizer.json", tmp_path / "data"
     share = ("--validation-percent", 5)
     assert command("tokenizer", source, "--vocabulary-size", 400, *share, "--output", tokenizer) == 0
-    assert "400 tokens" in capsys.readouterr().out
+    line = capsys.readouterr().out
+    assert "400 tokens" in line
+    assert "bytes/token on 0.0" in line
 
-    prepare = ("prepare", source, "--tokenizer", tokenizer, "--sequence-length", 32, *share, "--output", output)
+    options = ("--sequence-length", 32, "--packing", "straight", "--processes", 1)
+    prepare = ("prepare", source, "--tokenizer", tokenizer, *options, "--output", output)
     assert command(*prepare) == 0
     line = capsys.readouterr().out
     assert line.count("\n") == 1
-    assert "train 12 documents" in line
-    assert "validation 2 documents" in line
+    assert "train 12 documents (12 cut)" in line
+    assert "validation 2 documents" in line  # the tokenizer's note says how many percent
     assert "bytes/token" in line
     assert "MB/s" in line
     assert command(*prepare) == 0
@@ -38,6 +43,13 @@ def test_from_text_to_rows(source: Path, speeches: list[str], tmp_path: Path, ca
     assert "row 1 of" not in shown
     assert command("show", output, "--split", "validation", "--count", 2) == 0
     assert "validation row 1 of" in capsys.readouterr().out
+    assert command("show", output, "--row", 7, "--count", 1, "--ids") == 0
+    header, ids = capsys.readouterr().out.splitlines()
+    assert "train row 7 of" in header
+    assert list(map(int, ids.split())) == TokenDataset(output, "train")[7].tolist()
+    with pytest.raises(UserError, match="row 99999: the train split has rows 0 to"):
+        command("show", output, "--row", 99999)
+    assert command("verify", output, "--processes", 1) == 0
 
 
 def test_help_waits_for_no_heavy_import():

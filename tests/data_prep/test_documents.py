@@ -1,10 +1,13 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from data_prep.documents import count_documents, read_documents, split_of
+from data_prep import documents
+from data_prep.documents import RowRange, read_texts, row_ranges, split_of
 from mythos.errors import UserError
 from tests.data_prep.conftest import write_parquet
 
@@ -29,19 +32,39 @@ def test_a_percentage_that_empties_a_split_is_refused(percent: float):
         split_of("text", percent)
 
 
+def whole(path: Path) -> RowRange:
+    (rows,) = row_ranges(path, "text", "text")
+    return rows
+
+
 def test_documents_come_in_order_without_null_and_empty_ones(tmp_path: Path):
-    first = write_parquet(tmp_path / "a.parquet", ["one", None, "", "two\n", "drei\u00df"], row_group_documents=2)
-    second = write_parquet(tmp_path / "b.parquet", ["four"] * 200, row_group_documents=150)
-    assert list(read_documents([second, first], "text")) == ["four"] * 200 + ["one", "two\n", "drei\u00df"]
-    assert count_documents([first, second], "text") == 205
+    path = write_parquet(tmp_path / "a.parquet", ["one", None, "", "two\n", "drei\u00df"], row_group_documents=2)
+    assert list(read_texts(whole(path), "text")) == ["one", "two\n", "drei\u00df"]
+
+
+@pytest.mark.parametrize("range_bytes", [100, 1000, 3000, 1 << 20])
+def test_row_ranges_cover_a_file_whatever_its_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, range_bytes: int
+):
+    texts = [f"document {number} " + "x" * (number % 7 * 10) for number in range(500)]
+    monkeypatch.setattr(documents, "RANGE_BYTES", range_bytes)
+    for row_group_documents in (3, 70, 500):
+        path = write_parquet(tmp_path / "a.parquet", texts, row_group_documents)
+        ranges = row_ranges(path, "text", "text")
+        assert [rows.first_row for rows in ranges[1:]] == [rows.first_row + rows.rows for rows in ranges[:-1]]
+        assert [text for rows in ranges for text in read_texts(rows, "text")] == texts
+        if row_group_documents == 500:  # one row group, read in pieces
+            assert all(rows.bytes <= range_bytes for rows in ranges)
+        if range_bytes == 1 << 20:
+            assert len(ranges) == 1
 
 
 def test_row_groups_are_read_as_they_are_needed(source: Path, speeches: list[str], tmp_path: Path):
     damaged = damage_row_group(source, tmp_path / "damaged.parquet", row_group=2)
-    documents = read_documents([damaged], "text")
-    assert [next(documents) for _ in range(8)] == speeches[:8]
+    texts = read_texts(whole(damaged), "text")
+    assert [next(texts) for _ in range(8)] == speeches[:8]
     with pytest.raises(UserError, match=r"damaged\.parquet: row group 2 is damaged") as caught:
-        next(documents)
+        next(texts)
     assert "\n" not in str(caught.value)
 
 
@@ -58,33 +81,70 @@ def test_text_that_is_not_utf8(tmp_path: Path):
     path = write_parquet(tmp_path / "latin.parquet", ["caf\u00e9"])
     path.write_bytes(path.read_bytes().replace("caf\u00e9".encode(), b"caf\xe9!"))
     with pytest.raises(UserError, match=r"latin\.parquet: row group 0 is damaged"):
-        list(read_documents([path], "text"))
+        list(read_texts(whole(path), "text"))
 
 
-def test_unusable_sources_are_found_before_any_document_is_read(tmp_path: Path, source: Path):
+def test_unusable_sources_are_found_by_their_metadata(tmp_path: Path, source: Path):
     not_parquet = tmp_path / "notes.txt"
     not_parquet.write_text("plain text " * 100)
     cut = tmp_path / "cut.parquet"
     cut.write_bytes(source.read_bytes()[:-50])
+    nothing = tmp_path / "nothing.parquet"
+    nothing.touch()
+    no_rows = tmp_path / "no_rows.parquet"
+    parquet.write_table(pa.table({"text": pa.array([], pa.string())}), no_rows)
     for path, complaint in [
+        (nothing, "not a readable Parquet file"),
+        (no_rows, "holds no rows"),
         (tmp_path / "nowhere.parquet", "no such file"),
         (not_parquet, "not a readable Parquet file"),
         (cut, "not a readable Parquet file"),
         (tmp_path, "not a readable Parquet file"),
     ]:
         with pytest.raises(UserError, match=complaint) as caught:
-            count_documents([source, path], "text")
+            row_ranges(path, "text", "text")
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
 def test_missing_column_lists_the_columns_there_are(source: Path):
     with pytest.raises(UserError, match=r"speeches\.parquet: no column 'content'; it has id, text"):
-        count_documents([source], "content")
+        row_ranges(source, "content", "text")
 
 
 def test_column_of_numbers(tmp_path: Path):
     path = tmp_path / "numbers.parquet"
     parquet.write_table(pa.table({"text": [1, 2]}), path)
     with pytest.raises(UserError, match="'text' holds int64"):
-        count_documents([path], "text")
+        row_ranges(path, "text", "text")
+
+
+def test_a_changed_byte_of_a_page_with_a_checksum_is_noticed(tmp_path: Path):
+    path = tmp_path / "sums.parquet"
+    table = pa.table({"text": ["some letters " * 20]})
+    parquet.write_table(
+        table, path, compression="none", use_dictionary=False, write_page_checksum=True, write_statistics=False
+    )
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"letters some", b"lettexs some", 1))
+    with pytest.raises(UserError, match=r"sums\.parquet: row group 0 is damaged"):
+        list(read_texts(whole(path), "text"))
+
+
+def test_memory_does_not_grow_with_the_row_group(tmp_path: Path):
+    """A file of one row group of 100 MB, read by a fresh process from its last rows."""
+    texts = pa.array([f"{number:08} " * 170 for number in range(65_000)])
+    path = tmp_path / "large.parquet"
+    parquet.write_table(
+        pa.table({"text": texts}), path, row_group_size=1 << 30, compression="none", use_dictionary=False
+    )
+    code = (
+        "import resource, sys; from pathlib import Path; from data_prep.documents import read_texts, row_ranges; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "ranges = row_ranges(Path(sys.argv[1]), 'text', 'text'); before = peak(); "
+        "print(len(ranges), sum(1 for _ in read_texts(ranges[-1], 'text')), peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    ranges, documents_read, more_kib = map(int, done.stdout.split())
+    assert (ranges, documents_read) == (6, 65_000 - 65_000 * 5 // 6)
+    assert more_kib < 40 << 10

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -6,11 +8,15 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+import data_prep.train_tokenizer as train_tokenizer_module
+from data_prep import documents
 from data_prep.documents import split_of
+from data_prep.prepare import settings_for
 from data_prep.train_tokenizer import train_tokenizer
 from mythos.data.format import BOS
 from mythos.errors import UserError
 from tests.data_prep.conftest import VALIDATION_PERCENT, write_parquet
+from tests.data_prep.test_documents import damage_row_group
 
 
 def test_every_text_decodes_to_itself(tokenizer: Path):
@@ -44,18 +50,12 @@ def test_validation_text_does_not_reach_the_tokenizer(speeches: list[str], token
 
 def test_vocabulary_that_the_text_cannot_fill_is_fine(tmp_path: Path):
     source = write_parquet(tmp_path / "short.parquet", ["aaaa bbbb"])
-    size = train_tokenizer([source], "text", 1000, tmp_path / "new" / "tokenizer.json", 1)
+    size, _ = train_tokenizer([source], "text", 1000, tmp_path / "new" / "tokenizer.json", 1)
     assert 257 < size < 300
 
 
-@pytest.mark.parametrize("texts", [[], ["", None]])
-def test_source_without_text(tmp_path: Path, texts: list[str | None]):
-    source = tmp_path / "empty.parquet"
-    write_parquet(source, texts or ["x"])
-    if not texts:
-        import pyarrow.parquet as parquet
-
-        parquet.write_table(parquet.read_table(source).slice(0, 0), source)
+def test_source_without_text(tmp_path: Path):
+    source = write_parquet(tmp_path / "empty.parquet", ["", None])
     with pytest.raises(UserError, match=r"empty\.parquet: no text for the train split"):
         train_tokenizer([source], "text", 300, tmp_path / "tokenizer.json", 1)
     assert not (tmp_path / "tokenizer.json").exists()
@@ -69,5 +69,71 @@ def test_vocabulary_below_the_bytes(source: Path, tmp_path: Path):
 def test_error_while_reading_reaches_the_caller(tmp_path: Path, source: Path):
     with pytest.raises(UserError, match="no column 'body'"):
         train_tokenizer([source], "body", 300, tmp_path / "tokenizer.json", 1)
-    with pytest.raises(UserError, match="validation-percent"):  # raised inside the trainer's iterator
-        train_tokenizer([source], "text", 300, tmp_path / "tokenizer.json", 0)
+    damaged = damage_row_group(source, tmp_path / "damaged.parquet", row_group=2)
+    with pytest.raises(UserError, match=r"damaged\.parquet: row group 2"):  # raised inside the trainer's iterator
+        train_tokenizer([damaged], "text", 300, tmp_path / "tokenizer.json", 1)
+
+
+def test_special_tokens_follow_bos(source: Path, tmp_path: Path):
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer([source], "text", 300, path, 5, special_tokens=["<|user|>", "<|end|>"])
+    trained = Tokenizer.from_file(str(path))
+    assert [trained.token_to_id(token) for token in (BOS, "<|user|>", "<|end|>")] == [0, 1, 2]
+    with pytest.raises(UserError, match="special-token"):
+        train_tokenizer([source], "text", 300, path, 5, special_tokens=[BOS])
+    with pytest.raises(UserError, match="at least 259"):
+        train_tokenizer([source], "text", 258, path, 5, special_tokens=["<|user|>", "<|end|>"])
+
+
+@pytest.mark.parametrize(("name", "value"), [("validation_percent", 0), ("sample_bytes", 0)])
+def test_unusable_settings(source: Path, tmp_path: Path, name: str, value: float):
+    arguments = {"validation_percent": 5.0} | {name: value}
+    with pytest.raises(UserError, match="validation-percent|sample-mb"):
+        train_tokenizer([source], "text", 300, tmp_path / "tokenizer.json", **arguments)
+
+
+def test_a_sample_comes_from_all_over_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each row range has a letter of its own; a sample of a quarter must still see most letters, and not one more."""
+    monkeypatch.setattr(documents, "RANGE_BYTES", 4000)
+    monkeypatch.setattr(train_tokenizer_module, "_LEAST_VISIT_BYTES", 500)
+    letters = [chr(ord("a") + number) for number in range(20)]
+    source = write_parquet(
+        tmp_path / "letters.parquet",
+        [f"{letter * 60} {number:05}" for letter in letters for number in range(60)],
+        row_group_documents=60,
+    )
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        train_tokenizer_module.Tokenizer, "train_from_iterator", lambda self, texts, trainer: seen.append(list(texts))
+    )
+    for number in range(2):
+        _, note = train_tokenizer([source], "text", 300, tmp_path / f"{number}.json", 5, sample_bytes=20_000)
+        assert 15_000 < note.text_bytes < 20_100
+    assert seen[0] == seen[1]
+    assert len({text[0] for text in seen[0]}) >= 15
+
+
+def test_bytes_per_token_are_those_of_the_held_out_text(speeches: list[str], tokenizer: Path):
+    held_out = [text for text in speeches if split_of(text, VALIDATION_PERCENT) == "validation"]
+    encoder = Tokenizer.from_file(str(tokenizer))
+    note = json.loads(tokenizer.with_name("tokenizer.training.json").read_text())
+    assert note["held_out_bytes"] == sum(len(text.encode()) for text in held_out)
+    assert note["held_out_tokens"] == sum(len(encoder.encode(text).ids) for text in held_out)
+    assert note["tokenizer_sha256"] == hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+
+
+def test_preparation_holds_out_what_the_tokenizer_has_not_seen(tokenizer: Path, tmp_path: Path):
+    def share(asked: float | None, path: Path = tokenizer) -> float:
+        return settings_for(path, asked, column="text", shard_size_mib=1).validation_percent
+
+    assert share(None) == VALIDATION_PERCENT
+    assert share(2.0) == 2.0
+    with pytest.raises(UserError, match=r"validation-percent 6.0: .*tokenizer\.json was trained with 5.0 held out"):
+        share(6.0)
+    foreign = tmp_path / "foreign.json"
+    foreign.write_bytes(tokenizer.read_bytes())
+    assert (share(None, foreign), share(6.0, foreign)) == (1.0, 6.0)
+    # A note that speaks of another tokenizer says nothing about this one.
+    foreign.write_text(tokenizer.read_text() + "\n")
+    tmp_path.joinpath("foreign.training.json").write_bytes(tokenizer.with_name("tokenizer.training.json").read_bytes())
+    assert share(6.0, foreign) == 6.0

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mythos.data.stream import TokenDataset
+from mythos.data.dataset import TokenDataset
+from mythos.data.stream import Source
 from mythos.eval.exit import exit_rule
 from mythos.eval.val_loss import validation_losses
 from mythos.model import build_model, depth
@@ -23,7 +24,8 @@ def measure(kind: str, data: Path, sequences: int, micro_batch: int) -> dict[str
     depths = () if kind == "dense" else (1, 3)
     with torch.no_grad():
         forward = model if depths else lambda tokens, targets, plan: model(tokens, targets)
-        return validation_losses(forward, TokenDataset(data, "validation"), depths, sequences, micro_batch, CPU)
+        sources = [Source("data", 1.0, TokenDataset(data, "validation"))]
+        return validation_losses(forward, sources, depths, sequences, micro_batch, CPU)
 
 
 @pytest.mark.parametrize(("sequences", "micro_batch"), [(7, 2), (5, 4), (1, 4), (100, 3)])

@@ -6,7 +6,8 @@ import torch
 
 from mythos.config.derive import global_batch_sequences
 from mythos.config.schema import Config
-from mythos.data.stream import OrderedStream, TokenDataset
+from mythos.data.dataset import TokenDataset
+from mythos.data.stream import Source, TokenStream
 from mythos.model import build_model, depth
 from mythos.model.moe import balance, expert_load, moe_layers
 from tests.reference.muon import PlainMuon
@@ -40,7 +41,8 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
         eps=optim.epsilon,
         fused=False,
     )
-    stream = OrderedStream(TokenDataset(Path(config.data.directory), "train"), config.seed)
+    dataset = TokenDataset(Path(config.data.directory), "train")
+    stream = TokenStream([Source("data", 1.0, dataset)], config.seed, config.data.shuffle_shards)
     batch, curve = global_batch_sequences(config), []
     for step in range(1, steps + 1):
         rows = torch.from_numpy(stream.rows((step - 1) * batch, batch))

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mythos.train.status import read_status
-from tests.cluster import REPO, SCRIPT, clean_environment, run
+from tests.cluster import NODES, REPO, SCRIPT, run
 from tests.slurm.jobs import LIMIT_S, TWO_BY_ONE, TWO_BY_TWO, Job, losses, submit
 from tests.tiny import SEQUENCE_LENGTH
 
@@ -65,10 +66,15 @@ def scontrol(environ: dict[str, str], *words: str) -> None:
 def nodes_come_back(slurm_cluster: dict[str, str]) -> Iterator[dict[str, str]]:
     """The cluster, all of whose nodes are up again afterwards."""
     yield slurm_cluster
-    for number in range(1, 5):
-        if "State=DOWN" in run(["scontrol", "show", "node", f"node{number}", "-o"], 20, slurm_cluster).stdout:
-            run([SCRIPT, "start-node", f"node{number}"], 20, slurm_cluster)
-            run(["scontrol", "update", f"NodeName=node{number}", "State=RESUME"], 20, slurm_cluster)
+    until = time.monotonic() + 60
+    while run([SCRIPT, "status"], 20, slurm_cluster).returncode:
+        assert time.monotonic() < until, "the nodes are not up again"
+        for number in range(1, NODES + 1):
+            shown = run(["scontrol", "show", "node", f"node{number}", "-o"], 20, slurm_cluster).stdout
+            if re.search(r"State=\S*(DOWN|NOT_RESPONDING|\*)", shown):
+                run([SCRIPT, "start-node", f"node{number}"], 20, slurm_cluster)
+                run(["scontrol", "update", f"NodeName=node{number}", "State=RESUME"], 20, slurm_cluster)
+        time.sleep(1)
 
 
 def test_two_nodes_give_torchruns_curve_and_the_checkpoints_are_evaluated_in_an_array(
@@ -204,4 +210,3 @@ def test_missing_data_and_an_address_that_does_not_resolve_end_the_job_with_code
     assert missing.end(60) == "FAILED"
     assert missing.log().count("/nowhere/manifest.json: no such file") == 1
     assert (unresolved.show("ExitCode"), missing.show("ExitCode")) == ("2:0", "2:0")
-    assert clean_environment().get("MASTER_ADDR") is None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.utils import groups
@@ -228,12 +229,9 @@ def test_gpus_talk_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyPatch, t
     assert deepspeed_config(config, 1, device)["zero_optimization"]["overlap_comm"]
 
 
-def test_batches_reach_a_gpu_through_pinned_memory(
-    monkeypatch: pytest.MonkeyPatch, tiny_data: Path, tmp_path: Path
-) -> None:
-    from mythos.train.batch import micro_batch
+def test_batches_reach_a_gpu_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mythos.train.batch import tokens_and_targets
 
-    config = tiny_config("looped", tiny_data, tmp_path / "run")
     calls: list[object] = []
 
     class Rows(torch.Tensor):
@@ -242,17 +240,18 @@ def test_batches_reach_a_gpu_through_pinned_memory(
             return self
 
         def to(self, device: torch.device, non_blocking: bool = False) -> torch.Tensor:  # type: ignore[override]
-            calls.append((device.type, non_blocking))
+            calls.append((device, non_blocking))
             return self.as_subclass(torch.Tensor)
 
     monkeypatch.setattr(torch, "from_numpy", lambda array: torch.as_tensor(array).as_subclass(Rows))
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
-    from mythos.data.stream import OrderedStream, TokenDataset
-
-    stream = OrderedStream(TokenDataset(tiny_data, "train"), 0)
-    micro_batch(config, stream, 1, 0, torch.device("cuda", 0))
-    assert calls == ["pinned", ("cuda", True)]
+    gpu = torch.device("cuda", 0)
+    tokens, targets = tokens_and_targets(np.arange(12).reshape(3, 4), gpu)
+    assert calls == ["pinned", (gpu, True)]
+    assert tokens.tolist() == [[0, 1, 2], [4, 5, 6], [8, 9, 10]]
+    assert targets.tolist() == [[1, 2, 3], [5, 6, 7], [9, 10, 11]]
+    calls.clear()
+    tokens_and_targets(np.arange(12).reshape(3, 4), CPU)
+    assert calls == []
 
 
 def test_variables_are_set_only_where_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:

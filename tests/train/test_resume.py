@@ -175,4 +175,4 @@ def test_what_does_not_fit_the_checkpoint_is_refused(two_ranks: RankPool, tiny_d
     longer = MOE | {"train__steps": 6}
     elsewhere = write_data_set(tmp_path / "data", VOCABULARY, seed=1)
     other_data = tiny_config("looped-moe", elsewhere, run, ranks=2, **longer)
-    assert "the run was started on other data (fingerprint" in two_ranks.run(failure, other_data)[0]
+    assert "the run was started on other data (sources.data.fingerprint: " in two_ranks.run(failure, other_data)[0]

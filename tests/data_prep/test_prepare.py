@@ -1,9 +1,6 @@
 import json
 import os
-import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +8,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from data_prep import documents, prepare
 from data_prep.documents import split_of
-from data_prep.write_shards import prepare
+from mythos.data.dataset import TokenDataset
 from mythos.data.format import BOS, SPLITS, Manifest, fingerprint
-from mythos.data.stream import TokenDataset
 from mythos.errors import UserError
-from tests.data_prep.conftest import VALIDATION_PERCENT, write_parquet
+from tests.cluster import run as run_command
+from tests.data_prep.conftest import SEQUENCE_LENGTH, VALIDATION_PERCENT, content_of, run, write_parquet
 from tests.data_prep.test_documents import damage_row_group
-
-SEQUENCE_LENGTH = 64
-
-
-def run(source: Path, tokenizer: Path, output: Path, **changes: Any) -> tuple[Manifest, bool]:
-    arguments: dict[str, Any] = {
-        "sources": [source],
-        "column": "text",
-        "tokenizer": tokenizer,
-        "output": output,
-        "sequence_length": SEQUENCE_LENGTH,
-        "validation_percent": VALIDATION_PERCENT,
-    }
-    return prepare(**(arguments | changes))
+from tests.require import lacking
 
 
 def all_rows(directory: Path, split: str) -> np.ndarray:
@@ -43,7 +28,7 @@ def all_rows(directory: Path, split: str) -> np.ndarray:
 def prepared(source: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only."""
     output = tmp_path_factory.mktemp("prepared") / "data"
-    run(source, tokenizer, output)
+    run([source], tokenizer, output)
     return output
 
 
@@ -70,7 +55,7 @@ def test_no_validation_row_occurs_among_the_train_rows(prepared: Path):
 
 def test_a_text_given_many_times_lies_in_one_split(speeches: list[str], tokenizer: Path, tmp_path: Path):
     source = write_parquet(tmp_path / "twice.parquet", [*speeches, *reversed(speeches)])
-    manifest, _ = run(source, tokenizer, tmp_path / "data")
+    manifest, _ = run([source], tokenizer, tmp_path / "data")
     assert {split: counts.documents for split, counts in manifest.splits.items()} == {"train": 24, "validation": 4}
 
 
@@ -89,15 +74,15 @@ def test_manifest_says_what_there_is(prepared: Path, source: Path, speeches: lis
 
 def test_letters_of_the_special_token_inside_a_document_are_text(speeches: list[str], tokenizer: Path, tmp_path: Path):
     source = write_parquet(tmp_path / "tricky.parquet", [*speeches, f"it says {BOS} here. " * 50])
-    manifest, _ = run(source, tokenizer, tmp_path / "data")
+    manifest, _ = run([source], tokenizer, tmp_path / "data")
     starts = sum(int((all_rows(tmp_path / "data", split) == 0).sum()) for split in SPLITS)
     assert starts == sum(counts.documents for counts in manifest.splits.values()) == 15
 
 
 def test_several_shards_hold_the_same_rows(speeches: list[str], tokenizer: Path, tmp_path: Path):
     source = write_parquet(tmp_path / "long.parquet", speeches * 12)
-    run(source, tokenizer, tmp_path / "small", shard_size_mib=1)
-    run(source, tokenizer, tmp_path / "large", shard_size_mib=32)
+    run([source], tokenizer, tmp_path / "small", shard_size_mib=1)
+    run([source], tokenizer, tmp_path / "large", shard_size_mib=32)
     assert len(list((tmp_path / "small" / "train").glob("*.mds"))) > 1
     assert len(list((tmp_path / "large" / "train").glob("*.mds"))) == 1
     for split in SPLITS:
@@ -107,22 +92,30 @@ def test_several_shards_hold_the_same_rows(speeches: list[str], tokenizer: Path,
 # --- run again --------------------------------------------------------------------------------------------------------
 
 
-def content_of(directory: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
+def state_of(directory: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 
 def test_the_second_run_does_nothing(source: Path, tokenizer: Path, tmp_path: Path):
-    first, is_new = run(source, tokenizer, tmp_path / "data")
+    first, is_new = run([source], tokenizer, tmp_path / "data")
     assert is_new
-    before = content_of(tmp_path)
-    second, is_new = run(source, tokenizer, tmp_path / "data")
+    before = state_of(tmp_path)
+    second, is_new = run([source], tokenizer, tmp_path / "data")
     assert not is_new
     assert second == first
-    assert content_of(tmp_path) == before
+    assert state_of(tmp_path) == before
+
+
+def test_what_a_run_left_that_was_killed_at_the_very_end_is_removed(source: Path, tokenizer: Path, tmp_path: Path):
+    run([source], tokenizer, tmp_path / "data")
+    (tmp_path / ".data.partial/parts").mkdir(parents=True)
+    (tmp_path / ".data.partial/lock").touch()
+    run([source], tokenizer, tmp_path / "data")
+    assert os.listdir(tmp_path) == ["data"]
 
 
 def test_the_same_input_gives_the_same_data_in_another_place(source: Path, tokenizer: Path, prepared: Path, tmp_path):
-    run(source, tokenizer, tmp_path / "elsewhere")
+    run([source], tokenizer, tmp_path / "elsewhere")
     assert fingerprint(tmp_path / "elsewhere") == fingerprint(prepared)
 
 
@@ -132,16 +125,17 @@ def test_the_same_input_gives_the_same_data_in_another_place(source: Path, token
         ({"sequence_length": 32}, "sequence_length 64, not 32"),
         ({"validation_percent": 6.0}, "validation_percent=5.0"),
         ({"shard_size_mib": 1}, "shard_size_mib=32"),
+        ({"packing": "best_fit"}, "packing='straight'"),
     ],
 )
 def test_other_settings_are_refused(
     source: Path, tokenizer: Path, prepared: Path, changes: dict[str, Any], complaint: str
 ):
-    before = content_of(prepared)
+    before = state_of(prepared)
     with pytest.raises(UserError, match=complaint) as caught:
-        run(source, tokenizer, prepared, **changes)
+        run([source], tokenizer, prepared, **changes)
     assert str(prepared) in str(caught.value)
-    assert content_of(prepared) == before
+    assert state_of(prepared) == before
 
 
 def test_other_sources_or_tokenizer_are_refused(source: Path, tokenizer: Path, prepared: Path, tmp_path: Path):
@@ -149,26 +143,26 @@ def test_other_sources_or_tokenizer_are_refused(source: Path, tokenizer: Path, p
     other_source.write_bytes(source.read_bytes() + b"PAR1")
     write_parquet(other_source, ["same name, other text"])
     with pytest.raises(UserError, match="made from other sources"):
-        run(other_source, tokenizer, prepared)
+        run([other_source], tokenizer, prepared)
     other_tokenizer = tmp_path / "tokenizer.json"
     other_tokenizer.write_text(tokenizer.read_text() + "\n")
     with pytest.raises(UserError, match="tokenizer_sha256"):
-        run(source, other_tokenizer, prepared)
+        run([source], other_tokenizer, prepared)
 
 
 def test_a_damaged_data_set_does_not_pass_for_a_finished_one(source: Path, tokenizer: Path, tmp_path: Path):
-    run(source, tokenizer, tmp_path / "data")
+    run([source], tokenizer, tmp_path / "data")
     shard = tmp_path / "data" / "validation" / "shard.00000.mds"
     shard.unlink()
     with pytest.raises(UserError, match=str(shard)):
-        run(source, tokenizer, tmp_path / "data")
+        run([source], tokenizer, tmp_path / "data")
 
 
 def test_a_directory_of_something_else_is_left_alone(source: Path, tokenizer: Path, tmp_path: Path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"manifest\.json"):
-        run(source, tokenizer, tmp_path / "notes")
+        run([source], tokenizer, tmp_path / "notes")
     assert os.listdir(tmp_path / "notes") == ["thesis.txt"]
 
 
@@ -180,53 +174,34 @@ def test_a_failed_run_leaves_nothing_and_the_next_succeeds(source: Path, tokeniz
     workplace.mkdir()
     damaged = damage_row_group(source, tmp_path / "damaged.parquet", row_group=1)
     with pytest.raises(UserError, match=r"damaged\.parquet: row group 1"):
-        run(damaged, tokenizer, workplace / "data")
+        run([damaged], tokenizer, workplace / "data")
     assert os.listdir(workplace) == []
-    _, is_new = run(source, tokenizer, workplace / "data")
+    _, is_new = run([source], tokenizer, workplace / "data")
     assert is_new
     assert os.listdir(workplace) == ["data"]
-
-
-def test_a_killed_run_leaves_no_data_set_and_the_next_cleans_up(source: Path, tokenizer: Path, tmp_path: Path):
-    output = tmp_path / "data"
-    code = (
-        "import os, sys; from pathlib import Path; from data_prep import write_shards; "
-        "write_shards._flush_to_disk = lambda directory: os.kill(os.getpid(), 9); "  # all is written, but the rename
-        f"write_shards.prepare([Path(sys.argv[1])], 'text', Path(sys.argv[2]), Path(sys.argv[3]), {SEQUENCE_LENGTH}, "
-        f"{VALIDATION_PERCENT})"
-    )
-    process = subprocess.run([sys.executable, "-c", code, source, tokenizer, output], check=False)
-    assert process.returncode == -signal.SIGKILL
-    (left,) = os.listdir(tmp_path)
-    assert left.startswith(".data.partial.")
-    living = tmp_path / f".data.partial.{socket.gethostname()}.{os.getppid()}"
-    other_machine = tmp_path / ".data.partial.elsewhere.1"
-    living.mkdir()
-    other_machine.mkdir()
-    run(source, tokenizer, output)
-    assert sorted(os.listdir(tmp_path)) == sorted(["data", living.name, other_machine.name])
 
 
 def test_a_data_set_that_appeared_meanwhile_is_kept(
     source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def other_process_is_faster(directory: Path) -> None:
-        (tmp_path / "data").mkdir()
+    def other_process_is_faster(directory: Path, entries: list[dict[str, Any]]) -> None:
+        (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / "theirs").touch()
+        write_index(directory, entries)
 
-    monkeypatch.setattr("data_prep.write_shards._flush_to_disk", other_process_is_faster)
+    write_index = prepare.write_index
+    monkeypatch.setattr("data_prep.prepare.write_index", other_process_is_faster)
     with pytest.raises(UserError, match="cannot be written"):
-        run(source, tokenizer, tmp_path / "data")
-    assert os.listdir(tmp_path) == ["data"]
+        run([source], tokenizer, tmp_path / "data")
     assert os.listdir(tmp_path / "data") == ["theirs"]
 
 
 @pytest.mark.parametrize(("split", "percent"), [("validation", 1e-9), ("train", 100 - 1e-9)])
 def test_a_split_without_a_row_is_refused(source: Path, tokenizer: Path, tmp_path: Path, split: str, percent: float):
     with pytest.raises(UserError, match=f"{split} split: 0 documents give 0 tokens") as caught:
-        run(source, tokenizer, tmp_path / "data", validation_percent=percent)
+        run([source], tokenizer, tmp_path / "data", validation_percent=percent)
     assert "--validation-percent" in str(caught.value)
-    assert os.listdir(tmp_path) == []
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
@@ -240,18 +215,114 @@ def test_a_split_without_a_row_is_refused(source: Path, tokenizer: Path, tmp_pat
 )
 def test_unusable_settings(source: Path, tokenizer: Path, tmp_path: Path, changes: dict[str, Any], complaint: str):
     with pytest.raises(UserError, match=complaint):
-        run(source, tokenizer, tmp_path / "data", **changes)
+        run([source], tokenizer, tmp_path / "data", **changes)
     assert os.listdir(tmp_path) == []
 
 
 def test_tokenizer_file_that_is_none(source: Path, tokenizer: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"nowhere\.json: No such file"):
-        run(source, tmp_path / "nowhere.json", tmp_path / "data")
+        run([source], tmp_path / "nowhere.json", tmp_path / "data")
     broken = tmp_path / "broken.json"
     broken.write_text(tokenizer.read_text()[:500])
     with pytest.raises(UserError, match=r"broken\.json: not a tokenizer file"):
-        run(source, broken, tmp_path / "data")
+        run([source], broken, tmp_path / "data")
     content = json.loads(tokenizer.read_text().replace(BOS, "<|start|>"))
     broken.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"broken\.json: has no token <\|bos\|>"):
-        run(source, broken, tmp_path / "data")
+        run([source], broken, tmp_path / "data")
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", ["straight", "best_fit"])
+def test_every_document_is_there_once_whatever_the_parts(
+    speeches: list[str], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+):
+    """With many parts the tails are packed together: no more than one row's tokens may be missing."""
+    texts = [f"{number} {text}" for number in range(3) for text in speeches]
+    source = write_parquet(tmp_path / "texts.parquet", texts, row_group_documents=5)
+    monkeypatch.setattr(documents, "RANGE_BYTES", 60_000)
+    manifest, _ = run([source], tokenizer, tmp_path / "data", packing=packing)
+    encoder = Tokenizer.from_file(str(tokenizer))
+    for split in SPLITS:
+        own = [encoder.encode(text).ids for text in texts if split_of(text, VALIDATION_PERCENT) == split]
+        counts = manifest.splits[split]
+        assert counts.documents == len(own)
+        assert counts.tokens + counts.tokens_dropped == sum(len(ids) + 1 for ids in own)
+        assert counts.tokens_dropped < SEQUENCE_LENGTH + 1
+        rows = all_rows(tmp_path / "data", split)
+        assert rows.size == counts.tokens
+        expected = np.bincount([token for ids in own for token in ids] + [0] * len(own), minlength=512)
+        missing = expected - np.bincount(rows.reshape(-1), minlength=512)
+        assert (missing >= 0).all()
+        assert missing.sum() == counts.tokens_dropped
+        assert counts.documents_cut == counts.documents  # all are longer than a row of 65
+
+
+def test_two_processes_write_the_same_bytes(several_sources: list[Path], tokenizer: Path, tmp_path: Path):
+    for processes in (1, 2):
+        run(several_sources, tokenizer, tmp_path / str(processes), processes=processes, packing="best_fit")
+    assert content_of(tmp_path / "1") == content_of(tmp_path / "2")
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_compressed_shards_hold_the_same_rows(source: Path, tokenizer: Path, prepared: Path, tmp_path: Path):
+    run([source], tokenizer, tmp_path / "data", compression="zstd")
+    plain, packed = (json.loads((path / "train/index.json").read_text()) for path in (prepared, tmp_path / "data"))
+    assert (tmp_path / "data/train/shard.00000.mds.zstd").is_file()
+    assert packed["shards"][0]["zip_data"]["bytes"] < 0.8 * plain["shards"][0]["raw_data"]["bytes"]
+    assert packed["shards"][0]["samples"] == plain["shards"][0]["samples"]
+
+
+def test_an_unfinished_part_of_other_settings_is_not_taken(source: Path, tokenizer: Path, tmp_path: Path, prepared):
+    with pytest.raises(UserError, match="validation split: 0 documents"):
+        run([source], tokenizer, tmp_path / "data", validation_percent=1e-9)
+    assert list((tmp_path / ".data.partial/parts").glob("*.json"))
+    run([source], tokenizer, tmp_path / "data")
+    assert content_of(tmp_path / "data") == content_of(prepared)
+
+
+def test_finished_parts_are_not_made_again_unless_the_source_changed(
+    several_sources: list[Path], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    *good, last = several_sources
+    damaged = damage_row_group(last, tmp_path / last.name, row_group=3)
+    with pytest.raises(UserError, match=rf"{damaged}: row group 3 is damaged"):
+        run([*good, damaged], tokenizer, tmp_path / "data")
+    damaged.write_bytes(last.read_bytes())
+    made: list[str] = []
+    run_part = prepare.MakePart.run
+    monkeypatch.setattr(
+        prepare.MakePart, "run", lambda self, progress: (made.append(self.rows.source), run_part(self, progress))[1]
+    )
+    run([*good, damaged], tokenizer, tmp_path / "data")
+    assert made == [str(damaged)]
+    run(several_sources, tokenizer, tmp_path / "undisturbed")
+    assert content_of(tmp_path / "data") == content_of(tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", directory]).returncode:
+        lacking("no right to mount a tmpfs")
+    yield directory
+    subprocess.run(["umount", directory], check=True)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk(several_sources: list[Path], tokenizer: Path, small_disk: Path, tmp_path: Path, processes: int):
+    with pytest.raises(UserError, match=r"disk/\.data\.partial.*: cannot be written \(No space left") as caught:
+        run(several_sources, tokenizer, small_disk / "data", processes=processes)
+    assert "\n" not in str(caught.value)
+    assert not (small_disk / "data").exists()
+    assert not list(small_disk.rglob("*.unfinished"))
+    # With room for it, what was finished is taken up.
+    finished = {path.name for path in small_disk.rglob("parts/*.json")}
+    run_command(["mount", "-o", "remount,size=64m", small_disk], limit_s=10)
+    assert finished or processes == 2
+    run(several_sources, tokenizer, small_disk / "data")
+    run(several_sources, tokenizer, tmp_path / "undisturbed")
+    assert content_of(small_disk / "data") == content_of(tmp_path / "undisturbed")

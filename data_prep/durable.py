@@ -1,0 +1,50 @@
+"""Files that are whole or not there, and full disks told in one line."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mythos.errors import UserError
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turns a failure to write there into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{directory}: cannot be written ({error.strerror or error}); free space or name another --output, and "
+            "run again: finished parts are kept"
+        ) from error
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    temporary = temporary_path(path)
+    try:
+        _write_durably(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it is what a killed worker left unfinished."""
+    return path.suffix == ".unfinished"
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes what will be ``path``."""
+    # Not the same for two processes: one of a killed run may still be at work on another node.
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.unfinished")
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,317 @@
+"""Parquet -> documents -> rows -> MDS shards, as mythos/data/format.py describes them.
+
+    sources ──► row ranges ──► parts (each split's rows and tail) ──► shards of equal size ──► DIR
+               of ~16 MB       by the workers, in any order           by the workers
+
+The tails of all parts, less than a row each, are packed together in their order. So the data set depends on the sources
+and the settings alone, not on how many processes worked or died. Everything is made in the hidden directory
+.DIR.partial beside DIR; the complete data set is renamed into place, and the rest removed. A run that was killed leaves
+its finished parts there, and the next one goes on with them.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_prep.documents import RowRange, check_validation_percent
+from data_prep.durable import is_temporary, publish, writing
+from data_prep.lock import locked_directory
+from data_prep.packing import packer
+from data_prep.parts import (
+    HashSource,
+    InspectSource,
+    MakePart,
+    PartRecord,
+    PartSettings,
+    WriteShard,
+    read_record,
+    read_tail,
+)
+from data_prep.progress import Progress
+from data_prep.shards import LARGEST_SHARD_MIB, ShardFormat, write_index
+from data_prep.tokenizer_file import TokenizerFile, agreed_validation_percent, load_tokenizer
+from data_prep.verify import structure
+from data_prep.workers import Workers
+from mythos.data.format import SPLITS, TOKENIZER_FILE, Manifest, Settings, Source, SplitCounts, token_dtype
+from mythos.errors import UserError
+
+_TAILS = "tails"  # the part that is made of the tails of the others
+
+
+def prepare(
+    sources: list[Path],
+    tokenizer: Path,
+    output: Path,
+    sequence_length: int,
+    settings: Settings,
+    workers: Workers,
+) -> tuple[Manifest, bool]:
+    """Write both splits into ``output``; return the manifest and whether it was made just now.
+
+    When ``output`` holds a data set made from the same sources with the same settings, nothing is done.
+
+    Raises:
+        UserError: unusable input, an output with other settings or that another run is writing, a split too small for
+            one row, a full disk. WorkerLost, which is one too: a process died.
+    """
+    _check(sequence_length, settings)
+    output = Path(os.path.abspath(output))
+    sources = [Path(os.path.abspath(source)) for source in sources]
+    encoder = load_tokenizer(tokenizer)
+    ranges = _inspect(sources, settings, workers)
+    plan = Manifest(
+        sequence_length=sequence_length,
+        vocabulary_size=encoder.vocabulary_size,
+        tokenizer_sha256=encoder.sha256,
+        sources=tuple(_hash(sources, workers)),
+        settings=settings,
+        splits={},
+    )
+    work = output.with_name(f".{output.name}.partial")
+    if _is_occupied(output):
+        manifest = _existing(output, plan)
+        if work.exists():  # killed between its last two steps
+            with writing(work), suppress(UserError), locked_directory(work):
+                shutil.rmtree(work)
+        return manifest, False
+    with writing(work), locked_directory(work):
+        if _is_occupied(output):  # another run has finished it just before the lock was free
+            shutil.rmtree(work)
+            return _existing(output, plan), False
+        run = _Run(work, plan, encoder, workers)
+        try:
+            manifest = run.make(ranges, output)
+        except BaseException as error:
+            workers.end(error)  # first: they may be writing
+            run.tidy()
+            raise
+    return manifest, True
+
+
+def settings_for(tokenizer: Path, asked_validation_percent: float | None, **settings: Any) -> Settings:
+    """Settings with the validation share that suits the tokenizer (UserError where what is asked does not)."""
+    if asked_validation_percent is not None:
+        check_validation_percent(asked_validation_percent)
+    sha256 = load_tokenizer(tokenizer).sha256
+    percent = agreed_validation_percent(tokenizer, sha256, asked_validation_percent)
+    return Settings(validation_percent=float(percent), **settings)
+
+
+class _Run:
+    """One run with its lock held."""
+
+    def __init__(self, work: Path, plan: Manifest, tokenizer: TokenizerFile, workers: Workers) -> None:
+        self._work, self._plan, self._tokenizer, self._workers = work, plan, tokenizer, workers
+        self._parts = work / "parts"
+        token_bytes = token_dtype(plan.vocabulary_size).itemsize
+        self._row_bytes = plan.row_tokens * token_bytes
+        self._token_bytes = token_bytes
+        self._part_settings = PartSettings(
+            directory=str(self._parts),
+            tokenizer=str(work / TOKENIZER_FILE),
+            tokenizer_sha256=plan.tokenizer_sha256,
+            vocabulary_size=plan.vocabulary_size,
+            content=plan.settings.content,
+            column=plan.settings.column,
+            validation_percent=plan.settings.validation_percent,
+            packing=plan.settings.packing,
+            row_tokens=plan.row_tokens,
+            dtype=str(token_dtype(plan.vocabulary_size)),
+        )
+
+    def make(self, ranges: list[list[RowRange]], output: Path) -> Manifest:
+        self._parts.mkdir(exist_ok=True)
+        self._remove_unfinished()
+        publish(self._work / TOKENIZER_FILE, self._tokenizer.content)
+        names = self._make_parts(ranges)
+        records = [self._record(name) for name in names]
+        splits = {split: self._pack_tails(split, names, records) for split in SPLITS}
+        for split in SPLITS:
+            self._check_filled(split, splits[split])
+        made = list(zip(names, records, strict=True))
+        rows = {split: [(name, record[split].rows) for name, record in made] for split in SPLITS}
+        data = self._write_shards(rows, splits)
+        manifest = replace(self._plan, splits=splits)
+        publish(data / TOKENIZER_FILE, self._tokenizer.content)
+        manifest.save(data)
+        # Fails, and so keeps the other's work, if something was put here meanwhile.
+        os.rename(data, output)
+        shutil.rmtree(self._work)
+        return manifest
+
+    def tidy(self) -> None:
+        """After a failure: finished work stays, and nothing else."""
+        self._remove_unfinished()
+        if not any(self._parts.glob("*.json")):
+            shutil.rmtree(self._work, ignore_errors=True)
+
+    def _make_parts(self, ranges: list[list[RowRange]]) -> list[str]:
+        settings = self._part_settings
+        parts = [
+            MakePart(settings.part_name(rows, source.xxh3_64), rows, settings)
+            for source, source_ranges in zip(self._plan.sources, ranges, strict=True)
+            for rows in source_ranges
+        ]
+        # A source that is given twice makes the same parts twice.
+        missing = list({part.name: part for part in parts if not self._is_made(part.name)}.values())
+        total = sum(part.rows.bytes for part in parts)
+        left = sum(part.rows.bytes for part in missing)
+        with Progress("tokenising" if settings.content == "text" else "importing", total, total - left) as progress:
+            for _ in self._workers.run(missing, progress):
+                pass
+        return [part.name for part in parts]
+
+    def _is_made(self, name: str) -> bool:
+        return read_record(self._parts, name, self._row_bytes, self._token_bytes) is not None
+
+    def _record(self, name: str) -> PartRecord:
+        record = read_record(self._parts, name, self._row_bytes, self._token_bytes)
+        if record is None:
+            raise UserError(
+                f"{self._parts / name}: written by a worker, but not to be seen here; --output must lie on a file "
+                "system that all nodes share"
+            )
+        return record
+
+    def _pack_tails(self, split: str, names: list[str], records: list[PartRecord]) -> SplitCounts:
+        """Make the last part, of what filled no row; return the counts of the whole split."""
+        packing = packer(self._plan.settings.packing, self._plan.row_tokens)
+        rows: list[np.ndarray] = []
+        for name, record in zip(names, records, strict=True):
+            for piece in read_tail(self._parts / f"{name}.{split}", record[split], self._part_settings):
+                rows += packing.add(piece)
+        last_rows, dropped = packing.finish()
+        rows += last_rows
+        publish(self._parts / f"{_TAILS}.{split}", b"".join(row.tobytes() for row in rows))
+        text_bytes = [record[split].text_bytes for record in records]
+        sequences = sum(record[split].rows for record in records) + len(rows)
+        return SplitCounts(
+            documents=sum(record[split].documents for record in records),
+            text_bytes=None if None in text_bytes else sum(size for size in text_bytes if size is not None),
+            sequences=sequences,
+            tokens=sequences * self._plan.row_tokens,
+            tokens_dropped=sum(len(piece.tokens) for piece in dropped),
+            documents_cut=sum(record[split].documents_cut for record in records)
+            + packing.documents_cut
+            + sum(not piece.continues for piece in dropped),
+        )
+
+    def _check_filled(self, split: str, counts: SplitCounts) -> None:
+        if not counts.sequences:
+            names = ", ".join(source.name for source in self._plan.sources[:3])
+            more = f" and {len(self._plan.sources) - 3} more" if len(self._plan.sources) > 3 else ""
+            raise UserError(
+                f"{names}{more}: {split} split: {counts.documents} documents give {counts.tokens_dropped} tokens, too "
+                f"few for one row of {self._plan.row_tokens}; give more documents, a shorter --sequence-length or "
+                "another --validation-percent"
+            )
+
+    def _write_shards(self, rows: dict[str, list[tuple[str, int]]], splits: dict[str, SplitCounts]) -> Path:
+        """The directory that will be the data set, complete but for tokenizer and manifest."""
+        layout = ShardFormat(
+            self._plan.encoding,
+            self._row_bytes,
+            self._plan.settings.shard_size_mib << 20,
+            self._plan.settings.compression,
+        )
+        # Shards of a killed run are of use only where all parts and settings are the same.
+        identity = xxhash.xxh3_64_hexdigest(repr((rows, layout)).encode())
+        data, entries = self._work / f"data-{identity}", self._work / f"entries-{identity}"
+        items: list[WriteShard] = []
+        for split in SPLITS:
+            (data / split).mkdir(parents=True, exist_ok=True)
+            (entries / split).mkdir(parents=True, exist_ok=True)
+            tail_rows = splits[split].sequences - sum(count for _, count in rows[split])
+            for number, pieces in enumerate(_deal([*rows[split], (_TAILS, tail_rows)], layout.rows_a_shard)):
+                items.append(
+                    WriteShard(
+                        directory=str(data / split),
+                        entry_file=str(entries / split / f"{number}.json"),
+                        number=number,
+                        layout=layout,
+                        row_tokens=self._plan.row_tokens,
+                        dtype=self._part_settings.dtype,
+                        pieces=[(str(self._parts / f"{name}.{split}"), first, count) for name, first, count in pieces],
+                    )
+                )
+        missing = [item for item in items if not os.path.exists(item.entry_file)]
+        sizes = [sum(count for *_, count in item.pieces) * self._row_bytes for item in missing]
+        with Progress("writing shards", sum(sizes)) as progress:
+            for _ in self._workers.run(missing, progress):
+                pass
+        for split in SPLITS:
+            own = [item for item in items if item.directory == str(data / split)]
+            write_index(data / split, [item.read_entry() for item in own])
+        return data
+
+    def _remove_unfinished(self) -> None:
+        for path in self._work.rglob("*"):
+            if is_temporary(path):
+                path.unlink(missing_ok=True)
+
+
+def _deal(parts: list[tuple[str, int]], rows_a_shard: int) -> Iterator[list[tuple[str, int, int]]]:
+    """For each shard, the (part, first row, rows) that it takes, all rows in order."""
+    pieces: list[tuple[str, int, int]] = []
+    free = rows_a_shard
+    for name, rows in parts:
+        first = 0
+        while first < rows:
+            count = min(rows - first, free)
+            pieces.append((name, first, count))
+            first, free = first + count, free - count
+            if not free:
+                yield pieces
+                pieces, free = [], rows_a_shard
+    if pieces:
+        yield pieces
+
+
+def _check(sequence_length: int, settings: Settings) -> None:
+    if sequence_length < 1:
+        raise UserError(f"sequence-length {sequence_length}: give at least 1 token")
+    if not 1 <= settings.shard_size_mib <= LARGEST_SHARD_MIB:
+        raise UserError(f"shard-size-mib {settings.shard_size_mib}: give 1 to {LARGEST_SHARD_MIB}")
+    check_validation_percent(settings.validation_percent)
+
+
+def _inspect(sources: list[Path], settings: Settings, workers: Workers) -> list[list[RowRange]]:
+    """Each source's row ranges. All are looked at before any long work: a wrong one is not found out after hours."""
+    items = [InspectSource(str(source), settings.column, settings.content) for source in sources]
+    results = dict(workers.run(items, lambda done_bytes: None))
+    return [[RowRange(**rows) for rows in results[number]] for number in range(len(items))]
+
+
+def _hash(sources: list[Path], workers: Workers) -> Iterator[Source]:
+    total = sum(source.stat().st_size for source in sources)
+    with Progress("hashing the sources", total) as progress:
+        results = dict(workers.run([HashSource(str(source)) for source in sources], progress))
+    for number, source in enumerate(sources):
+        size, digest = results[number]
+        yield Source(name=source.name, bytes=size, xxh3_64=digest)
+
+
+def _is_occupied(output: Path) -> bool:
+    return output.exists() and not (output.is_dir() and not any(output.iterdir()))
+
+
+def _existing(output: Path, plan: Manifest) -> Manifest:
+    """The manifest of a data set that is there already. Raises UserError if it is not the one that was asked for."""
+    manifest = Manifest.load(output)
+    for field in fields(Manifest):
+        found, asked = getattr(manifest, field.name), getattr(plan, field.name)
+        if field.name != "splits" and found != asked:
+            # Sources can be many; their list would be no line.
+            what = "made from other sources" if field.name == "sources" else f"with {field.name} {found}, not {asked}"
+            raise UserError(f"{output}: holds a data set {what}; name another --output or remove it")
+    findings, _ = structure(output, manifest)
+    if findings:
+        raise UserError(f"{findings[0]}; remove {output} and run again, or see `mythos data verify {output}`")
+    return manifest

@@ -1,0 +1,132 @@
+"""A tokenizer file, and the note beside it that says what text its training left out.
+
+my/tokenizer.json            what the `tokenizers` library reads; it allows no fields of our own
+my/tokenizer.training.json   the note; a tokenizer from elsewhere has none
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from tokenizers import Tokenizer
+
+from mythos.data.format import BOS
+from mythos.errors import UserError
+from mythos.files import write_atomically
+
+_REMEDY = "train one by `mythos data tokenizer`"
+DEFAULT_VALIDATION_PERCENT = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingNote:
+    """How a tokenizer was trained."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    tokenizer_sha256: str
+    validation_percent: float
+    text_bytes: int
+    held_out_bytes: int
+    held_out_tokens: int
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes of held-out text for each token, without BOS; None where the sample held none out."""
+        return self.held_out_bytes / self.held_out_tokens if self.held_out_tokens else None
+
+    def save(self, tokenizer: Path) -> None:
+        """Write it beside the tokenizer file."""
+        write_atomically(_note_path(tokenizer), json.dumps(asdict(self), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """A tokenizer and the bytes of its file."""
+
+    encoder: Tokenizer
+    content: bytes
+    sha256: str
+
+    @property
+    def bos(self) -> int:
+        """The id of BOS."""
+        return int(self.encoder.token_to_id(BOS))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """All ids are below it."""
+        return max(self.encoder.get_vocab().values()) + 1
+
+
+def load_tokenizer(path: Path) -> TokenizerFile:
+    """Read it, for encoding without truncation or padding. Raises UserError when it is damaged or has no BOS."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {_REMEDY}") from error
+    return _parse(path, content)
+
+
+@lru_cache(maxsize=1)
+def _parse(path: Path, content: bytes) -> TokenizerFile:
+    try:
+        encoder = Tokenizer.from_str(content.decode())
+    except Exception as error:  # tokenizers raises a bare Exception for a damaged file
+        raise UserError(f"{path}: not a tokenizer file ({str(error).splitlines()[0]}); {_REMEDY}") from error
+    if encoder.token_to_id(BOS) is None:
+        raise UserError(f"{path}: has no token {BOS}; {_REMEDY}, or add that token to this one")
+    # A document that holds the letters of a special token gets their plain tokens: BOS marks a beginning, only.
+    encoder.encode_special_tokens = True
+    encoder.no_truncation()
+    encoder.no_padding()
+    return TokenizerFile(encoder, content, hashlib.sha256(content).hexdigest())
+
+
+def agreed_validation_percent(tokenizer: Path, sha256: str, asked: float | None) -> float:
+    """What was asked for, else what the tokenizer held out.
+
+    Raises UserError where more is asked: validation text would then be text that the tokenizer was trained on. (What
+    is in validation at some percentage is there at any higher one, so less is no harm.)
+    """
+    path = _note_path(tokenizer)
+    note = None
+    if path.exists():
+        try:
+            note = TypeAdapter(TrainingNote).validate_json(path.read_bytes())
+        except (ValidationError, OSError) as error:
+            raise UserError(f"{path}: damaged; remove it, or train the tokenizer again") from error
+    if note is None or note.tokenizer_sha256 != sha256:
+        return DEFAULT_VALIDATION_PERCENT if asked is None else asked
+    if asked is not None and asked > note.validation_percent:
+        raise UserError(
+            f"validation-percent {asked}: {tokenizer} was trained with {note.validation_percent} held out, so it has "
+            f"seen text that would be validation text; give at most {note.validation_percent}, or train it again "
+            f"with --validation-percent {asked}"
+        )
+    return note.validation_percent if asked is None else asked
+
+
+def text_bytes_of_ids(encoder: Tokenizer) -> np.ndarray | None:
+    """Bytes of text that each id stands for, int64 of shape (vocabulary,); None for other than byte-level tokenizers.
+
+    In the vocabulary of a byte-level tokenizer each byte is written as one character. Special tokens are no text.
+    """
+    decoder = json.loads(encoder.to_str()).get("decoder") or {}
+    if decoder.get("type") != "ByteLevel":
+        return None
+    vocabulary = encoder.get_vocab()
+    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, token_id in vocabulary.items():
+        sizes[token_id] = len(token)
+    for token_id, added in encoder.get_added_tokens_decoder().items():
+        sizes[token_id] = 0 if added.special else len(added.content.encode())
+    return sizes
+
+
+def _note_path(tokenizer: Path) -> Path:
+    return tokenizer.with_name(f"{tokenizer.stem}.training.json")

@@ -1,0 +1,125 @@
+"""The order in which an epoch reads a data set: a formula, in place of a stored permutation of all rows.
+
+With S shards of r_s rows and G = min(shuffle_shards, S), in epoch e:
+
+    sigma_e          a random permutation of the shards
+    pi_{e,s}         a random permutation of the rows of shard s
+    chunk(s, c)    = pi_{e,s}[ c r_s // G : (c + 1) r_s // G ]                  c = 0 .. G - 1
+    slot t         = chunk(sigma_e(t - c mod S), c) for every c, shuffled       t = 0 .. S - 1
+    epoch e        = slot 0, slot 1, ..., slot S - 1
+
+Every chunk of every shard lies in one slot, so an epoch holds each row once. A slot mixes G shards evenly (two
+neighbours come from one shard with probability 1 / G); from a slot to the next one shard leaves and one enters, so a
+reader needs G shards and learns long before which come next. The rows of a shard are spread over G slots, as many
+samples as G shards have rows. With G = S a slot is a sample of the whole data set, with the same share of every shard.
+
+Memory: the permutations of the shards in use, 8 bytes a row. Any sample is found from its number alone, in
+milliseconds. The random numbers are raw output of Philox, keyed by (seed, epoch) and counted by what they are for,
+and sorted: the stream of the bit generator is fixed for ever, numpy's ``permutation`` is not.
+"""
+
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+
+
+class _Purpose(IntEnum):
+    SHARDS = 0
+    ROWS = 1
+    SLOT = 2
+
+
+def random_order(length: int, seed: int, epoch: int, purpose: int, number: int, series: int = 0) -> np.ndarray:
+    """A random permutation of range(length), int64, a function of the arguments alone."""
+    counter = np.array([0, series, number, purpose], dtype=np.uint64)
+    generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=counter)
+    return np.argsort(generator.random_raw(length), kind="stable")
+
+
+class Order:
+    """Sample number -> row of the data set, epoch after epoch without a gap.
+
+    Args:
+        shard_rows: rows of each shard, in the order of the data set.
+        seed: of the whole run.
+        shuffle_shards: shards whose rows are mixed at a time.
+        series: tells apart orders of the same seed, such as those of several sources.
+    """
+
+    def __init__(self, shard_rows: Sequence[int], seed: int, shuffle_shards: int, series: int = 0) -> None:
+        self._rows = np.asarray(shard_rows, dtype=np.int64)
+        self._first_row = np.cumsum(self._rows) - self._rows
+        self._seed, self._series = seed, series
+        self.in_use = min(shuffle_shards, len(self._rows))
+        """Shards that a slot reads from: G."""
+        self.rows = int(self._rows.sum())
+        """Rows of one epoch."""
+        self._epoch = lru_cache(maxsize=2)(self._epoch)  # type: ignore[method-assign]
+        self._slot = lru_cache(maxsize=2)(self._slot)  # type: ignore[method-assign]
+        self._within = lru_cache(maxsize=self.in_use + 1)(self._within)  # type: ignore[method-assign]
+
+    def indices(self, first_sample: int, count: int) -> np.ndarray:
+        """The rows of samples first_sample to first_sample + count - 1, int64 of shape (count,)."""
+        indices = np.empty(count, dtype=np.int64)
+        filled = 0
+        while filled < count:
+            epoch, slot, position = self._locate(first_sample + filled)
+            piece = self._slot(epoch, slot)[position : position + count - filled]
+            indices[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return indices
+
+    def shards_from(self, sample: int) -> Iterator[int]:
+        """The shards in the order in which they are needed from this sample on; the first ``in_use`` at once. Endless.
+
+        A shard is named again when it enters again, in the next epoch or, for the last of an epoch, in its last slots.
+        """
+        epoch, slot, _ = self._locate(sample)
+        while True:
+            shards, _ = self._epoch(epoch)
+            for before in range(self.in_use):
+                yield int(shards[slot - before])
+            for entering in range(slot + 1, len(shards)):
+                yield int(shards[entering])
+            epoch, slot = epoch + 1, 0
+
+    def slot_of(self, sample: int) -> tuple[int, int]:
+        """Epoch and slot of a sample: as long as they are the same, the same shards are in use."""
+        return self._locate(sample)[:2]
+
+    def _locate(self, sample: int) -> tuple[int, int, int]:
+        """Epoch, slot, and position within the slot."""
+        epoch, position = divmod(sample, self.rows)
+        _, ends = self._epoch(epoch)
+        slot = int(np.searchsorted(ends, position, side="right"))
+        return epoch, slot, position - (int(ends[slot - 1]) if slot else 0)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in their order, and where each slot ends."""
+        shards = random_order(len(self._rows), self._seed, epoch, _Purpose.SHARDS, 0, self._series)
+        sizes = np.zeros(len(shards), dtype=np.int64)
+        for chunk in range(self.in_use):
+            chunk_rows = self._chunk_ends(chunk) - self._chunk_ends(chunk - 1)
+            sizes += chunk_rows[np.roll(shards, chunk)]
+        return shards, np.cumsum(sizes)
+
+    def _chunk_ends(self, chunk: int) -> np.ndarray:
+        return (chunk + 1) * self._rows // self.in_use
+
+    def _slot(self, epoch: int, slot: int) -> np.ndarray:
+        """The rows of a slot, in their order."""
+        shards, _ = self._epoch(epoch)
+        pieces = []
+        for chunk in range(self.in_use):
+            shard = int(shards[slot - chunk])
+            start, end = (int(self._chunk_ends(number)[shard]) for number in (chunk - 1, chunk))
+            pieces.append(self._within(epoch, shard)[start:end])
+        rows = np.concatenate(pieces)
+        return rows[random_order(len(rows), self._seed, epoch, _Purpose.SLOT, slot, self._series)]
+
+    def _within(self, epoch: int, shard: int) -> np.ndarray:
+        """The rows of a shard, as rows of the data set, in random order."""
+        rows = random_order(int(self._rows[shard]), self._seed, epoch, _Purpose.ROWS, shard, self._series)
+        return rows + self._first_row[shard]

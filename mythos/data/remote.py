@@ -1,0 +1,115 @@
+"""Fetching whole files: from a path (a network file system), or from an object store through mosaicml-streaming.
+
+The library knows s3, gs, oci, azure, azure-dl, hf, dbfs, sftp and alipan, each with the credentials of its own tools.
+"""
+
+import errno
+import importlib
+import importlib.util
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mythos.errors import UserError
+
+TIMEOUT_S = 60.0
+RETRY_PAUSES_S = (1.0, 4.0)
+"""Before the second and the third attempt at an object store."""
+_COPY_BYTES = 1 << 23
+_LOCAL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+
+_clients = threading.local()
+_import_lock = threading.Lock()
+
+
+def is_object_store(directory: str) -> bool:
+    """Whether this is the address of an object store and not a path."""
+    return "://" in directory or directory.startswith("dbfs:/")
+
+
+def fetch(origin: str, target: Path) -> None:
+    """Copy a file to ``target``, which must not exist. A failure may leave a part of it.
+
+    Raises:
+        UserError: the origin cannot be read, after some attempts where it is an object store.
+        OSError: the target cannot be written.
+    """
+    if not is_object_store(origin):
+        _copy(Path(origin), target)
+        return
+    download = _downloader(origin)
+    for pause_s in (*RETRY_PAUSES_S, None):
+        try:
+            download(origin, str(target), TIMEOUT_S)
+            return
+        except Exception as error:  # each library has its own
+            target.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in _LOCAL_DISK:
+                raise
+            if pause_s is None:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+                raise UserError(
+                    f"{origin}: cannot be fetched ({reason}); check the address, the credentials and that it is there"
+                ) from error
+            time.sleep(pause_s)
+
+
+def _copy(origin: Path, target: Path) -> None:
+    with target.open("wb") as file:
+        for chunk in _chunks(origin):
+            file.write(chunk)
+
+
+def _chunks(origin: Path) -> Iterator[bytes]:
+    try:
+        with origin.open("rb") as source:
+            while chunk := source.read(_COPY_BYTES):
+                yield chunk
+    except OSError as error:
+        raise UserError(f"{origin}: cannot be fetched ({error.strerror}); check that the data is there") from error
+
+
+def _downloader(origin: str) -> Any:
+    """The library's download function for this address: one client a thread and kind of store."""
+    module = _download_module()
+    scheme = "dbfs-uc" if origin.startswith("dbfs:/Volumes") else origin.split(":")[0]
+    known = sorted(filter(None, module.DOWNLOADER_MAPPINGS))
+    if scheme not in known:
+        raise UserError(f"{origin}: unknown kind of store {scheme!r}; known are {', '.join(known)}, or give a path")
+    clients = _clients.__dict__
+    if scheme not in clients:
+        try:
+            clients[scheme] = module.DOWNLOADER_MAPPINGS[scheme]()
+        except ImportError as error:
+            raise UserError(f"{origin}: {scheme} needs a package that is missing ({error}); install it") from error
+    return clients[scheme].download
+
+
+def _download_module() -> Any:
+    """``streaming.base.storage.download`` alone: `import streaming` would take 5 s and 840 MB, this 15 ms.
+
+    Its packages are imported as empty shells, which are taken away again so that a later `import streaming` is whole.
+    """
+    name = "streaming.base.storage.download"
+    with _import_lock:
+        if name in sys.modules:
+            return sys.modules[name]
+        if "streaming" in sys.modules:
+            return importlib.import_module(name)
+        spec = importlib.util.find_spec("streaming")
+        assert spec is not None
+        assert spec.submodule_search_locations
+        root = Path(spec.submodule_search_locations[0])
+        for package in ("streaming", "streaming.base", "streaming.base.format", "streaming.base.storage"):
+            shell = types.ModuleType(package)
+            shell.__path__ = [str(root.joinpath(*package.split(".")[1:]))]
+            sys.modules[package] = shell
+        try:
+            return importlib.import_module(name)
+        finally:
+            for module in [key for key in sys.modules if key.split(".")[0] == "streaming" and key != name]:
+                del sys.modules[module]

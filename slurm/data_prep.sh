@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Text to shards on several nodes, one process a core. Give it what `mythos data` takes:
+#   sbatch --nodes=4 slurm/data_prep.sh prepare /data/fineweb-edu/sample/10BT/*.parquet \
+#       --tokenizer my/tokenizer.json --sequence-length 2048 --output /data/fineweb-edu-10bt
+# `import` and `verify` run the same way. Stopped or requeued, it goes on with the parts that were finished; submit it
+# again with the same words. Sources and output must lie on a file system that all nodes share.
+#SBATCH --job-name=mythos-data
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=32
+#SBATCH --cpus-per-task=1
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=mythos-data-%j.log
+set -euo pipefail
+
+if [ $# -eq 0 ]; then
+  echo "usage: sbatch [--nodes=N] slurm/data_prep.sh prepare|import|verify ..." >&2
+  exit 2
+fi
+# What the site needs (modules, the environment with `mythos` on its path), for all scripts here. In a job $0 is a copy.
+site="${SLURM_SUBMIT_DIR:-.}/slurm/env.sh"
+if [ -f "$site" ]; then
+  # shellcheck source=/dev/null
+  source "$site"
+fi
+# srun does not take over --cpus-per-task by itself.
+exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 "${MYTHOS[@]-mythos}" data "$@"

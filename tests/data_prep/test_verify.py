@@ -1,0 +1,135 @@
+"""`mythos data verify` finds every kind of damage, and names every bad file."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+import zstd
+
+from tests.cluster import run as run_command
+from tests.data_prep.conftest import run
+from tests.data_prep.test_commands import command
+
+SHARD, OTHER = "train/shard.00001.mds", "validation/shard.00000.mds"
+
+
+@pytest.fixture(scope="module", params=[None, "zstd"])
+def whole(
+    request: pytest.FixtureRequest,
+    several_sources: list[Path],
+    tokenizer: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """In several shards; read only."""
+    output = tmp_path_factory.mktemp("whole") / "data"
+    run(several_sources, tokenizer, output, shard_size_mib=1, compression=request.param)
+    return output
+
+
+@pytest.fixture
+def data(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "data"))
+
+
+def file_of(data: Path, shard: str) -> Path:
+    return next((data / shard).parent.glob(Path(shard).name + "*"))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def verify(data: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The findings; none when the data set is whole."""
+    exit_code = command("verify", data, "--processes", 1)
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert exit_code == (2 if lines else 0)
+    assert ("whole" in printed.out) == (not lines)
+    assert all(str(data) in line and "prepare it again" in line for line in lines)
+    return lines
+
+
+def test_whole(whole: Path, capsys: pytest.CaptureFixture[str]):
+    assert len(list((whole / "train").glob("shard.*"))) >= 3
+    assert verify(whole, capsys) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip, "damaged, its hash differs from the index"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-7]), "bytes, the index says"),
+        (lambda path: path.unlink(), "the index names it, but No such file"),
+    ],
+    ids=["flipped", "cut", "gone"],
+)
+def test_each_bad_shard_is_named_once(
+    data: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], said: str
+):
+    bad = [file_of(data, SHARD), file_of(data, OTHER)]
+    for path in bad:
+        damage(path)
+    lines = verify(data, capsys)
+    assert len(lines) == 2
+    for path in bad:
+        assert sum(f"{path}: " in line and said in line for line in lines) == 1
+
+
+def test_an_id_outside_the_vocabulary(data: Path, capsys: pytest.CaptureFixture[str]):
+    """Written, hashed and indexed as if it belonged."""
+    path, index = file_of(data, SHARD), data / "train/index.json"
+    entries = json.loads(index.read_text())
+    entry = entries["shards"][1]
+    content = bytearray(zstd.decompress(path.read_bytes()) if entry["zip_data"] else path.read_bytes())
+    content[-130:] = np.full(65, 512, dtype=np.uint16).tobytes()
+    entry["raw_data"]["hashes"]["xxh3_64"] = xxhash.xxh3_64_hexdigest(bytes(content))
+    stored = bytes(content)
+    if entry["zip_data"]:
+        stored = zstd.compress(stored)
+        entry["zip_data"] |= {"bytes": len(stored), "hashes": {"xxh3_64": xxhash.xxh3_64_hexdigest(stored)}}
+    path.write_bytes(stored)
+    index.write_text(json.dumps(entries))
+    (line,) = verify(data, capsys)
+    assert f"{path}: row {entry['samples'] - 1} holds token id 512, the vocabulary has 512" in line
+
+
+def test_counts_against_the_manifest(data: Path, capsys: pytest.CaptureFixture[str]):
+    index = data / "train/index.json"
+    entries = json.loads(index.read_text())
+    entries["shards"].pop()
+    index.write_text(json.dumps(entries))
+    counts, stray = verify(data, capsys)
+    assert f"{index}: " in counts
+    assert "the manifest has" in counts
+    assert "no shard of the index" in stray
+
+
+def test_a_truncated_index_and_another_tokenizer(data: Path, capsys: pytest.CaptureFixture[str]):
+    index = data / "validation/index.json"
+    index.write_text(index.read_text()[:-20])
+    tokenizer = data / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    first, second = verify(data, capsys)
+    assert f"{index}: damaged" in first
+    assert f"{tokenizer}: not the tokenizer that made the ids" in second
+
+
+def test_in_two_processes_and_without_a_manifest(data: Path):
+    words = [sys.executable, "-m", "launch.cli", "data", "verify", data, "--processes", "2"]
+    flip(file_of(data, SHARD))
+    done = run_command(words, limit_s=150)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    (data / "manifest.json").unlink()
+    done = run_command(words, limit_s=150)
+    assert done.returncode == 2
+    assert "manifest.json: no such file" in done.stderr
+    assert done.stderr.count("\n") == 1

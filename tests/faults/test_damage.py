@@ -1,0 +1,259 @@
+"""Files that are damaged, cut or gone, disks that are full or vanish, gradients that are NaN."""
+
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import yaml
+
+from mythos.checkpoint import layout
+from mythos.config.load import to_dict
+from mythos.config.schema import Config
+from mythos.errors import FAILED_TO_SAVE, UserError
+from mythos.metrics.console import log
+from mythos.metrics.writer import read_metrics
+from mythos.train.engine import TrainingEngine
+from tests.cluster import clean_environment, run
+from tests.faults.supervise import BIN, TABLE, Row, configuration, losses
+from tests.require import lacking
+from tests.spawn import RankPool
+from tests.train.runs import run_training
+
+pytestmark = pytest.mark.slow
+FIRST, SAVED = 18, (6, 12, 18)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "a flipped byte in a weights file": lambda newest: flip(newest / layout.weights_file(1)),
+    "a flipped byte in an optimizer file": lambda newest: flip(newest / layout.optimizer_file(0)),
+    "a flipped byte in the manifest": lambda newest: flip(newest / layout.MANIFEST_FILE),
+    "a flipped byte in the state": lambda newest: flip(newest / layout.STATE_FILE),
+    "a truncated file": lambda newest: os.truncate(newest / layout.weights_file(0), 1000),
+    "a missing file of a rank": lambda newest: (newest / layout.optimizer_file(1)).unlink(),
+    "a pointer to a directory that is not there": lambda newest: shutil.rmtree(newest),
+    "a pointer that is cut": lambda newest: (newest.parent / layout.POINTER).write_text("step_00"),
+}
+
+
+@pytest.fixture(scope="module")
+def straight(two_ranks: RankPool, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """A finished run, and a run of the same configuration that ended early, with three checkpoints."""
+    directory = tmp_path_factory.mktemp("straight")
+    options = {"checkpoint__keep_last": 3, "optim__cooldown": "constant"}
+    whole = configuration(tiny_data, directory / "whole", **options)
+    assert two_ranks.run(run_training, whole) == [0, 0]
+    early = configuration(tiny_data, directory / "early", **options, train__steps=FIRST)
+    assert two_ranks.run(run_training, early) == [0, 0]
+    return whole, directory / "early" / "run"
+
+
+def failure(config: Config) -> str:
+    try:
+        run_training(config)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    name: str, straight: tuple[Config, Path], two_ranks: RankPool, tmp_path: Path
+) -> None:
+    whole, early = straight
+    shutil.copytree(early, tmp_path / "run")
+    directory = tmp_path / "run" / layout.DIRECTORY
+    newest = directory / layout.tag(FIRST)
+    DAMAGE[name](newest)
+    config = replace(whole, run=replace(whole.run, directory=str(tmp_path / "run")))
+    (tmp_path / "run" / "config.yaml").unlink()
+    shutil.copy(Path(whole.run.directory) / "config.yaml", tmp_path / "run" / "config.yaml")
+    assert two_ranks.run(run_training, config) == [0, 0]
+    assert losses(config) == losses(whole)
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    back = FIRST if "cut" in name else SAVED[-2]
+    assert f"{layout.tag(back)} at step {back} of" in log
+    if "pointer" not in name:
+        aside = directory / layout.SET_ASIDE / newest.name
+        assert aside.is_dir(), "never deleted"
+        assert f"{newest.name} is damaged: {newest}" in log
+    elif "not there" in name:
+        assert f"{layout.POINTER} names {newest.name}, which is missing" in log
+    found = "is damaged" if "pointer" not in name else "resumed from"
+    TABLE.append(Row(name, seconds_until(log, found), FIRST - back, True))
+
+
+def seconds_until(log: str, text: str) -> float:
+    """From the start of the last life in a log to the first line with the text."""
+    life = log[log.rindex("rank 0 of 2 on ") - 30 :].splitlines()
+    stamps = [
+        datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f")
+        for line in life
+        if "rank 0 of 2 on" in line or text in line
+    ]
+    return (stamps[1] - stamps[0]).total_seconds()
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_run_does_not_begin_anew(
+    straight: tuple[Config, Path], two_ranks: RankPool, tmp_path: Path
+) -> None:
+    whole, early = straight
+    shutil.copytree(early, tmp_path / "run")
+    shutil.copy(Path(whole.run.directory) / "config.yaml", tmp_path / "run" / "config.yaml")
+    directory = tmp_path / "run" / layout.DIRECTORY
+    for step in SAVED:
+        flip(directory / layout.tag(step) / layout.weights_file(0))
+    config = replace(whole, run=replace(whole.run, directory=str(tmp_path / "run")))
+    for _ in range(2):
+        messages = two_ranks.run(failure, config)
+        assert messages[0] == messages[1]
+        assert "every checkpoint is damaged" in messages[0]
+        assert "move them away to start over" in messages[0]
+    assert len(layout.complete(directory)) == 3
+
+    done = run([BIN / "mythos", "checkpoint", "verify", tmp_path / "run"], 60, env=clean_environment())
+    assert done.returncode == 2
+    assert done.stdout.count("its content does not fit the hash in the manifest") == 3
+    (directory / layout.POINTER).write_text(layout.tag(12))
+    listed = run([BIN / "mythos", "checkpoint", "list", tmp_path / "run"], 60, env=clean_environment()).stdout
+    assert [line.split("  ")[-1] for line in listed.splitlines()] == [
+        "newer than latest, does not count",
+        "would be resumed",
+        "complete",
+    ]
+
+
+def mount(*arguments: str) -> None:
+    try:
+        done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+    except OSError as error:
+        lacking(f"no mount command ({error})")
+    if done.returncode:
+        lacking(f"mount is not allowed here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """8 MB: the checkpoints of a run fit, together with nothing else of that size."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place))
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def full_disk(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    ballast = run.parent / "ballast"
+
+    def break_it() -> None:
+        with ballast.open("wb", buffering=0) as file:
+            while True:
+                try:
+                    file.write(b"x" * 4096)
+                except OSError:
+                    return
+
+    return break_it, ballast.unlink
+
+
+def read_only(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    place = str(run / layout.DIRECTORY)
+
+    def break_it() -> None:
+        mount("--bind", place, place)
+        mount("-o", "remount,bind,ro", place)
+
+    return break_it, lambda: subprocess.run(["umount", "--lazy", place], check=True) and None
+
+
+def vanished(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    away = run.with_name("away")
+    return lambda: run.rename(away), lambda: away.rename(run) and None
+
+
+@pytest.mark.parametrize("trouble", [full_disk, read_only, vanished])
+def test_training_goes_on_while_checkpoints_cannot_be_written(
+    trouble: Any, straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
+) -> None:
+    """The trouble begins after the first checkpoint and ends after the second has failed; nothing is lost."""
+    whole = straight[0]
+    run_directory = small_disk / "run"
+    config = replace(
+        whole,
+        run=replace(whole.run, directory=str(run_directory)),
+        checkpoint=replace(whole.checkpoint, max_failures=10, keep_last=2, mode="sync"),
+    )
+    break_it, mend_it = trouble(run_directory)
+    told = small_disk.parent / "told"
+
+    def meddle() -> None:
+        wait_for(lambda: layout.latest(run_directory / layout.DIRECTORY) is not None)
+        break_it()
+        try:
+            wait_for(told.exists)
+        finally:
+            mend_it()
+
+    meddler = threading.Thread(target=meddle)
+    meddler.start()
+    assert two_ranks.run(run_slowly, config, told) == [0, 0]
+    meddler.join()
+    assert "checkpoint of step 12 not saved (rank " in told.read_text()
+    assert f"last complete one: {run_directory}/checkpoints/step_00000006" in told.read_text() or trouble is vanished
+    assert losses(config) == losses(whole), "no line of metrics.jsonl is lost either"
+    name = "checkpoint/failures_in_a_row"
+    failures = [line[name] for line in read_metrics(run_directory) if name in line]
+    assert 1.0 in failures
+    assert failures[-1] == 0.0
+    assert layout.latest(run_directory / layout.DIRECTORY) == run_directory / layout.DIRECTORY / layout.tag(30)
+    assert not layout.half_written(run_directory / layout.DIRECTORY)
+    TABLE.append(Row(f"{trouble.__name__.replace('_', ' ')} during a save", None, 0, True))
+
+
+def run_slowly(config: Config, told: Path) -> int:
+    """Slow enough for the test to break and mend things between two steps; passes on what is told of a failure."""
+    step, error = TrainingEngine.step, log.error
+
+    def tell(message: str) -> None:
+        error(message)
+        if dist.get_rank() == 0 and "not saved" in message:
+            told.write_text(message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingEngine, "step", lambda *arguments: (time.sleep(0.1), step(*arguments))[1])
+        patch.setattr(log, "error", tell)
+        return run_training(config)
+
+
+def wait_for(condition: Callable[[], bool], limit_s: float = 60) -> None:
+    until = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_code_74(tiny_data: Path, small_disk: Path) -> None:
+    config = configuration(tiny_data, small_disk, ranks=1, checkpoint__every=3, checkpoint__max_failures=2)
+    file = small_disk.parent / "c.yaml"
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    (small_disk / "ballast").write_bytes(b"x" * ((8 << 20) - (300 << 10)))  # half a checkpoint fits
+    done = run([BIN / "mythos", "train", file], 120, env=clean_environment())
+    assert done.returncode == FAILED_TO_SAVE, done.stderr
+    assert "No space left on device" in done.stderr
+    assert "2 of 2 failures in a row (checkpoint.max_failures)" in done.stderr
+    assert "last complete one: " in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,177 @@
+"""Ranks that die, hang or are told to go, at random moments of real runs, each started again until it is done."""
+
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mythos.errors import PREEMPTED
+from mythos.metrics.writer import read_metrics
+from tests.faults.conftest import NO_FAULT
+from tests.faults.supervise import STEPS, TABLE, Row, configuration, consumed, live, losses, lost_steps
+
+pytestmark = pytest.mark.slow
+Undisturbed = tuple[list[float], dict[int, list[str]]]
+
+RANDOM = random.Random(20261123)
+CALLS_A_STEP = {"forward": 1, "backward": 1, "optimizer": 3}
+CALLS_A_SAVE = {"write": 130, "commit": 3, "snapshot": 1}
+
+
+def moment(where: str, rank: int | None = None, **more: Any) -> dict[str, Any]:
+    """Some moment between steps 7 and 25, or in one of the first three saves."""
+    if where in CALLS_A_STEP:
+        call = CALLS_A_STEP[where] * RANDOM.randrange(7, 25) + RANDOM.randrange(CALLS_A_STEP[where])
+    else:
+        call = RANDOM.randrange(1, 3 * CALLS_A_SAVE[where])
+    return {"where": where, "rank": RANDOM.randrange(2) if rank is None else rank, "call": call} | more
+
+
+KILLS = {
+    "kill -9 of a rank in its forward pass": moment("forward"),
+    "kill -9 of a rank in its backward pass": moment("backward"),
+    "kill -9 of a rank in the optimizer step": moment("optimizer"),
+    "kill -9 of a rank while it copies its state": moment("snapshot"),
+    "kill -9 of rank 0 while it writes a checkpoint": moment("write", 0),
+    "kill -9 of rank 1 while it writes a checkpoint": moment("write", 1),
+    "kill -9 of rank 0 before a checkpoint gets its name": {"where": "commit", "rank": 0, "call": 4},
+    "kill -9 of rank 0 before the pointer moves": {"where": "commit", "rank": 0, "call": 5},
+    "kill -9 of rank 0 after the pointer has moved": {"where": "commit", "rank": 0, "call": 6},
+}
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
+    name: str, undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = configuration(tiny_data, tmp_path)
+    first = live(config, KILLS[name])
+    fired = float((tmp_path / "fault.fired").read_text())
+    assert first.exit_code not in (0, 2, PREEMPTED), first.output
+    named = f"rank {KILLS[name]['rank']} on " in first.output
+    # mpiexec may end the others before they can speak; then it names process, host and cause itself.
+    assert named or f"PID {process_of(tmp_path / 'run', KILLS[name]['rank'])} RUNNING AT" in first.output
+    second = live(config, KILLS[name])
+    assert second.exit_code == 0, second.output
+    assert losses(config) == undisturbed[0]
+    assert consumed(config) == undisturbed[1]
+    TABLE.append(Row(name, first.ended - fired, lost_steps(first, second), True))
+
+
+def test_kill_9_of_all(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
+    config = configuration(tiny_data, tmp_path)
+    killed_at = 0.0
+
+    def kill_all(run: Path) -> None:
+        nonlocal killed_at
+        wait_for_step(run, 14)
+        killed_at = time.time()
+        for rank in range(2):
+            os.kill(process_of(run, rank), signal.SIGKILL)
+
+    first = live(config, NO_FAULT, poke=kill_all)
+    second = live(config, NO_FAULT)
+    assert second.exit_code == 0, second.output
+    assert losses(config) == undisturbed[0]
+    assert consumed(config) == undisturbed[1]
+    TABLE.append(Row("kill -9 of all ranks", first.ended - killed_at, lost_steps(first, second), True))
+
+
+def test_a_kill_while_another_layout_is_read(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
+    """Two ranks stop, one goes on, and is killed while it reads what the two have written."""
+    term = {"where": "forward", "rank": 1, "call": 14, "signal": "SIGTERM"}
+    two, one = configuration(tiny_data, tmp_path), configuration(tiny_data, tmp_path, ranks=1)
+    first = live(two, term)
+    assert first.exit_code == PREEMPTED, first.output
+    assert first.last_step == 14
+    (tmp_path / "fault.fired").unlink()
+    kill = {"where": "load", "rank": 0, "call": RANDOM.randrange(5, 40)}
+    second = live(one, kill, ranks=1)
+    assert second.exit_code == -signal.SIGKILL, second.output
+    fired = float((tmp_path / "fault.fired").read_text())
+    third = live(one, kill, ranks=1)
+    assert third.exit_code == 0, third.output
+    assert losses(one) == pytest.approx(undisturbed[0], rel=1e-5)
+    assert consumed(one) == undisturbed[1]
+    name = "kill -9 while one rank reads the checkpoint of two"
+    TABLE.append(Row(name, second.ended - fired, lost_steps(first, third), True))
+
+
+@pytest.mark.parametrize("where", ["write", "commit", "snapshot"])
+def test_sigterm_during_a_save(where: str, undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
+    config = configuration(tiny_data, tmp_path)
+    fault = moment(where, 0, signal="SIGTERM")
+    first = live(config, fault)
+    assert first.exit_code == PREEMPTED, first.output
+    assert first.last_step < STEPS
+    fired = float((tmp_path / "fault.fired").read_text())
+    second = live(config, fault)
+    assert second.exit_code == 0, second.output
+    assert losses(config) == undisturbed[0]
+    assert consumed(config) == undisturbed[1]
+    lost = lost_steps(first, second)
+    assert lost == 0, "everything was saved before the exit"
+    TABLE.append(Row(f"SIGTERM during a save ({where})", first.ended - fired, lost, True))
+
+
+def test_a_save_that_is_stuck_ends_when_the_grace_is_over(
+    undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = configuration(tiny_data, tmp_path, preemption__grace_s=3.0)
+    fault = {"where": "stuck write", "rank": 1, "call": CALLS_A_SAVE["write"] + 40}
+    told_at = 0.0
+
+    def tell_twice(run: Path) -> None:
+        nonlocal told_at
+        while not (tmp_path / "fault.fired").exists():
+            time.sleep(0.02)
+        told_at = time.time()
+        for _ in range(2):
+            os.kill(process_of(run, 1), signal.SIGTERM)
+            time.sleep(1)
+
+    first = live(config, fault, poke=tell_twice)
+    assert first.exit_code == PREEMPTED, first.output
+    assert "not saved within 3 s of the signal (preemption.grace_s)" in first.output
+    second = live(config, fault)
+    assert second.exit_code == 0, second.output
+    assert losses(config) == undisturbed[0]
+    lost = lost_steps(first, second)
+    TABLE.append(Row("two SIGTERMs, and a save that gets stuck", first.ended - told_at, lost, True))
+
+
+def test_a_rank_that_stops_answering(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
+    config = configuration(tiny_data, tmp_path, train__watchdog_s=5.0)
+    fault = moment("forward", 1, signal="SIGSTOP")
+    first = live(config, fault)
+    assert first.exit_code not in (0, PREEMPTED), first.output
+    assert re.search(r"no step finished for 5 s .*; no answer from rank 1 on \S+ \(process \d+\)", first.output)
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    assert "the stacks of all threads" in log
+    assert "mythos/train/loop.py" in log
+    fired = float((tmp_path / "fault.fired").read_text())
+    second = live(config, fault)
+    assert second.exit_code == 0, second.output
+    assert losses(config) == undisturbed[0]
+    assert consumed(config) == undisturbed[1]
+    TABLE.append(
+        Row("a rank that stops answering (watchdog 5 s)", first.ended - fired, lost_steps(first, second), True)
+    )
+
+
+def wait_for_step(run: Path, step: int, limit_s: float = 120) -> None:
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until:
+        if any(line["step"] >= step and "train/loss" in line for line in read_metrics(run)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {limit_s} s")
+
+
+def process_of(run: Path, rank: int) -> int:
+    return int(re.findall(r"process (\d+)", (run / "log" / f"rank_{rank:05d}.log").read_text())[-1])

@@ -1,0 +1,141 @@
+"""`mythos` with a fault in it: ``python -m tests.faults.victim FAULT.json train CONFIG.yaml ...``
+
+FAULT.json says ``{"where": "backward", "rank": 1, "call": 7}``: at that rank's seventh call of that place the process
+kills itself, once over all lives of the run. It also writes down which sequences every step was given, so that a test
+can tell whether one was lost or came twice.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from launch.cli import main
+
+
+class Fault:
+    """Fires once: where, when and with which signal the file says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.plan = json.loads(path.read_text())
+        self.calls = 0
+
+    def reached(self, where: str) -> bool:
+        """Count a call of a place; whether this is the one."""
+        if where != self.plan["where"] or int(os.environ.get("RANK", "0")) != self.plan["rank"]:
+            return False
+        self.calls += 1
+        fired = self.path.with_suffix(".fired")
+        if self.calls != self.plan["call"] or fired.exists():
+            return False
+        fired.write_text(repr(time.time()))
+        return True
+
+    def strike(self) -> None:
+        """Send the signal to this process."""
+        os.kill(os.getpid(), getattr(signal, self.plan.get("signal", "SIGKILL")))
+
+
+def before(function: Callable[..., Any], action: Callable[[], None]) -> Callable[..., Any]:
+    """The function with something done before it."""
+
+    def changed(*arguments: Any, **options: Any) -> Any:
+        action()
+        return function(*arguments, **options)
+
+    return changed
+
+
+def arm(fault: Fault) -> None:
+    """Put the fault in its place."""
+    import torch
+
+    from mythos.checkpoint import layout, pieces, tensors
+    from mythos.model.loop import Loop
+    from mythos.train import saver
+    from mythos.train.engine import TrainingEngine
+
+    def strike_at(where: str) -> Callable[[], None]:
+        return lambda: fault.strike() if fault.reached(where) else None
+
+    Loop.forward = before(Loop.forward, strike_at("forward"))  # type: ignore[method-assign]
+    torch.optim.AdamW.step = before(torch.optim.AdamW.step, strike_at("optimizer"))  # type: ignore[method-assign]
+    pieces.PieceReader.weights = before(pieces.PieceReader.weights, strike_at("load"))  # type: ignore[method-assign]
+    layout.flush_directory = before(layout.flush_directory, strike_at("commit"))
+    saver.snapshot = before(saver.snapshot, strike_at("snapshot"))
+
+    backward = TrainingEngine.backward
+
+    def backward_with_hook(engine: TrainingEngine, loss: torch.Tensor) -> None:
+        if fault.reached("backward"):
+            loss.register_hook(lambda gradient: fault.strike())
+        backward(engine, loss)
+
+    TrainingEngine.backward = backward_with_hook  # type: ignore[method-assign]
+    write = tensors._write_all
+
+    def write_half(descriptor: int, view: memoryview) -> None:
+        if fault.reached("write"):
+            os.write(descriptor, view[: len(view) // 2])
+            fault.strike()
+        if fault.plan["where"] == "stuck write" and fault.reached("stuck write"):
+            time.sleep(3600)
+        write(descriptor, view)
+
+    tensors._write_all = write_half
+
+
+def record_sequences(directory: Path) -> None:
+    """Append to sequences_RANK.jsonl, step by step, a hash of each sequence that this rank trains on."""
+    from mythos.train import loop
+    from mythos.train.engine import TrainingEngine
+
+    draw_depths, call = loop.draw_depths, TrainingEngine.__call__
+    step = 0
+
+    def draw(config: Any, number: int) -> Any:
+        nonlocal step
+        step = number
+        return draw_depths(config, number)
+
+    def train_on(engine: TrainingEngine, tokens: Any, targets: Any, plan: Any, *rest: Any) -> Any:
+        if engine.module.training:
+            hashes = [xxhash.xxh3_64_hexdigest(row.numpy().tobytes()) for row in tokens]
+            with (directory / f"sequences_{os.environ['RANK']}.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "life": os.getpid(), "sequences": hashes}) + "\n")
+        return call(engine, tokens, targets, plan, *rest)
+
+    loop.draw_depths = draw
+    TrainingEngine.__call__ = train_on  # type: ignore[method-assign]
+
+
+def sequences(directory: Path) -> dict[int, list[str]]:
+    """By step, the sequences of the life whose work counted, in sorted order: which rank has which may change."""
+    found: dict[int, dict[str, tuple[int, list[str]]]] = {}
+    for path in sorted(directory.glob("sequences_*.jsonl")):
+        for text in path.read_text().splitlines():
+            line = json.loads(text)
+            of_rank = found.setdefault(line["step"], {})
+            life, known = of_rank.get(path.name, (line["life"], []))
+            of_rank[path.name] = (line["life"], (known if life == line["life"] else []) + line["sequences"])
+    return {step: sorted(s for _, each in ranks.values() for s in each) for step, ranks in found.items()}
+
+
+def run() -> int:
+    """As `mythos`, with the fault armed."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed wants to know when it is imported
+    fault = Fault(Path(sys.argv[1]))
+    arm(fault)
+    record_sequences(fault.path.parent)
+    return main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,49 @@
+"""A shard that turns out damaged in mid-run, under real launchers: every process ends, with one line."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mythos.config.load import to_dict
+from tests.cluster import run
+from tests.tiny import tiny_config
+from tests.train.test_data import damage_late_shard
+
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "mpiexec": [BIN / "mpiexec", "-n", "2"],
+    "torchrun": [BIN / "torchrun", "--nproc-per-node=2", "--no-python"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_all_processes_end_with_one_line_and_the_run_goes_on_once_it_is_mended(
+    launcher: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    cache = {"data__cache_directory": str(tmp_path / "cache")} if launcher == "mpiexec" else {}
+    config = tiny_config("dense", data, tmp_path / "run", ranks=2, train__steps=14, data__shuffle_shards=1, **cache)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    command = [*LAUNCHERS[launcher], BIN / "mythos", "train", tmp_path / "config.yaml"]
+
+    shard, step = damage_late_shard(data, config)
+    done = run(command, limit_s=90)
+    assert done.returncode in (1, 2), done.stderr  # torchrun makes 1 of every code
+    told = [line for line in done.stderr.splitlines() if str(shard) in line]
+    assert len(told) == 1, done.stderr
+    assert told[0].startswith(f"mythos: {shard}: damaged")
+    if launcher == "mpiexec":  # torchrun adds a traceback of its own
+        assert "Traceback" not in done.stderr
+
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    done = run(command, limit_s=90)
+    assert done.returncode == 0, done.stderr
+    assert f"at step {step - 1} of 14" in done.stderr
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(15))
