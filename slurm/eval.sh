@@ -8,9 +8,8 @@
 # The results lie in RUN/evaluations/. An array index without a checkpoint has nothing to do.
 #SBATCH --job-name=mythos-eval
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=8
+#SBATCH --cpus-per-gpu=8
 #SBATCH --time=02:00:00
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
@@ -19,6 +18,7 @@ say() { echo "eval.sh: $*" >&2; }
 
 [ -f slurm/env.sh ] || { say "no slurm/env.sh in $PWD: submit from the repository's root"; exit 2; }
 . slurm/env.sh
+. slurm/tasks.sh
 set -uo pipefail # not before: modules may lean on unset variables
 [ $# -gt 0 ] || { say "give a run directory"; exit 2; }
 run=$1
@@ -43,6 +43,5 @@ if [ "$index" -ge ${#checkpoints[@]} ]; then
   exit 0
 fi
 
-exec srun --kill-on-bad-exit=1 --ntasks="$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))" \
-  --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-  "${MYTHOS[@]}" eval "$run" "${checkpoints[$index]}" "${overrides[@]+"${overrides[@]}"}"
+exec srun --kill-on-bad-exit=1 --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --ntasks-per-node="$per_node" \
+  --cpus-per-task="$cpus" "${MYTHOS[@]}" eval "$run" "${checkpoints[$index]}" "${overrides[@]+"${overrides[@]}"}"

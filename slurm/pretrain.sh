@@ -3,16 +3,17 @@
 #
 #   sbatch slurm/pretrain.sh                                             the flagship
 #   sbatch slurm/pretrain.sh MODEL.yaml RUN.yaml key=value ...
-#   sbatch --nodes=2-4 --gpus-per-node=4 --ntasks-per-node=4 slurm/pretrain.sh ...
+#   sbatch --nodes=2-4 --gpus-per-node=4 slurm/pretrain.sh ...           on 2 to 4 nodes, as many as there are
+#   sbatch --gpus-per-node=0 --mincpus=32 --ntasks-per-node=4 ...        nodes without GPUs
 #
-# Given a range of nodes, the job comes back on those that remain. Its output is also RUN/log/slurm-JOB.out.
+# One process a GPU. With a range of nodes (and no --ntasks-per-node) the job comes back on those that remain when one is
+# lost. Its output is also RUN/log/slurm-JOB.out.
 # Exit codes are those of `mythos train`; 85 (saved) leads to a requeue, at most MAX_REQUEUES times and only while the
 # run gains steps. A crash is not requeued.
 #SBATCH --job-name=mythos
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=8
+#SBATCH --cpus-per-gpu=8
 #SBATCH --time=1-00:00:00
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
@@ -29,11 +30,11 @@ say() { echo "pretrain.sh: $*" >&2; }
 
 [ -f slurm/env.sh ] || { say "no slurm/env.sh in $PWD: submit from the repository's root"; exit "$BAD_INPUT"; }
 . slurm/env.sh
+. slurm/tasks.sh
 set -uo pipefail # not before: modules may lean on unset variables
 [ $# -gt 0 ] || set -- configs/model/looped-moe-770m.yaml configs/run/pretrain.yaml
 
 # A wrong configuration ends the job here. With a node range there may be more nodes than the batch divides over.
-per_node=${SLURM_NTASKS_PER_NODE:-1}
 answer=$("${MYTHOS[@]}" job --nodes "$SLURM_JOB_NUM_NODES" --tasks-per-node "$per_node" "$@") || exit
 nodes=${answer%% *} run=${answer#* }
 if [ "$nodes" -lt "$SLURM_JOB_NUM_NODES" ]; then
@@ -86,7 +87,7 @@ early=$asked
 trap '' USR1
 # shellcheck disable=SC2016  # for the tasks' shells to expand
 srun --kill-on-bad-exit=1 --nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node" \
-  --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+  --cpus-per-task="$cpus" \
   bash -c 'trap "" USR1; exec "$@"' bash "${MYTHOS[@]}" train "$@" &
 step=$! forwarder=''
 trap forward USR1

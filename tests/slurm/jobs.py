@@ -9,8 +9,8 @@ from tests.cluster import REPO, run
 
 DONE_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 LIMIT_S = 240
-TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
-TWO_BY_ONE = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+TWO_BY_TWO = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1")
+TWO_BY_ONE = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-gpu=1")
 
 
 class Job:

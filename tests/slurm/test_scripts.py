@@ -106,6 +106,13 @@ def test_a_chain_goes_on_after_a_save_and_stops_after_a_crash(stand_in: dict[str
     assert [job.end(60) for job in crashed] == ["FAILED", "CANCELLED", "CANCELLED"]
 
 
+def test_nodes_without_gpus(stand_in: dict[str, str], tmp_path: Path) -> None:
+    shape = ("--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=2", "--mincpus=4")
+    job = submit(stand_in, tmp_path / "out", *shape, "slurm/pretrain.sh", "0")
+    assert job.end(60) == "COMPLETED", job.log()
+    assert "2 nodes x 2 tasks" in job.log()
+
+
 def test_a_directory_of_something_else_is_not_written_into(stand_in: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")
