@@ -19,7 +19,7 @@ from tests.tiny import SEQUENCE_LENGTH
 
 BIN = Path(sys.executable).parent
 SHIPPED = ("configs/model/tiny-looped-moe.yaml", "configs/run/demo.yaml")
-STEPS = 30
+STEPS = 24
 
 
 def options(data: Path, run_directory: Path, **overrides: object) -> list[str]:
@@ -32,8 +32,8 @@ def options(data: Path, run_directory: Path, **overrides: object) -> list[str]:
         "train.steps": STEPS,
         "train.micro_batch_sequences": 8,
         "loop.mean_depth": 2,
-        "checkpoint.every": 10,
-        "eval.every": 10,
+        "checkpoint.every": 8,
+        "eval.every": 12,
         "eval.sequences": 4,
         "eval.depths": "[1,2]",
         "sample.tokens": 0,
@@ -100,11 +100,11 @@ def test_two_nodes_give_torchruns_curve_and_the_checkpoints_are_evaluated_in_an_
         assert part.end() == "COMPLETED", part.log()
     assert "nothing to do for index 2: 2 checkpoints" in part.log()
     found = {path.stem: json.loads(path.read_text()) for path in (directory / "evaluations").glob("*.json")}
-    assert sorted(found) == ["step_00000020", "step_00000030"]
+    assert sorted(found) == ["step_00000016", "step_00000024"]
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "val/loss_depth_2" in line][-1]
     for name in ("val/loss_depth_1", "val/loss_depth_2"):  # on half as many ranks
-        assert found["step_00000030"][name] == pytest.approx(last[name], rel=1e-5)
+        assert found["step_00000024"][name] == pytest.approx(last[name], rel=1e-5)
 
 
 def test_usr1_saves_requeues_and_the_curve_is_the_undisturbed_one_bit_for_bit(
@@ -112,7 +112,7 @@ def test_usr1_saves_requeues_and_the_curve_is_the_undisturbed_one_bit_for_bit(
 ) -> None:
     directory = tmp_path / "run"
     job = pretrain(slurm_cluster, tmp_path, TWO_BY_TWO, *options(tiny_data, directory))
-    job.wait_for_step(directory, 5)
+    job.wait_for_step(directory, 4)
     assert read_status(directory).state == "running"
     job.scancel("--batch", "--signal=USR1")
     job.wait_until("the requeue", lambda: "requeued" in job.log())
@@ -122,7 +122,7 @@ def test_usr1_saves_requeues_and_the_curve_is_the_undisturbed_one_bit_for_bit(
     assert "start 1, " in job.log(), "the log of the first life is kept"
     assert "start 2, " in job.log()
     saved = int(re.search(r"asked to stop \(SIGUSR1\): saved at step (\d+)", job.log()).group(1))  # type: ignore[union-attr]
-    assert 5 <= saved < STEPS
+    assert 4 <= saved < STEPS
     assert losses(directory) == undisturbed
     events = EventAccumulator(str(directory / "tensorboard"))
     events.Reload()
@@ -138,13 +138,13 @@ def test_requeued_by_others_and_nodes_lost_the_run_finishes_all_the_same(
     directory, environ = tmp_path / "run", nodes_come_back
     words = options(tiny_data, directory, checkpoint__every=3)
     job = pretrain(environ, tmp_path, TWO_BY_ONE, *words)
-    job.wait_for_step(directory, 4)
+    job.wait_for_step(directory, 3)
     scontrol(environ, "requeue", job.number)
     job.wait_until("the second start", lambda: "start 2, " in job.log())
-    job.wait_for_step(directory, 8)
+    job.wait_for_step(directory, 6)
     scontrol(environ, "update", "NodeName=node2", "State=DOWN", "Reason=test")
     job.wait_until("the third start", lambda: "start 3, " in job.log())
-    job.wait_for_step(directory, 12)
+    job.wait_for_step(directory, 9)
     lost = re.findall(r"^rank 1 on (node\d)", job.log(), re.M)[-1]
     assert run([SCRIPT, "kill-node", lost], 20, environ).returncode == 0
     assert job.end() == "COMPLETED", job.log()
