@@ -91,9 +91,7 @@ def open_ours(directory: Path) -> TokenStream:
 
 def open_streaming(directory: Path) -> Any:
     from streaming import StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
 
-    clean_stale_shared_memory()
     return StreamingDataset(local=str(directory), split="train", shuffle=True, batch_size=BATCH, num_canonical_nodes=1)
 
 

@@ -74,7 +74,7 @@ def load_exported(directory: Path) -> nn.Module:
     Raises:
         UserError: a file is missing, or holds another model's weights.
     """
-    config = load([directory / CONFIG_FILE])
+    config = load([directory / CONFIG_FILE], ["parallel.expert_parallel_size=1"])  # one process holds all experts
     model = build_structure(config)
     wanted = dict(model.named_parameters()) | {
         name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()

@@ -67,7 +67,7 @@ class NodeCache:
                 with suppress(FileNotFoundError):  # another process made room just now
                     file: BinaryIO = path.open("rb")
                     if file_problem(file, shard.raw) is None:
-                        os.utime(path)
+                        os.utime(file.fileno())
                         return file
                     file.close()
                     path.unlink()

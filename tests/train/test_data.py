@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,63 @@ def test_two_ranks_get_the_rows_of_one(micro_batch: int, two_ranks: RankPool, ti
     found = np.stack(by_rank, axis=2).reshape(5 * 8, SEQUENCE_LENGTH + 1)
     stream = TokenStream([Source("data", 1.0, TokenDataset(tiny_data, "train"))], 42, config.data.shuffle_shards)
     np.testing.assert_array_equal(found, stream.rows(11 * 8, 5 * 8))
+
+
+class SlowStream:
+    """Rows come when they are let through."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.gate = threading.Semaphore(0)
+        self.error: Exception | None = None
+
+    def rows(self, first_sample: int, count: int) -> np.ndarray:
+        self.gate.acquire()
+        self.asked.append(first_sample)
+        if self.error is not None:
+            raise self.error
+        return np.full((count, 3), first_sample)
+
+    def close(self) -> None:
+        self.gate.release(100)
+
+
+def test_the_next_step_is_read_while_this_one_runs_and_its_error_reaches_the_caller(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mythos.train.batch.dist.get_rank", lambda: 0)
+    monkeypatch.setattr("mythos.train.batch.dist.get_world_size", lambda: 1)
+    stream = SlowStream()
+    batches = StepBatches(tiny_config("dense", tiny_data, tmp_path, train__steps=3), stream, 1)  # type: ignore[arg-type]
+    stream.gate.release()
+    assert batches.take(1).shape == (1, 8, 3)
+    stream.gate.release()  # nobody has asked for step 2
+    until = time.monotonic() + 30
+    while stream.asked != [0, 8]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    batches.take(2)
+    stream.error = UserError("shard 7 is damaged")
+    stream.gate.release()
+    assert batches.failed()
+    with pytest.raises(UserError, match="shard 7"):
+        batches.check()
+    with pytest.raises(UserError, match="shard 7"):
+        batches.take(3)
+    batches.close()
+
+
+def test_after_the_last_step_nothing_is_read(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mythos.train.batch.dist.get_rank", lambda: 0)
+    monkeypatch.setattr("mythos.train.batch.dist.get_world_size", lambda: 1)
+    stream = SlowStream()
+    batches = StepBatches(tiny_config("dense", tiny_data, tmp_path, train__steps=3), stream, 3)  # type: ignore[arg-type]
+    stream.gate.release(5)
+    batches.take(3)
+    assert not batches.failed()
+    batches.check()
+    assert stream.asked == [16]
+    batches.close()
 
 
 def test_a_mixture_trains_resumes_and_tells_its_position(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:

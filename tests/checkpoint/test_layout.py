@@ -1,0 +1,148 @@
+"""Which checkpoint counts, at every moment of a save, of a removal, and after every kind of damage."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mythos.checkpoint import layout
+from mythos.checkpoint.tensors import write_tensors
+from mythos.errors import UserError
+from mythos.files import hash_file
+
+
+def write(directory: Path, step: int, value: float = 1.0) -> Path:
+    """A complete checkpoint of one parameter."""
+    directory.mkdir(exist_ok=True)
+    partial = directory / (layout.tag(step) + layout.PARTIAL)
+    partial.mkdir()
+    files = {
+        layout.weights_file(0): write_tensors(partial / layout.weights_file(0), {"w": torch.full((6,), value)}, {}),
+        layout.optimizer_file(0): write_tensors(partial / layout.optimizer_file(0), {"w.exp_avg": torch.ones(6)}, {}),
+    }
+    (partial / layout.STATE_FILE).write_text(json.dumps({"step": step}))
+    state = partial / layout.STATE_FILE
+    files[state.name] = layout.Written(state.stat().st_size, hash_file(state))
+    parameters = {"w": layout.Parameter((2, 3), ((0, 0, 6, 3.0),))}
+    return layout.commit(partial, layout.Manifest(step, files, parameters))
+
+
+def names(paths: list[Path]) -> list[int]:
+    return [layout.step_of(path) for path in paths]
+
+
+def test_the_manifest_comes_back(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "c", 7)
+    manifest = layout.Manifest.load(checkpoint)
+    assert manifest.parameters == {"w": layout.Parameter((2, 3), ((0, 0, 6, 3.0),))}
+    assert manifest.step == 7
+    assert manifest.bytes == sum(path.stat().st_size for path in checkpoint.iterdir() if path.name != "manifest.json")
+    assert layout.problems(checkpoint, manifest) == []
+
+
+def test_every_flipped_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "c", 7)
+    path = checkpoint / layout.MANIFEST_FILE
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(UserError, match="manifest.json: "):
+            layout.Manifest.load(checkpoint)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        layout.Manifest.load(checkpoint)
+
+
+def test_the_pointer_decides_and_newer_ones_do_not_count(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        write(tmp_path / "c", step)
+    assert names(layout.candidates(tmp_path / "c")) == [9, 6, 3]
+    (tmp_path / "c" / layout.POINTER).write_text(layout.tag(6))
+    assert names(layout.candidates(tmp_path / "c")) == [6, 3]
+    for text in ("", "step_", layout.tag(12), "../../etc"):
+        (tmp_path / "c" / layout.POINTER).write_text(text)
+        assert names(layout.candidates(tmp_path / "c")) == [9, 6, 3]
+    (tmp_path / "c" / layout.POINTER).unlink()
+    assert names(layout.candidates(tmp_path / "c")) == [9, 6, 3]
+    assert layout.candidates(tmp_path / "nowhere") == []
+
+
+def test_a_checkpoint_of_steps_that_were_rolled_back_is_replaced(tmp_path: Path) -> None:
+    for step in (3, 6):
+        write(tmp_path / "c", step)
+    (tmp_path / "c" / layout.POINTER).write_text(layout.tag(3))
+    again = write(tmp_path / "c", 6, value=2.0)
+    assert layout.problems(again, layout.Manifest.load(again)) == []
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["latest", layout.tag(3), layout.tag(6)]
+
+
+def test_the_last_ones_and_those_for_ever_are_kept(tmp_path: Path) -> None:
+    for step in range(5, 45, 5):
+        write(tmp_path / "c", step)
+        layout.remove_old(tmp_path / "c", keep_last=2, keep_every=15)
+    assert names(layout.complete(tmp_path / "c")) == [40, 35, 30, 15]
+    assert not list((tmp_path / "c").glob(f"*{layout.REMOVED}"))
+
+
+def test_what_a_killed_removal_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    write(tmp_path / "c", 5)
+    left = tmp_path / "c" / (layout.tag(1) + layout.REMOVED)
+    left.mkdir()
+    (left / "weights_00000.safetensors").write_bytes(b"half")
+    assert names(layout.complete(tmp_path / "c")) == [5]
+    assert layout.half_written(tmp_path / "c") == []
+    layout.remove_old(tmp_path / "c", keep_last=1, keep_every=None)
+    assert not left.exists()
+
+
+def test_a_commit_that_stops_anywhere_leaves_a_valid_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before each of its renames: what counts is whole, the old or the new."""
+
+    class Stopped(Exception):
+        pass
+
+    rename, replace = os.rename, os.replace
+    for moment in range(10):
+        directory = tmp_path / str(moment)
+        write(directory, 3)
+        write(directory, 6, value=2.0)
+        (directory / layout.POINTER).write_text(layout.tag(3))
+        calls = 0
+
+        def counted(function, *arguments):  # type: ignore[no-untyped-def]
+            nonlocal calls
+            calls += 1
+            if calls > moment:  # noqa: B023
+                raise Stopped
+            return function(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", lambda *a: counted(rename, *a))
+            patch.setattr(os, "replace", lambda *a: counted(replace, *a))
+            try:
+                write(directory, 6, value=3.0)
+            except Stopped:
+                done = False
+            else:
+                done = True
+        newest = layout.candidates(directory)[0]
+        assert layout.problems(newest, layout.Manifest.load(newest)) == []
+        assert layout.step_of(newest) == (6 if done else 3)
+        if done:
+            return
+    raise AssertionError("the commit never got through")
+
+
+def test_set_aside_never_overwrites(tmp_path: Path) -> None:
+    for content in ("a", "b"):
+        place = tmp_path / layout.tag(5)
+        place.mkdir()
+        (place / "x").write_text(content)
+        layout.set_aside(place)
+    aside = tmp_path / layout.SET_ASIDE
+    assert (aside / layout.tag(5) / "x").read_text() == "a"
+    assert (aside / f"{layout.tag(5)}.2" / "x").read_text() == "b"

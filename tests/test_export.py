@@ -1,0 +1,136 @@
+"""Exported weights are the trained ones, bit for bit, from any layout, and load back into the plain model."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mythos.checkpoint import layout
+from mythos.config.schema import Config
+from mythos.errors import UserError
+from mythos.export import INDEX_FILE, export, load_exported
+from mythos.model import build_model
+from mythos.model.depth import fixed
+from mythos.train import checkpoint
+from mythos.train.engine import TrainingEngine
+from tests.cluster import clean_environment, run
+from tests.spawn import RankPool
+from tests.tiny import tiny_config
+from tests.train.runs import run_some_steps
+
+MYTHOS = Path(sys.executable).parent / "mythos"
+
+
+def logits_of_the_engine(config: Config, found: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """From the trained model itself, under DeepSpeed, its experts in AutoEP's form."""
+    engine = TrainingEngine(config, torch.device("cpu"))
+    checkpoint.load(engine, found)
+    with engine.evaluation():
+        return engine(tokens, None, fixed(3, len(tokens)) if config.loop else None)[0]
+
+
+def plain_state(config: Config, found: Path) -> dict[str, torch.Tensor]:
+    """The trained weights as the optimizer updates them, under the plain model's names."""
+    engine = TrainingEngine(replace(config, parallel=replace(config.parallel, zero_stage=0)), torch.device("cpu"))
+    checkpoint.load(engine, found)
+    state = {name.replace(".router.gate.", ".router."): tensor for name, tensor in engine.module.state_dict().items()}
+    for layer in [name.removesuffix("w1") for name in state if name.endswith(".experts.w1")]:
+        gate, down, up = (state.pop(f"{layer}w{number}") for number in (1, 2, 3))
+        state |= {f"{layer}gate_up_proj": torch.cat([gate, up], dim=1), f"{layer}down_proj": down}
+    return {name: tensor.clone() for name, tensor in state.items() if "tokens_per_expert" not in name}
+
+
+def logits(model: torch.nn.Module, config: Config, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, None, fixed(3, len(tokens)))[0] if config.loop else model(tokens, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "experts", "stage"),
+    [("looped-moe", 2, 3), ("mythos", 2, 1), ("looped-moe", 1, 0), ("published", 1, 3), ("dense", 1, 2)],
+)
+def test_logits_are_those_of_the_trained_model(
+    model: str, experts: int, stage: int, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    options = {"parallel__expert_parallel_size": experts, "parallel__zero_stage": stage}
+    config = tiny_config(model, tiny_data, tmp_path / "run", ranks=2, **options)
+    two_ranks.run(run_some_steps, config, 3)
+    found = export(tmp_path / "run", tmp_path / "out")
+    loaded = load_exported(tmp_path / "out")
+    tokens = torch.randint(96, (4, 15), generator=torch.Generator().manual_seed(0))
+    alone = tiny_config(model, tiny_data, tmp_path / "other")
+    trained = one_rank.run(logits_of_the_engine, alone, found, tokens)[0]
+    if config.model.kind == "dense" or config.model.core_experts is None:
+        assert torch.equal(logits(loaded, config, tokens), trained)
+    else:  # AutoEP multiplies its experts in another order; with the same weights the plain model is the same
+        torch.testing.assert_close(logits(loaded, config, tokens), trained, rtol=1e-5, atol=1e-5)
+        plain = build_model(config).eval()
+        plain.load_state_dict(one_rank.run(plain_state, alone, found)[0])
+        assert torch.equal(logits(loaded, config, tokens), logits(plain, config, tokens))
+    fresh = build_model(config).eval()
+    assert not torch.equal(logits(fresh, config, tokens), trained), "training has changed them"
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tiny_data / "tokenizer.json").read_bytes()
+    buffers = [name for name in loaded.state_dict() if name.endswith("e_score_correction_bias")]
+    assert all(loaded.state_dict()[name].any() for name in buffers)
+
+
+@pytest.fixture(scope="module")
+def trained(two_ranks: RankPool, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    options = {"parallel__expert_parallel_size": 2, "checkpoint__every": 2, "checkpoint__keep_last": 9}
+    two_ranks.run(run_some_steps, tiny_config("looped-moe", tiny_data, directory, ranks=2, **options), 5)
+    return directory
+
+
+def test_many_files_hold_the_same_as_one(trained: Path, tmp_path: Path) -> None:
+    export(trained, tmp_path / "one")
+    export(trained, tmp_path / "many", file_bytes=4000)
+    index = json.loads((tmp_path / "many" / INDEX_FILE).read_text())
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert files == sorted(set(index["weight_map"].values()))
+    assert len(files) > 5
+    whole = load_file(tmp_path / "one" / "model-00001-of-00001.safetensors")
+    parts = {name: tensor for file in files for name, tensor in load_file(tmp_path / "many" / file).items()}
+    assert whole.keys() == parts.keys() == index["weight_map"].keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+
+    export(trained, tmp_path / "half", dtype=torch.bfloat16)
+    half = load_file(tmp_path / "half" / "model-00001-of-00001.safetensors")
+    assert all(torch.equal(half[name], whole[name].bfloat16()) for name in whole if "correction_bias" not in name)
+
+
+def test_the_command_and_its_errors(trained: Path, tmp_path: Path) -> None:
+    done = run([MYTHOS, "export", trained, "--step", "2", "--output", tmp_path / "two"], 60, env=clean_environment())
+    assert done.returncode == 0, done.stderr
+    assert "step_00000002" in done.stdout
+    newest = run([MYTHOS, "export", trained], 60, env=clean_environment())
+    assert newest.returncode == 0, newest.stderr
+    assert (trained / "export" / "step_00000005" / INDEX_FILE).exists()
+    with pytest.raises(UserError, match=r"step 3: .* has checkpoints of steps 5, 4, 2"):
+        export(trained, tmp_path / "three", step=3)
+    with pytest.raises(UserError, match="exists: name another directory"):
+        export(trained, tmp_path / "two")
+    with pytest.raises(UserError, match="has no complete checkpoint"):
+        export(tmp_path / "two", tmp_path / "four")
+    weights = tmp_path / "two" / "model-00001-of-00001.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(UserError, match="not an exported model"):
+        load_exported(tmp_path / "two")
+
+
+def test_a_damaged_checkpoint_is_not_exported(trained: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", trained, tmp_path / "run"], check=True)
+    path = tmp_path / "run" / layout.DIRECTORY / layout.tag(4) / layout.weights_file(1)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="does not fit the hash in the manifest: export another step"):
+        export(tmp_path / "run", tmp_path / "out", step=4)
+    assert not (tmp_path / "out").exists()
+    assert export(tmp_path / "run", tmp_path / "out", step=5).name == layout.tag(5)

@@ -1,0 +1,126 @@
+"""A run goes on, on any number of ranks, expert-parallel size and ZeRO stage, as if nothing had happened."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mythos.checkpoint import layout
+from mythos.checkpoint.pieces import PieceReader
+from mythos.config.schema import Config
+from mythos.errors import PREEMPTED, UserError
+from mythos.metrics.writer import read_metrics
+from mythos.train import checkpoint
+from mythos.train.engine import TrainingEngine
+from tests.spawn import RankPool
+from tests.tiny import tiny_config
+from tests.train.runs import curve, run_some_steps, run_training
+
+STEPS = 18
+
+
+@pytest.fixture
+def pools(one_rank: RankPool, two_ranks: RankPool, four_ranks: RankPool) -> dict[int, RankPool]:
+    return {1: one_rank, 2: two_ranks, 4: four_ranks}
+
+
+def of(model: str, data: Path, run: Path, ranks: int, experts: int, stage: int, **options: Any) -> Config:
+    sharding = {"parallel__expert_parallel_size": experts, "parallel__zero_stage": stage}
+    return tiny_config(model, data, run, ranks=ranks, train__steps=STEPS, **sharding, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "lives", "tolerance"),
+    [
+        # ranks, expert-parallel size, ZeRO stage
+        ("looped-moe", "adamw", [(4, 2, 3), (2, 2, 3), (1, 1, 3), (4, 4, 3)], 1e-6),
+        ("mythos", "adamw", [(2, 2, 3), (2, 1, 2), (1, 1, 0), (2, 2, 1), (2, 2, 0), (2, 1, 3)], 1e-6),
+        # Newton-Schulz amplifies rounding, whose order depends on the layout: two layouts that are never left
+        # differ as much.
+        ("looped-moe", "muon", [(4, 2, 3), (2, 2, 3), (1, 1, 3), (4, 4, 2)], 1e-4),
+    ],
+)
+def test_losses_go_on_across_layouts(
+    model: str,
+    optimizer: str,
+    lives: list[tuple[int, int, int]],
+    tolerance: float,
+    pools: dict[int, RankPool],
+    tiny_data: Path,
+    tmp_path: Path,
+) -> None:
+    options: dict[str, Any] = {"optim__kind": optimizer, "eval__every": 6}
+    straight = of(model, tiny_data, tmp_path / "straight", *lives[0], **options)
+    assert set(pools[lives[0][0]].run(run_training, straight)) == {0}
+    for number, life in enumerate(lives):
+        config = of(model, tiny_data, tmp_path / "run", *life, **options)
+        if number < len(lives) - 1:
+            assert set(pools[life[0]].run(run_some_steps, config, 3)) == {PREEMPTED}
+        else:
+            assert set(pools[life[0]].run(run_training, config)) == {0}
+    for name in ("train/loss", "train/gradient_norm", "val/loss_depth_3", "moe/load_max_over_mean"):
+        scale = 10 if name == "train/gradient_norm" else 1
+        assert curve(config, name) == pytest.approx(curve(straight, name), rel=scale * tolerance), name
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "train/loss" in line] == list(
+        range(1, STEPS + 1)
+    )
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    assert log.count("was written with another layout (") == len(lives) - 1
+
+
+def everything(config: Config, found: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the rank's pieces: weights and optimizer state after a load, and the buffers."""
+    engine = TrainingEngine(config, torch.device("cpu"))
+    if found is not None:
+        checkpoint.load(engine, found)
+    pieces = {}
+    for piece in engine.pieces():
+        state = piece.optimizer_state(piece.start, piece.stop)
+        values = {"weights": piece.weights(piece.start, piece.stop)} | state
+        pieces[piece.name] = (piece.start, piece.stop, piece.steps, {k: v.tolist() for k, v in values.items()})
+    groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in engine.optimizer.param_groups]
+    return pieces, {"buffers": {k: v.tolist() for k, v in engine.buffers().items()}, "groups": groups}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_number_comes_back_on_another_layout(
+    stage: int, optimizer: str, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Moments, step counts, hyperparameters of every group and balance biases, bit for bit."""
+    written = of("looped-moe", tiny_data, tmp_path / "run", 2, 2, stage, optim__kind=optimizer)
+    two_ranks.run(run_some_steps, written, 3)
+    found = layout.latest(tmp_path / "run" / layout.DIRECTORY)
+    assert found is not None
+    reader = PieceReader(found)
+    alone = of("looped-moe", tiny_data, tmp_path / "other", 1, 1, (stage + 1) % 4, optim__kind=optimizer)
+    fresh = one_rank.run(everything, alone, None)[0]
+    pieces, rest = one_rank.run(everything, alone, found)[0]
+    assert rest["groups"] == fresh[1]["groups"], "every group keeps its own hyperparameters"
+    assert rest["buffers"] == {name: value.tolist() for name, value in reader.buffers().items()}
+    assert any(any(value) for value in rest["buffers"].values()), "the balance biases have moved"
+    assert set(pieces) == set(reader.manifest.parameters)
+    for name, (start, stop, steps, values) in pieces.items():
+        assert (start, stop) == (0, torch.Size(reader.manifest.parameters[name].shape).numel())
+        assert steps == 3
+        assert values.pop("weights") == reader.whole(name).flatten().tolist()
+        assert values == {key: value.tolist() for key, value in reader.optimizer_state(name, start, stop).items()}
+        assert values, "there is optimizer state"
+        assert values["exp_avg"] != [0.0] * stop
+
+
+def failure(config: Config, found: Path) -> str:
+    try:
+        checkpoint.load(TrainingEngine(config, torch.device("cpu")), found)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_another_models_checkpoint_is_refused(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    two_ranks.run(run_some_steps, of("looped-moe", tiny_data, tmp_path / "run", 2, 2, 3), 1)
+    found = layout.latest(tmp_path / "run" / layout.DIRECTORY)
+    messages = two_ranks.run(failure, of("looped", tiny_data, tmp_path / "other", 2, 1, 3), found)
+    assert messages[0] == messages[1]
+    assert "feed_forward.gate_up.weight is missing, this model's is (96, 32): give the run's own" in messages[0]

@@ -1,0 +1,87 @@
+"""A loss spike: told, and where the user wants it the run goes back and leaves out the data of the steps since."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mythos.config.schema import Config
+from mythos.errors import TrainingError
+from mythos.metrics.watch import FIRST_STEPS
+from mythos.metrics.writer import read_metrics
+from mythos.train.data import open_data
+from mythos.train.engine import TrainingEngine
+from tests.spawn import RankPool
+from tests.tiny import tiny_config
+from tests.train.runs import run_training
+
+STEPS, SPIKE, SAVED = FIRST_STEPS + 8, FIRST_STEPS + 5, FIRST_STEPS
+
+
+def train_with_spikes(config: Config, calls_with_a_spike: list[int]) -> tuple[str, list[list[list[int]]]]:
+    """How the run ended, and the tokens that each of this rank's training steps was given."""
+    plain, seen = TrainingEngine.__call__, []
+
+    def call(engine: TrainingEngine, tokens: torch.Tensor, *rest: Any) -> Any:
+        loss, health = plain(engine, tokens, *rest)
+        if torch.is_grad_enabled():
+            seen.append(tokens.tolist())
+            if len(seen) in calls_with_a_spike:
+                loss = 3 * loss
+        return loss, health
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingEngine, "__call__", call)
+        try:
+            return str(run_training(config)), seen
+        except TrainingError as error:
+            return str(error), seen
+
+
+def configuration(data: Path, run: Path, **options: Any) -> Config:
+    return tiny_config(
+        "looped", data, run, ranks=2, train__steps=STEPS, checkpoint__every=10, eval__every=1000, **options
+    )
+
+
+def test_a_spike_is_told_and_the_run_goes_on(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    ends = two_ranks.run(train_with_spikes, configuration(tiny_data, tmp_path / "run"), [SPIKE])
+    assert [how for how, _ in ends] == ["0", "0"]
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    assert log.count(f"WARNING step {SPIKE}: loss ") == log.count(" is a spike, ") == 1
+    assert len(ends[0][1]) == STEPS
+
+
+def test_a_rewound_run_leaves_out_the_data_since_the_checkpoint(
+    two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = configuration(tiny_data, tmp_path / "run", train__spike_rewind=True, checkpoint__mode="sync")
+    ends = two_ranks.run(train_with_spikes, config, [SPIKE])
+    assert [how for how, _ in ends] == ["0", "0"]
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    left_out = 8 * (SPIKE - SAVED)
+    assert f"at step {SAVED}; the next {left_out} sequences are left out" in log
+
+    stream = open_data(config).stream(config)
+    # Steps SAVED + 1 to SPIKE were trained on what then did not count; the steps after go on behind it.
+    expected = stream.rows(0, 8 * (SPIKE + STEPS - SAVED))[:, :-1].reshape(
+        -1, 2, 4, 15
+    )  # steps, ranks, sequences, tokens
+    for rank, (_, seen) in enumerate(ends):
+        assert seen == expected[:, rank].tolist()
+
+    lines = [line for line in read_metrics(tmp_path / "run") if "train/loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), "no step is doubled"
+    assert [line["train/rewinds"] for line in lines] == [0.0] * SAVED + [1.0] * (STEPS - SAVED)
+
+    losses = [line["train/loss"] for line in lines]
+    assert max(losses[SAVED:]) < 1.1 * losses[SAVED - 1], "the spike has left no trace"
+
+
+def test_too_many_spikes_end_the_run(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    config = configuration(tiny_data, tmp_path / "run", train__spike_rewind=True, train__max_rewinds=1)
+    ends = two_ranks.run(train_with_spikes, config, [SPIKE, SPIKE + 2])
+    assert ends[0][0] == ends[1][0]
+    assert "the loss has spiked again after 1 rewinds (train.max_rewinds); last checkpoint: " in ends[0][0]
+    assert f"step_{SAVED:08d}" in ends[0][0]
