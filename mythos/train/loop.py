@@ -293,7 +293,7 @@ def _open_run_directory(
     lock = distributed.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
     preflight.check_run_directory(config)
     start_logging(directory, rank)
-    log.info(f"rank {rank} of {len(reports)}: process {os.getpid()}, device {device}")
+    log.info(f"rank {rank} of {len(reports)} on {reports[rank].host}, process {os.getpid()}, device {device}")
     for report in reports if rank == 0 else [reports[rank]]:
         log.info(str(report))
     if rank == 0:
