@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch import checkpoint, config, data, export, params, train
+from launch import checkpoint, config, data, evaluate, export, job, params, status, train
 from mythos import __version__
 from mythos.errors import DONE, FAILED, UserError
 
@@ -17,6 +17,8 @@ Train recurrent-depth (looped) transformers with sparse mixture-of-experts.
   mythos config MODEL.yaml RUN.yaml key=value ...
   mythos params MODEL.yaml        parameters by part
   mythos train  MODEL.yaml RUN.yaml key=value ...
+  mythos status RUN               how a run stands, from its directory
+  mythos eval   RUN               validation losses of a checkpoint
   mythos checkpoint list RUN      what a run has saved
   mythos export RUN               weights as safetensors
 
@@ -38,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mythos {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (train, config, params, data, checkpoint, export):
+    for command in (train, status, evaluate, checkpoint, export, config, params, data, job):
         command.add_parser(subparsers)
     return parser
 

@@ -30,15 +30,16 @@ def add_parser(subparsers: Any) -> None:
     )
     add_config_arguments(parser)
     parser.add_argument(
-        "--ranks", type=_positive, default=1, metavar="N", help="number of processes it must fit (default: 1)"
+        "--ranks", type=positive, default=1, metavar="N", help="number of processes it must fit (default: 1)"
     )
     parser.set_defaults(run=run)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of processes or nodes, from the command line."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of processes: at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return number
 
 

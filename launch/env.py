@@ -7,6 +7,7 @@ Slurm job (their processes then carry the helper's SLURM_PROCID), so srun is ask
 import os
 import re
 import signal
+import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -50,6 +51,11 @@ class World:
     address: str
     port: int
 
+    @property
+    def place(self) -> str:
+        """Which process this is, for errors."""
+        return f"rank {self.rank} on {socket.gethostname()}"
+
     def describe(self) -> str:
         """One line for the log."""
         many = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
@@ -77,6 +83,8 @@ class World:
         agreed = isinstance(error, SystemExit) and error.code in (None, DONE, PREEMPTED)
         if error is None or agreed:
             rendezvous.finalise_mpi()
+        # A batch script repeats it; the interpreter's end would bring back the default, which kills.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         if self.launcher == "srun":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

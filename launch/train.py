@@ -4,12 +4,17 @@ import argparse
 import logging
 import os
 import signal
-import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.config import add_config_arguments, split_configuration
+
+if TYPE_CHECKING:  # neither is imported before it is needed: a mistake in the configuration is told in no time
+    import torch
+
+    from mythos.config.schema import Config
 
 LAUNCHER_GRACE_S = 10
 DESCRIPTION = """\
@@ -47,44 +52,60 @@ def run(arguments: argparse.Namespace) -> int:
     from mythos.train.preemption import StopRequest
 
     stop = StopRequest()  # before anything slow, so that a signal at any time ends in a saved run
-    from launch.env import read_world
     from mythos.config.load import load
+
+    def work(config: "Config", device: "torch.device") -> int:
+        from mythos.train.loop import train  # imports DeepSpeed, which wants to know the device
+
+        return train(config, device, stop, arguments.accept_changes)
+
+    def configure(world_size: int) -> "Config":
+        config = load(*split_configuration(arguments.configuration), world_size)
+        stop.leave_after(config.preemption.grace_s)
+        return config
+
+    return run_ranks(configure, work)
+
+
+def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, torch.device], int]") -> int:
+    """Join the other ranks and do the work; ``configure`` is given their number. Returns the exit code.
+
+    An error is told once, by the rank that knows, and ends the process at once: see ``World`` for what follows.
+    """
+    from launch.env import read_world
     from mythos.errors import FAILED, UserError
     from mythos.metrics.console import log, start_logging
 
     with read_world() as world:
         start_logging(None, world.rank)
-        files, overrides = split_configuration(arguments.configuration)
         try:
-            config = load(files, overrides, world.world_size)
+            config = configure(world.world_size)
         except UserError as error:
             if world.rank > 0:
-                _wait_for_rank_0()
-                sys.exit(error.exit_code)
+                _wait_for_rank_0(error.exit_code)
+                log.error(f"mythos: {world.place}, but not rank 0, finds {error}")
+                _leave(error.exit_code)
             raise
         log.info(world.describe())
         world.export()
         from mythos.train import distributed
 
         try:
-            stop.leave_after(config.preemption.grace_s)
-            device = distributed.start(config.device, distributed.TIMEOUT + timedelta(seconds=config.train.watchdog_s))
-            from mythos.train.loop import train  # imports DeepSpeed, which wants to know the device
-
-            exit_code = train(config, device, stop, arguments.accept_changes)
+            timeout = distributed.TIMEOUT + timedelta(seconds=config.train.watchdog_s)
+            exit_code = work(config, distributed.start(config.device, timeout))
             distributed.finish()
             return exit_code
         except UserError as error:
             if world.rank > 0 and error.agreed:
-                _wait_for_rank_0()
+                _wait_for_rank_0(error.exit_code)
             else:
-                log.error(f"mythos: {error}" if error.agreed else f"mythos: rank {world.rank}: {error}")
+                log.error(f"mythos: {error}" if error.agreed else f"mythos: {world.place}: {error}")
             _leave(error.exit_code)
         except OSError as error:
-            log.error(f"mythos: rank {world.rank}: {error}; what is saved is intact: start again to go on")
+            log.error(f"mythos: {world.place}: {error}; what is saved is intact: start again to go on")
             _leave(FAILED)
         except Exception:
-            log.exception(f"mythos: rank {world.rank} failed")
+            log.exception(f"mythos: {world.place} failed")
             _leave(FAILED)
 
 
@@ -94,7 +115,10 @@ def _leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def _wait_for_rank_0() -> None:
-    """Every rank has found the same mistake. Rank 0 reports it and fails; the launcher then ends this process."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _wait_for_rank_0(exit_code: int) -> None:
+    """Every rank has found the same mistake. Rank 0 reports it and fails; the launcher then ends this process.
+
+    With the same exit code, for srun passes on the largest of all.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: _leave(exit_code))
     time.sleep(LAUNCHER_GRACE_S)

@@ -25,4 +25,4 @@ if [ -f "$site" ]; then
   source "$site"
 fi
 # srun does not take over --cpus-per-task by itself.
-exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 mythos data "$@"
+exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 "${MYTHOS[@]-mythos}" data "$@"

@@ -9,7 +9,7 @@ In a test:
         done = run(["srun", "-N2", "hostname"], limit_s=20, env=slurm_cluster)
         assert done.returncode == 0, done.stderr
 
-The fixture starts one cluster (node1 and node2, two pretended GPUs each) for the whole test session, in a directory
+The fixture starts one cluster (node1 to node4, two pretended GPUs each) for the whole test session, in a directory
 and on ports of its own, and yields the environment for sbatch, srun, scontrol and slurm/local_cluster.sh (for
 kill-node and start-node). A test that takes a node down brings it up again. Other tests' jobs may be in the queue:
 look at the ids of your own.
@@ -32,7 +32,7 @@ from tests.require import require
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "slurm" / "local_cluster.sh"
-NODES = 2
+NODES = 4
 LAUNCHER_PREFIXES = ("SLURM_", "SBATCH_", "PMI", "MPI_LOCAL", "OMPI_", "TORCHELASTIC_", "LOCAL_")
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -95,7 +95,7 @@ def _free_ports(count: int) -> int:
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[dict[str, str]]:
-    """The environment of a running two-node Slurm; it is taken down when the session ends."""
+    """The environment of a running Slurm of four nodes; it is taken down when the session ends."""
     for command in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol"):
         require(command)
     directory = tempfile.mkdtemp(prefix="mythos-slurm-", dir="/tmp")  # short: sockets' paths have 107 characters

@@ -1,5 +1,6 @@
 """YAML layers and key=value -> one frozen, validated tree, or one error that lists everything wrong with it."""
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -46,6 +47,39 @@ def load_model(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Lo
         UserError: as ``load``.
     """
     return validate(OUTSIDE_A_RUN | _merge(files, overrides)).model
+
+
+def load_for_most(files: Sequence[str | Path], overrides: Sequence[str], sizes: Sequence[int]) -> tuple[Config, int]:
+    """The configuration and the first of ``sizes``, numbers of processes, that it is valid for.
+
+    Raises:
+        UserError: it is valid for none; what is wrong for the first of them.
+    """
+    merged = _merge(files, overrides)
+    first_error = None
+    for size in sizes:
+        try:
+            return validate(copy.deepcopy(merged), size), size
+        except UserError as error:
+            first_error = first_error or error
+    assert first_error is not None
+    raise first_error
+
+
+def load_run(directory: Path, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
+    """The configuration of the run in ``directory`` for work that makes no optimizer step.
+
+    Its global batch is one micro batch of each process, so that any number of processes will do.
+
+    Raises:
+        UserError: as ``load``; also when there is no run.
+    """
+    raw = _merge([directory / "config.yaml"], overrides)
+    train = raw.get("train")
+    if isinstance(train, dict) and isinstance(train.get("micro_batch_sequences"), int):
+        train["global_batch_sequences"] = train["micro_batch_sequences"] * world_size
+        train["global_batch_tokens"] = None
+    return validate(raw, world_size)
 
 
 def validate(raw: dict[str, Any], world_size: int = 1) -> Config:

@@ -1,15 +1,17 @@
 """The process group, the device, and agreement between ranks. Everything here is collective: call it on all ranks."""
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mythos.errors import UserError
+from mythos.train.variables import set_variables
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
@@ -23,14 +25,15 @@ def start(device_option: str, timeout: timedelta = TIMEOUT) -> torch.device:
             more to tell.
 
     Raises:
-        UserError: ``cuda`` was asked for and there is none, or this node has fewer GPUs than ranks.
+        UserError: ``cuda`` was asked for and there is none, this node has fewer GPUs than ranks, or MASTER_ADDR does
+            not resolve here.
     """
     device = _choose_device(device_option)
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when DeepSpeed is imported
+    _check_address(os.environ["MASTER_ADDR"])
+    set_variables(device, os.environ)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # The same config, seed and data must give the same losses, bit for bit, on GPUs too.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method="env://", timeout=timeout)
     return device
@@ -41,10 +44,23 @@ def finish() -> None:
     dist.destroy_process_group()
 
 
+def _check_address(address: str) -> None:
+    """torch would try for ever."""
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR = {address!r} does not resolve here ({error.strerror}): set it to a name or address of rank "
+            "0's host that every node knows"
+        ) from None
+
+
 def _choose_device(option: str) -> torch.device:
     if option == "cpu" or (option == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count == 1 and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
+        return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each process its own GPU alone, as number 0
     if local_rank >= count:
         raise UserError(
             f"device = {option!r}: this rank needs GPU {local_rank} of its node, which has {count}: "
@@ -61,12 +77,13 @@ def agree(function: Callable[[], T]) -> T:
         result = function()
     except UserError as failure:
         message = str(failure)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    failed = [rank for rank, text in enumerate(messages) if text is not None]
+    place = f"rank {dist.get_rank()} on {socket.gethostname()}"
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (message, place))
+    failed = [(message, place) for message, place in answers if message is not None]
     if failed:
-        where = "" if len(failed) == len(messages) else f" (rank {failed[0]})"
-        error = UserError(f"{messages[failed[0]]}{where}")
+        message, place = failed[0]
+        error = UserError(message if len(failed) == len(answers) else f"{message} ({place})")
         error.agreed = True
         raise error
     return result  # type: ignore[return-value]

@@ -31,7 +31,7 @@ def validate(
     step: int,
     writer: MetricsWriter | None,
     watchdog: Watchdog,
-) -> None:
+) -> dict[str, float]:
     """Measure and report the validation loss at each depth. Collective."""
     rule = exit_rule(config.eval)
 
@@ -53,6 +53,7 @@ def validate(
     log.info(f"step {step} " + " ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     if writer:
         writer.write(step, losses)
+    return losses
 
 
 def sample_text(config: Config, engine: TrainingEngine, tokenizer_file: Path, device: torch.device) -> str:

@@ -23,11 +23,12 @@ from mythos.metrics.throughput import StepClock, peak_memory_gib
 from mythos.metrics.watch import CollapseWatch, LossWatch
 from mythos.metrics.writer import MetricsWriter
 from mythos.model.moe import balance, expert_load
-from mythos.train import checkpoint, distributed, run_directory
+from mythos.train import checkpoint, distributed, preflight, run_directory
 from mythos.train.batch import StepBatches, draw_depths, micro_batch_plan, tokens_and_targets
 from mythos.train.data import RunData, check_data_unchanged, open_data
 from mythos.train.engine import TrainingEngine, precision
 from mythos.train.evaluate import sample_text, validate
+from mythos.train.life import Life
 from mythos.train.preemption import StopRequest
 from mythos.train.saver import Saver
 from mythos.train.schedule import learning_rate, muon_step
@@ -51,11 +52,20 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
             loss has spiked more often than ``train.max_rewinds``.
         SaveError: checkpoints could not be written, ``checkpoint.max_failures`` times in a row.
     """
-    with Watchdog(config.train.watchdog_s) as watchdog:
+    with (
+        Watchdog(config.train.watchdog_s) as watchdog,
+        Life(Path(config.run.directory)) as life,
+        ExitStack() as cleanup,
+    ):
+        reports = preflight.check_ranks(config, device)
         data = distributed.agree(lambda: open_data(config))
-        changed, lock = _open_run_directory(config, accept_changes, device)
-        with lock or nullcontext(), ExitStack() as cleanup:
-            return _train(config, device, stop, data, changed, accept_changes, watchdog, cleanup)
+        changed, lock = _open_run_directory(config, accept_changes, device, reports)
+        cleanup.enter_context(lock or nullcontext())
+        life.begin()
+        watchdog.before_end = stop.before_leaving = life.fail
+        exit_code = _train(config, device, stop, data, changed, accept_changes, watchdog, cleanup)
+        life.end(exit_code)
+        return exit_code
 
 
 def _train(
@@ -275,17 +285,19 @@ def report_bad_step(config: Config, step: int, in_a_row: int) -> None:
 
 
 def _open_run_directory(
-    config: Config, accept_changes: bool, device: torch.device
+    config: Config, accept_changes: bool, device: torch.device, reports: list[preflight.Report]
 ) -> tuple[dict[str, tuple[Any, Any]], TextIO | None]:
     """The options that changed since the last start, and the lock on the directory (rank 0)."""
     rank, directory = dist.get_rank(), Path(config.run.directory)
     changed = distributed.agree(lambda: run_directory.prepare(config, accept_changes) if rank == 0 else {})
     lock = distributed.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
-    hosts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, run_directory.host_name())
+    preflight.check_run_directory(config)
     start_logging(directory, rank)
-    log.info(f"rank {rank} of {len(hosts)} on {hosts[rank]}, process {os.getpid()}, device {device}")
+    log.info(f"rank {rank} of {len(reports)} on {reports[rank].host}, process {os.getpid()}, device {device}")
+    for report in reports if rank == 0 else [reports[rank]]:
+        log.info(str(report))
     if rank == 0:
+        hosts = [report.host for report in reports]
         run_directory.record_environment(directory, hosts, str(device), precision(config, device))
     for path, (before, after) in changed.items():
         log.info(f"changed since the last start: {path}: {before!r} -> {after!r}")

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from mythos.errors import PREEMPTED
@@ -24,6 +25,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._asked_at = 0.0
+        self.before_leaving: Callable[[str, int], None] = lambda message, exit_code: None
+        """Told why, and the exit code, when there was no time to save."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
@@ -50,17 +53,15 @@ class StopRequest:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=_leave_after, args=(reader, grace_s), name="grace", daemon=True).start()
+        threading.Thread(target=self._leave_after, args=(reader, grace_s), name="grace", daemon=True).start()
         if self.asked:
             os.write(writer, b"\0")
 
-
-def _leave_after(reader: int, grace_s: float) -> None:
-    os.read(reader, 1)
-    time.sleep(grace_s)
-    log.error(
-        f"mythos: not saved within {grace_s:g} s of the signal (preemption.grace_s): leaving; the last complete "
-        "checkpoint stands: start again to go on"
-    )
-    logging.shutdown()
-    os._exit(PREEMPTED)
+    def _leave_after(self, reader: int, grace_s: float) -> None:
+        os.read(reader, 1)
+        time.sleep(grace_s)
+        message = f"not saved within {grace_s:g} s of the signal (preemption.grace_s)"
+        log.error(f"mythos: {message}: leaving; the last complete checkpoint stands: start again to go on")
+        self.before_leaving(message, PREEMPTED)
+        logging.shutdown()
+        os._exit(PREEMPTED)

@@ -26,7 +26,12 @@ from mythos.files import write_atomically
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
+LOG_DIRECTORY = "log"
+"""A batch script may have put its own log there before the run makes the rest."""
 ENVIRONMENT_FILE = "environment.json"
+LOCK_PATIENCE_S = 1.0
+"""For a life that is just ending, and for a reader that looks whether the directory is locked."""
+JOB_VARIABLES = ("SLURM_JOB", "SLURM_RESTART_COUNT", "SLURM_ARRAY_")
 NEVER_CHANGEABLE = ("model.", "seed", "train.global_batch_", "data.sequence_length")
 """Options without which the saved weights and the position in the data mean nothing."""
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "mosaicml-streaming", "mythos")
@@ -46,7 +51,7 @@ def prepare(config: Config, accept_changes: bool) -> dict[str, tuple[Any, Any]]:
     try:
         if (directory / CONFIG_FILE).exists():
             changed = _check_same_run(directory / CONFIG_FILE, config, accept_changes)
-        elif directory.exists() and any(directory.iterdir()):
+        elif directory.exists() and any(path.name != LOG_DIRECTORY for path in directory.iterdir()):
             raise UserError(
                 f"run.directory = {config.run.directory!r}: not empty and no run ({CONFIG_FILE} is missing): "
                 "choose another directory"
@@ -54,7 +59,7 @@ def prepare(config: Config, accept_changes: bool) -> dict[str, tuple[Any, Any]]:
         else:
             directory.mkdir(parents=True, exist_ok=True)
             write_config(config)
-        for name in ("checkpoints", "log", "tensorboard"):
+        for name in ("checkpoints", LOG_DIRECTORY, "tensorboard"):
             (directory / name).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(
@@ -82,18 +87,35 @@ def lock(directory: Path) -> TextIO | None:
         UserError: another process does already.
     """
     file = open(directory / LOCK_FILE, "a+")  # noqa: SIM115 - open for the whole run
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(f"{directory}: {file.read().strip()} trains here: wait for it, or stop it") from None
-    except OSError:  # a file system without locks
-        file.close()
-        return None
+    until = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.seek(0)
+                raise UserError(f"{directory}: {file.read().strip()} trains here: wait for it, or stop it") from None
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            file.close()
+            return None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {host_name()}")
     file.flush()
     return file
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process trains there, as far as locks tell: on some shared file systems only those of this host."""
+    try:
+        with open(directory / LOCK_FILE) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # nobody has ever trained there, or no locks
+        return False
+    return False
 
 
 def _check_same_run(saved: Path, config: Config, accept_changes: bool) -> dict[str, tuple[Any, Any]]:
@@ -135,7 +157,7 @@ def record_environment(directory: Path, hosts: list[str], device: str, precision
             "python": platform.python_version(),
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "git_commit": _git_commit(),
-            "slurm": {name: value for name, value in os.environ.items() if name.startswith("SLURM_JOB")},
+            "slurm": {name: value for name, value in os.environ.items() if name.startswith(JOB_VARIABLES)},
         }
     )
     write_atomically(path, json.dumps(lives, indent=2))

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -80,6 +81,8 @@ class Watchdog:
         self.rank = dist.get_rank()
         self._limit_s, self._limit_when_running_s = max(limit_s, START_S), limit_s
         self._last_progress, self._doing = time.monotonic(), "starting"
+        self.before_end: Callable[[str, int], None] = lambda verdict, exit_code: None
+        """Told the verdict and the exit code by the rank that ends the run."""
         self._closed = False
         self._dumped = False
         self._peers = {peer.rank: peer for peer in _connect()}
@@ -178,6 +181,8 @@ class Watchdog:
         for peer in self._peers.values():
             if self.rank == 0 and not peer.left:
                 peer.tell("end", verdict, exit_code)
+        if self.rank <= 1:  # rank 1 where rank 0 has died
+            self.before_end(verdict, exit_code)
         self._leave(verdict, exit_code, logging.ERROR)
 
     def _leave(self, verdict: str, exit_code: int, level: int) -> NoReturn:

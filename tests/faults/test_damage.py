@@ -247,13 +247,21 @@ def wait_for(condition: Callable[[], bool], limit_s: float = 60) -> None:
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_code_74(tiny_data: Path, small_disk: Path) -> None:
-    config = configuration(tiny_data, small_disk, ranks=1, checkpoint__every=3, checkpoint__max_failures=2)
-    file = small_disk.parent / "c.yaml"
+    options = {"train__steps": 2000, "checkpoint__every": 50, "checkpoint__max_failures": 2}
+    config = configuration(tiny_data, small_disk, ranks=1, **options)
+    run_directory, file = small_disk / "run", small_disk.parent / "c.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)))
-    (small_disk / "ballast").write_bytes(b"x" * ((8 << 20) - (300 << 10)))  # half a checkpoint fits
-    done = run([BIN / "mythos", "train", file], 120, env=clean_environment())
-    assert done.returncode == FAILED_TO_SAVE, done.stderr
-    assert "No space left on device" in done.stderr
-    assert "2 of 2 failures in a row (checkpoint.max_failures)" in done.stderr
-    assert "last complete one: " in done.stderr
-    assert "Traceback" not in done.stderr
+    with subprocess.Popen(
+        [BIN / "mythos", "train", file], env=clean_environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            wait_for(lambda: layout.latest(run_directory / layout.DIRECTORY) is not None)
+            full_disk(run_directory)[0]()
+            _, told = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == FAILED_TO_SAVE, told
+    assert "No space left on device" in told
+    assert "2 of 2 failures in a row (checkpoint.max_failures)" in told
+    assert f"last complete one: {run_directory}/checkpoints/step_" in told
+    assert "Traceback" not in told

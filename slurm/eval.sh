@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Measures the validation losses of a run's checkpoints, one a job of the array. From the repository's root:
+#
+#   sbatch slurm/eval.sh RUN                                             the newest checkpoint
+#   sbatch --array=0-2 slurm/eval.sh RUN step_00001000 step_00002000 step_00003000
+#   sbatch --array=0-9%2 slurm/eval.sh RUN all eval.sequences=1024       every checkpoint, two at a time
+#
+# The results lie in RUN/evaluations/. An array index without a checkpoint has nothing to do.
+#SBATCH --job-name=mythos-eval
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-gpu=8
+#SBATCH --time=02:00:00
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.out
+
+say() { echo "eval.sh: $*" >&2; }
+
+[ -f slurm/env.sh ] || { say "no slurm/env.sh in $PWD: submit from the repository's root"; exit 2; }
+. slurm/env.sh
+. slurm/tasks.sh
+set -uo pipefail # not before: modules may lean on unset variables
+[ $# -gt 0 ] || { say "give a run directory"; exit 2; }
+run=$1
+shift
+[ -d "$run/checkpoints" ] || { say "$run: no run with checkpoints there"; exit 2; }
+
+checkpoints=() overrides=()
+for word in "$@"; do
+  case $word in
+    *=*) overrides+=("$word") ;;
+    all) for path in "$run"/checkpoints/step_*[0-9]/state.json; do checkpoints+=("$(basename "${path%/*}")"); done ;;
+    *) checkpoints+=("$word") ;;
+  esac
+done
+if [ ${#checkpoints[@]} -eq 0 ]; then
+  newest=$(cat "$run/checkpoints/latest") || { say "$run: no complete checkpoint yet"; exit 2; }
+  checkpoints=("$newest")
+fi
+index=${SLURM_ARRAY_TASK_ID:-0}
+if [ "$index" -ge ${#checkpoints[@]} ]; then
+  say "nothing to do for index $index: ${#checkpoints[@]} checkpoints"
+  exit 0
+fi
+
+exec srun --kill-on-bad-exit=1 --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --ntasks-per-node="$per_node" \
+  --cpus-per-task="$cpus" "${MYTHOS[@]}" eval "$run" "${checkpoints[$index]}" "${overrides[@]+"${overrides[@]}"}"

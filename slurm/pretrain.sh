@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Trains, and goes on by itself after a preemption, a time limit or the loss of a node. From the repository's root:
+#
+#   sbatch slurm/pretrain.sh                                             the flagship
+#   sbatch slurm/pretrain.sh MODEL.yaml RUN.yaml key=value ...
+#   sbatch --nodes=2-4 --gpus-per-node=4 slurm/pretrain.sh ...           on 2 to 4 nodes, as many as there are
+#   sbatch --gpus-per-node=0 --mincpus=32 --ntasks-per-node=4 ...        nodes without GPUs
+#
+# One process a GPU. With a range of nodes (and no --ntasks-per-node) the job comes back on those that remain when one is
+# lost. Its output is also RUN/log/slurm-JOB.out.
+# Exit codes are those of `mythos train`; 85 (saved) leads to a requeue, at most MAX_REQUEUES times and only while the
+# run gains steps. A crash is not requeued.
+#SBATCH --job-name=mythos
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-gpu=8
+#SBATCH --time=1-00:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.out
+
+BAD_INPUT=2 PREEMPTED=85
+
+asked='' ended=''
+trap 'asked=yes' USR1
+trap 'ended=yes' TERM # scancel, or a requeue by others: the ranks have it too, and save
+
+say() { echo "pretrain.sh: $*" >&2; }
+
+[ -f slurm/env.sh ] || { say "no slurm/env.sh in $PWD: submit from the repository's root"; exit "$BAD_INPUT"; }
+. slurm/env.sh
+. slurm/tasks.sh
+set -uo pipefail # not before: modules may lean on unset variables
+[ $# -gt 0 ] || set -- configs/model/looped-moe-770m.yaml configs/run/pretrain.yaml
+
+# A wrong configuration ends the job here. With a node range there may be more nodes than the batch divides over.
+answer=$("${MYTHOS[@]}" job --nodes "$SLURM_JOB_NUM_NODES" --tasks-per-node "$per_node" "$@") || exit
+nodes=${answer%% *} run=${answer#* }
+if [ "$nodes" -lt "$SLURM_JOB_NUM_NODES" ]; then
+  say "uses $nodes of $SLURM_JOB_NUM_NODES nodes: the global batch does not divide over more"
+fi
+
+# Slurm opens the output before anyone knows the run directory: a second name there for the same file.
+log=$run/log/slurm-$SLURM_JOB_ID.out output=$(readlink "/proc/$$/fd/1")
+case $([ -e "$run/config.yaml" ] || ls -A "$run" 2>/dev/null) in
+  '' | log) # a run, or room for one; anything else is not ours to write into
+    mkdir -p "$run/log" || exit "$BAD_INPUT"
+    if [ -f "$output" ] && [ ! -e "$log" ]; then ln "$output" "$log" 2>/dev/null || ln -s "$output" "$log"; fi
+    ;;
+esac
+say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $nodes nodes x $per_node tasks, run directory $run"
+
+newest_checkpoint() { cat "$run/checkpoints/latest" 2>/dev/null || echo none; }
+
+# Again and again, for the first signals may come before the ranks can hear them; they take the first they hear.
+forward() {
+  asked=yes
+  trap '' USR1
+  while kill -USR1 "$step" 2>/dev/null; do sleep 2; done &
+  forwarder=$!
+}
+
+# whether every node of the job still starts a task
+all_nodes_answer() {
+  timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --cpus-per-task=1 true >/dev/null 2>&1
+}
+
+requeue() {
+  local requeues=$run/log/requeues-$SLURM_JOB_ID newest
+  newest=$(newest_checkpoint)
+  if [ -f "$requeues" ] && [ "$(tail -n 1 "$requeues")" = "$newest" ]; then
+    say "not requeued: no step was gained since the last time (checkpoint $newest)"
+  elif [ -f "$requeues" ] && [ "$(wc -l <"$requeues")" -ge "$MAX_REQUEUES" ] || [ "$MAX_REQUEUES" -eq 0 ]; then
+    say "not requeued: MAX_REQUEUES ($MAX_REQUEUES) reached; submit the job again to go on"
+  else
+    echo "$newest" >>"$requeues"
+    say "saved at $newest, requeued"
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+  fi
+}
+
+# USR1 is ignored, by srun and by each task, until it is handled: its default would kill them.
+[ -z "$ended" ] || exit 143
+early=$asked
+trap '' USR1
+# shellcheck disable=SC2016  # for the tasks' shells to expand
+srun --kill-on-bad-exit=1 --nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node" \
+  --cpus-per-task="$cpus" \
+  bash -c 'trap "" USR1; exec "$@"' bash "${MYTHOS[@]}" train "$@" &
+step=$! forwarder=''
+trap forward USR1
+[ -z "$early" ] || forward
+
+while
+  wait "$step" # which a trap interrupts
+  code=$?
+  kill -0 "$step" 2>/dev/null
+do :; done
+wait "$step" 2>/dev/null # a trap may have interrupted it just when srun ended; 127: it had not
+late=$?
+[ "$late" -eq 127 ] || code=$late
+[ -z "$forwarder" ] || kill "$forwarder" 2>/dev/null
+
+if [ "$code" -eq "$PREEMPTED" ] && [ -z "$ended" ]; then
+  if [ -n "${MYTHOS_CHAINED:-}" ]; then
+    say "saved at $(newest_checkpoint); the next job of the chain goes on"
+    exit 0
+  fi
+  requeue
+elif [ "$code" -ne 0 ] && [ "$code" -ne "$BAD_INPUT" ] && [ -z "$ended" ] && ! all_nodes_answer; then
+  # The ranks notice a dead node before Slurm does, which then requeues the job by itself.
+  say "exit code $code, and a node does not answer: waiting for Slurm to requeue the job"
+  sleep "${NODE_LOSS_WAIT_S:-900}" &
+  wait $!
+fi
+say "ends with exit code $code"
+exit "$code"

@@ -1,0 +1,75 @@
+"""Jobs on the tests' Slurm: submit, look, wait with a limit."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mythos.metrics.writer import read_metrics
+from tests.cluster import REPO, run
+
+DONE_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+LIMIT_S = 240
+TWO_BY_TWO = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1")
+TWO_BY_ONE = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-gpu=1")
+
+
+class Job:
+    """A submitted job."""
+
+    def __init__(self, number: str, environ: dict[str, str], output: Path) -> None:
+        self.number = number
+        self.environ = environ
+        self.output = output
+
+    def show(self, field: str) -> str:
+        """A field of `scontrol show job`."""
+        done = run(["scontrol", "show", "job", "-o", self.number], 20, self.environ)
+        assert done.returncode == 0, done.stderr
+        words = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+        return words.get(field, "")
+
+    def log(self) -> str:
+        """What the job has written so far."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def wait_until(self, what: str, holds: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+        """Poll until it holds; the test fails when the job ends before, or after the limit."""
+        until = time.monotonic() + limit_s
+        while not holds():
+            assert time.monotonic() < until, f"not after {limit_s} s: {what}\n{self.log()}"
+            ended = self.show("JobState") in DONE_STATES
+            assert not ended or holds(), f"the job ended before: {what}\n{self.log()}"
+            time.sleep(0.1)
+
+    def wait_for_step(self, run_directory: Path, step: int) -> None:
+        """Until that step is in the run's metrics."""
+        self.wait_until(f"step {step}", lambda: newest_step(run_directory) >= step)
+
+    def end(self, limit_s: float = LIMIT_S) -> str:
+        """Wait for the end; returns the job's state."""
+        until = time.monotonic() + limit_s
+        while (state := self.show("JobState")) not in DONE_STATES:
+            assert time.monotonic() < until, f"still {state} after {limit_s} s\n{self.log()}"
+            time.sleep(0.1)
+        return state
+
+    def scancel(self, *options: str) -> None:
+        """Signal or cancel it."""
+        done = run(["scancel", *options, self.number], 20, self.environ)
+        assert done.returncode == 0, done.stderr
+
+
+def submit(environ: dict[str, str], output: Path, *words: str | Path) -> Job:
+    """sbatch from the repository's root."""
+    done = run(["sbatch", "--parsable", f"--output={output}", *words], 20, environ, REPO)
+    assert done.returncode == 0, done.stderr
+    return Job(done.stdout.strip(), environ, output)
+
+
+def newest_step(run_directory: Path) -> int:
+    return max((line["step"] for line in read_metrics(run_directory) if "train/loss" in line), default=0)
+
+
+def losses(run_directory: Path) -> list[tuple[int, float]]:
+    """Step and loss of every line, in the order in which they were written."""
+    return [(line["step"], line["train/loss"]) for line in read_metrics(run_directory) if "train/loss" in line]

@@ -1,0 +1,216 @@
+"""`sbatch slurm/pretrain.sh` on a real Slurm: every disturbance ends in the curve of the undisturbed run."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mythos.train.status import read_status
+from tests.cluster import NODES, REPO, SCRIPT, run
+from tests.slurm.jobs import LIMIT_S, TWO_BY_ONE, TWO_BY_TWO, Job, losses, submit
+from tests.tiny import SEQUENCE_LENGTH
+
+BIN = Path(sys.executable).parent
+SHIPPED = ("configs/model/tiny-looped-moe.yaml", "configs/run/demo.yaml")
+STEPS = 24
+
+
+def options(data: Path, run_directory: Path, **overrides: object) -> list[str]:
+    """The shipped demo with the tests' data; ZeRO-3 and expert parallelism 2 as it stands there."""
+    values = {
+        "run.directory": run_directory,
+        "data.directory": data,
+        "data.sequence_length": SEQUENCE_LENGTH,
+        "model.width": 64,
+        "train.steps": STEPS,
+        "train.micro_batch_sequences": 8,
+        "loop.mean_depth": 2,
+        "checkpoint.every": 8,
+        "eval.every": 12,
+        "eval.sequences": 4,
+        "eval.depths": "[1,2]",
+        "sample.tokens": 0,
+    }
+    values |= {name.replace("__", "."): value for name, value in overrides.items()}
+    return [*SHIPPED, *(f"{name}={value}" for name, value in values.items())]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
+    """The curve under torchrun, of 4 processes on one machine."""
+    directory = tmp_path_factory.mktemp("torchrun") / "run"
+    command = [BIN / "torchrun", "--nproc-per-node=4", "--no-python", BIN / "mythos", "train"]
+    done = run([*command, *options(tiny_data, directory)], LIMIT_S, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert [step for step, _ in losses(directory)] == list(range(1, STEPS + 1))
+    return losses(directory)
+
+
+def pretrain(environ: dict[str, str], tmp_path: Path, shape: tuple[str, ...], *words: str) -> Job:
+    return submit(environ, tmp_path / "job.out", *shape, "slurm/pretrain.sh", *words)
+
+
+def scontrol(environ: dict[str, str], *words: str) -> None:
+    done = run(["scontrol", *words], 20, environ)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def nodes_come_back(slurm_cluster: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The cluster, all of whose nodes are up again afterwards."""
+    yield slurm_cluster
+    until = time.monotonic() + 60
+    while run([SCRIPT, "status"], 20, slurm_cluster).returncode:
+        assert time.monotonic() < until, "the nodes are not up again"
+        for number in range(1, NODES + 1):
+            shown = run(["scontrol", "show", "node", f"node{number}", "-o"], 20, slurm_cluster).stdout
+            if re.search(r"State=\S*(DOWN|NOT_RESPONDING|\*)", shown):
+                run([SCRIPT, "start-node", f"node{number}"], 20, slurm_cluster)
+                run(["scontrol", "update", f"NodeName=node{number}", "State=RESUME"], 20, slurm_cluster)
+        time.sleep(1)
+
+
+def test_two_nodes_give_torchruns_curve_and_the_checkpoints_are_evaluated_in_an_array(
+    undisturbed: list[tuple[int, float]], tiny_data: Path, tmp_path: Path, slurm_cluster: dict[str, str]
+) -> None:
+    directory = tmp_path / "run"
+    job = pretrain(slurm_cluster, tmp_path, TWO_BY_TWO, *options(tiny_data, directory))
+    assert job.end() == "COMPLETED", job.log()
+    assert losses(directory) == undisturbed
+    assert "4 processes by srun: rank 0 of 4, local rank 0 of 2" in job.log()
+    assert len(re.findall(r"^rank \d on node[1-4]: cpu, python .*, torch .*, deepspeed ", job.log(), re.M)) == 4
+    assert "across 2 nodes" not in job.log(), "the experts of a group lie inside a node"
+    assert (directory / "log" / f"slurm-{job.number}.out").samefile(job.output)
+    status = read_status(directory)
+    assert (status.state, status.step, status.slurm_jobs, status.slurm_restarts) == ("finished", STEPS, [job.number], 0)
+
+    output = tmp_path / "eval-%a.out"
+    array = submit(
+        slurm_cluster, output, *TWO_BY_ONE, "--array=0-2", "slurm/eval.sh", str(directory), "all", "eval.sequences=4"
+    )
+    for index in range(3):
+        part = Job(f"{array.number}_{index}", slurm_cluster, tmp_path / f"eval-{index}.out")
+        assert part.end() == "COMPLETED", part.log()
+    assert "nothing to do for index 2: 2 checkpoints" in part.log()
+    found = {path.stem: json.loads(path.read_text()) for path in (directory / "evaluations").glob("*.json")}
+    assert sorted(found) == ["step_00000016", "step_00000024"]
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "val/loss_depth_2" in line][-1]
+    for name in ("val/loss_depth_1", "val/loss_depth_2"):  # on half as many ranks
+        assert found["step_00000024"][name] == pytest.approx(last[name], rel=1e-5)
+
+
+def test_usr1_saves_requeues_and_the_curve_is_the_undisturbed_one_bit_for_bit(
+    undisturbed: list[tuple[int, float]], tiny_data: Path, tmp_path: Path, slurm_cluster: dict[str, str]
+) -> None:
+    directory = tmp_path / "run"
+    job = pretrain(slurm_cluster, tmp_path, TWO_BY_TWO, *options(tiny_data, directory))
+    job.wait_for_step(directory, 4)
+    assert read_status(directory).state == "running"
+    job.scancel("--batch", "--signal=USR1")
+    job.wait_until("the requeue", lambda: "requeued" in job.log())
+    assert read_status(directory).state in ("preempted", "running")
+    assert job.end() == "COMPLETED", job.log()
+    assert job.show("Restarts") == "1"
+    assert "start 1, " in job.log(), "the log of the first life is kept"
+    assert "start 2, " in job.log()
+    saved = int(re.search(r"asked to stop \(SIGUSR1\): saved at step (\d+)", job.log()).group(1))  # type: ignore[union-attr]
+    assert 4 <= saved < STEPS
+    assert losses(directory) == undisturbed
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    points = [(point.step, pytest.approx(point.value, rel=1e-6)) for point in events.Scalars("train/loss")]
+    assert points == undisturbed
+    status = read_status(directory)
+    assert (status.state, status.lives, status.slurm_jobs, status.slurm_restarts) == ("finished", 2, [job.number], 1)
+
+
+def test_requeued_by_others_and_nodes_lost_the_run_finishes_all_the_same(
+    undisturbed: list[tuple[int, float]], tiny_data: Path, tmp_path: Path, nodes_come_back: dict[str, str]
+) -> None:
+    directory, environ = tmp_path / "run", nodes_come_back
+    words = options(tiny_data, directory, checkpoint__every=3)
+    job = pretrain(environ, tmp_path, TWO_BY_ONE, *words)
+    job.wait_for_step(directory, 3)
+    scontrol(environ, "requeue", job.number)
+    job.wait_until("the second start", lambda: "start 2, " in job.log())
+    job.wait_for_step(directory, 6)
+    scontrol(environ, "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    job.wait_until("the third start", lambda: "start 3, " in job.log())
+    job.wait_for_step(directory, 9)
+    lost = re.findall(r"^rank 1 on (node\d)", job.log(), re.M)[-1]
+    assert run([SCRIPT, "kill-node", lost], 20, environ).returncode == 0
+    assert job.end() == "COMPLETED", job.log()
+    assert job.show("Restarts") == "3"
+    assert "a node does not answer: waiting for Slurm to requeue the job" in job.log()
+    # Two ranks in place of four add in another order.
+    assert losses(directory) == [(step, pytest.approx(loss, rel=1e-3)) for step, loss in undisturbed]
+    assert read_status(directory).lives == 4
+
+
+def test_with_a_range_of_nodes_the_run_goes_on_with_those_that_remain(
+    undisturbed: list[tuple[int, float]], tiny_data: Path, tmp_path: Path, nodes_come_back: dict[str, str]
+) -> None:
+    directory, environ = tmp_path / "run", nodes_come_back
+    shape = ("--nodes=2-4", *TWO_BY_ONE[1:])
+    job = pretrain(environ, tmp_path, shape, *options(tiny_data, directory, checkpoint__every=3))
+    job.wait_for_step(directory, 4)
+    assert "start 1, 4 nodes x 1 tasks" in job.log()
+    assert run([SCRIPT, "kill-node", "node4"], 20, environ).returncode == 0
+    scontrol(
+        environ, "update", "NodeName=node4", "State=DOWN", "Reason=test"
+    )  # as Slurm does by itself half a minute on
+    assert job.end() == "COMPLETED", job.log()
+    assert "uses 2 of 3 nodes: the global batch does not divide over more" in job.log()
+    assert "start 2, 2 nodes x 1 tasks" in job.log()
+    assert "was written with another layout (ranks 4 -> 2)" in job.log()
+    assert losses(directory) == [(step, pytest.approx(loss, rel=1e-3)) for step, loss in undisturbed]
+
+
+def test_a_killed_rank_fails_the_job_which_is_not_requeued_and_the_cause_is_told(
+    tiny_data: Path, tmp_path: Path, slurm_cluster: dict[str, str]
+) -> None:
+    directory = tmp_path / "run"
+    job = pretrain(slurm_cluster, tmp_path, TWO_BY_ONE, *options(tiny_data, directory))
+    job.wait_for_step(directory, 3)
+    log = (directory / "log" / "rank_00001.log").read_text()
+    os.kill(int(re.findall(r"process (\d+)", log)[-1]), signal.SIGKILL)
+    assert job.end() == "FAILED"
+    assert job.show("Restarts") == "0"
+    assert job.show("ExitCode") != "0:0"
+    status = read_status(directory)
+    assert status.state == "failed"
+    assert re.search(r"rank 1 on node\d \(process \d+\) died without a word", status.cause or "")
+
+
+def test_a_bad_configuration_fails_at_once_and_is_not_requeued(
+    tiny_data: Path, tmp_path: Path, slurm_cluster: dict[str, str]
+) -> None:
+    words = options(tiny_data, tmp_path / "run", train__stepz=3)
+    job = pretrain(slurm_cluster, tmp_path, TWO_BY_TWO, *words)
+    assert job.end(20) == "FAILED"
+    assert (job.show("ExitCode"), job.show("Restarts")) == ("2:0", "0")
+    assert "train.stepz = 3: unknown option; did you mean train.steps?" in job.log()
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data_and_an_address_that_does_not_resolve_end_the_job_with_code_2(
+    tiny_data: Path, tmp_path: Path, slurm_cluster: dict[str, str]
+) -> None:
+    nowhere = {"MASTER_ADDR": "no-such-host.invalid"}
+    words = options(tiny_data, tmp_path / "run")
+    unresolved = submit(slurm_cluster | nowhere, tmp_path / "address.out", *TWO_BY_ONE, "slurm/pretrain.sh", *words)
+    no_data = options(Path("/nowhere"), tmp_path / "other")
+    missing = submit(slurm_cluster, tmp_path / "data.out", *TWO_BY_ONE, "slurm/pretrain.sh", *no_data)
+    assert unresolved.end(60) == "FAILED"
+    assert re.search(r"rank \d on node\d: MASTER_ADDR = 'no-such-host.invalid' does not resolve here", unresolved.log())
+    assert missing.end(60) == "FAILED"
+    assert missing.log().count("/nowhere/manifest.json: no such file") == 1
+    assert (unresolved.show("ExitCode"), missing.show("ExitCode")) == ("2:0", "2:0")
