@@ -18,7 +18,7 @@ import yaml
 from mythos.checkpoint import layout
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
-from mythos.errors import FAILED_TO_SAVE, UserError
+from mythos.errors import BAD_INPUT, FAILED_TO_SAVE, UserError
 from mythos.metrics.console import log
 from mythos.metrics.writer import read_metrics
 from mythos.train.engine import TrainingEngine
@@ -250,8 +250,22 @@ def test_a_disk_that_stays_full_ends_the_run_with_code_74(tiny_data: Path, small
     config = configuration(tiny_data, small_disk, ranks=1, checkpoint__every=3, checkpoint__max_failures=2)
     file = small_disk.parent / "c.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)))
-    (small_disk / "ballast").write_bytes(b"x" * ((8 << 20) - (300 << 10)))  # half a checkpoint fits
+    ballast, half_a_checkpoint = small_disk / "ballast", 300 << 10
+    ballast.write_bytes(b"x" * ((8 << 20) - half_a_checkpoint))
     done = run([BIN / "mythos", "train", file], 120, env=clean_environment())
+    assert done.returncode == BAD_INPUT, "known before the first step"
+    assert "the next 2 checkpoints need about" in done.stderr
+    ballast.unlink()
+
+    def fill_later() -> None:
+        wait_for(lambda: (small_disk / "run" / "metrics.jsonl").exists(), 100)
+        free = shutil.disk_usage(small_disk).free
+        ballast.write_bytes(b"x" * max(0, free - half_a_checkpoint))
+
+    filler = threading.Thread(target=fill_later)
+    filler.start()
+    done = run([BIN / "mythos", "train", file], 120, env=clean_environment())
+    filler.join()
     assert done.returncode == FAILED_TO_SAVE, done.stderr
     assert "No space left on device" in done.stderr
     assert "2 of 2 failures in a row (checkpoint.max_failures)" in done.stderr
