@@ -46,7 +46,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     directory, damaged = _directory(arguments.directory), 0
     for checkpoint in layout.complete(directory):
         try:
-            found = layout.problems(checkpoint, layout.Manifest.load(checkpoint))
+            found = list(layout.problems(checkpoint, layout.Manifest.load(checkpoint)).values())
         except UserError as error:
             found = [str(error)]
         damaged += bool(found)

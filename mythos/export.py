@@ -48,8 +48,11 @@ def export(
     checkpoint = find(run, step)
     reader = PieceReader(checkpoint)
     weights = [name for name in reader.manifest.files if name.startswith("weights_")]
-    for problem in layout.problems(checkpoint, reader.manifest, only=weights):
+    for problem in layout.problems(checkpoint, reader.manifest, only=weights).values():
         raise UserError(f"{problem}: export another step")
+    for name in (CONFIG_FILE, TOKENIZER_FILE):
+        if not (run / name).is_file():
+            raise UserError(f"{run / name}: missing: copy the run's {name} there")
     if output.exists():
         raise UserError(f"{output}: exists: name another directory")
     partial = output.with_name(f".{output.name}.partial.{os.getpid()}")
@@ -59,10 +62,8 @@ def export(
         for name in (CONFIG_FILE, TOKENIZER_FILE):
             shutil.copyfile(run / name, partial / name)
         os.rename(partial, output)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or output}: {error.strerror}: free space or name another directory"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{output}: cannot be written ({error}): free space or name another --output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoint

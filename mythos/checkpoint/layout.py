@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ class Manifest:
         if not isinstance(content, dict) or content.pop("xxh3_64", None) != _digest(content):
             raise UserError(f"{path}: damaged, its content does not fit its hash")
         if content["format_version"] != FORMAT_VERSION:
-            raise UserError(
+            raise WrongFormat(
                 f"{path}: format_version {content['format_version']}, this Mythos reads {FORMAT_VERSION}: "
                 "use the Mythos that wrote it"
             )
@@ -154,19 +155,23 @@ def candidates(directory: Path) -> list[Path]:
     return found[found.index(named) :]
 
 
-def problems(checkpoint: Path, manifest: Manifest, only: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with the listed files, or with some of them, one line each."""
-    found = []
+class WrongFormat(UserError):
+    """A checkpoint that another version of Mythos wrote: not damaged."""
+
+
+def problems(checkpoint: Path, manifest: Manifest, only: Iterable[str] | None = None) -> dict[str, str]:
+    """What is wrong with the listed files, or with some of them: one line for the name of each bad one."""
+    found = {}
     for name in sorted(manifest.files if only is None else only):
         path, written = checkpoint / name, manifest.files[name]
         try:
             size = path.stat().st_size
             if size != written.bytes:
-                found.append(f"{path}: {size} bytes, the manifest says {written.bytes}")
+                found[name] = f"{path}: {size} bytes, the manifest says {written.bytes}"
             elif hash_file(path) != written.xxh3_64:
-                found.append(f"{path}: damaged, its content does not fit the hash in the manifest")
+                found[name] = f"{path}: damaged, its content does not fit the hash in the manifest"
         except OSError as error:
-            found.append(f"{path}: {error.strerror}")
+            found[name] = f"{path}: {error.strerror}"
     return found
 
 
@@ -176,6 +181,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         return json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint / STATE_FILE}: cannot be read ({error})") from error
+
+
+def settle(directory: Path, chosen: Path) -> list[Path]:
+    """Make ``latest`` name the checkpoint that is resumed, and set newer ones aside; returns their new places.
+
+    They belong to steps that the run takes back: left in their places, they would count again after a damage.
+    """
+    write_atomically(directory / POINTER, chosen.name)
+    flush_directory(directory)
+    return [set_aside(path) for path in complete(directory) if step_of(path) > step_of(chosen)]
 
 
 def set_aside(path: Path) -> Path:
@@ -210,11 +225,12 @@ def commit(partial: Path, manifest: Manifest) -> Path:
 def remove_old(directory: Path, keep_last: int, keep_every: int | None) -> None:
     """Remove complete checkpoints but the newest ``keep_last``, and those of every ``keep_every``-th step.
 
-    Those that are newer than ``latest`` belong to steps that were rolled back; they do not count and stay.
+    What cannot be removed now is tried again the next time.
     """
     for path in candidates(directory)[keep_last:]:
         if not (keep_every and step_of(path) % keep_every == 0):
-            _out_of_use(path)
+            with suppress(OSError):
+                _out_of_use(path)
     for path in _listed(directory):
         if path.name.endswith(REMOVED):
             shutil.rmtree(path, ignore_errors=True)

@@ -15,15 +15,23 @@ class _AboveTheBar(logging.Handler):
     """Lines on the terminal that do not tear the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            _lost(self, record)
 
 
 class _LogFile(logging.FileHandler):
-    """A log that a full disk silences, without a traceback for every line: the console still tells everything."""
+    """Every rank's log in the run directory."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
+        _lost(self, record)
+
+
+def _lost(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """Called for a line that could not be written: a disk that is full must not end the run, nor speak for itself."""
+    if not isinstance(sys.exc_info()[1], OSError):
+        logging.Handler.handleError(handler, record)
 
 
 def _tell_of_thread(failure: threading.ExceptHookArgs) -> None:

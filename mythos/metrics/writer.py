@@ -28,27 +28,36 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
         self._directory = directory
-        self._unwritten: list[str] = []
+        self._unwritten: list[tuple[int, str]] = []
         self._failing = False
-        self.rewind(resumed_step)
+        self._open(resumed_step)
+
+    def _open(self, last_step: int) -> None:
+        path = self._directory / METRICS_FILE
+        _truncate(path, last_step)
+        self._file = path.open("a", buffering=1)
+        self._tensorboard: SummaryWriter | None = self._open_tensorboard(last_step)
 
     def rewind(self, step: int) -> None:
         """Drop what was written for steps after this one."""
-        path = self._directory / METRICS_FILE
-        _truncate(path, step)
-        self._file = path.open("a", buffering=1)
-        self._tensorboard: SummaryWriter | None = self._open_tensorboard(step)
+        self._unwritten = [(of, line) for of, line in self._unwritten if of <= step]
+        self.close()
+        try:
+            self._open(step)
+        except OSError as error:
+            log.error(f"metrics of the steps after {step} were not taken back ({error}): training goes on")
+            self._failing, self._tensorboard = True, None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line in metrics.jsonl (a non-finite value as null, which JSON can hold) and one point in each curve."""
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._unwritten.append(json.dumps(line) + "\n")
+        self._unwritten.append((step, json.dumps(line) + "\n"))
         try:
             if self._failing:  # the last line may be there in part
                 self._file = (self._directory / METRICS_FILE).open("a", buffering=1)
                 self._file.write("\n")
             while self._unwritten:
-                self._file.write(self._unwritten[0])
+                self._file.write(self._unwritten[0][1])
                 del self._unwritten[0]
             if self._tensorboard is None:
                 self._tensorboard = self._open_tensorboard(step - 1)

@@ -6,20 +6,26 @@ to be kept: learning rates and other hyperparameters follow from the configurati
 number from a global random generator.
 """
 
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mythos.checkpoint import layout
 from mythos.checkpoint.pieces import BUFFER, PieceReader
 from mythos.errors import UserError
 from mythos.metrics.console import log
-from mythos.train.distributed import agree
+from mythos.train.distributed import agree, from_rank_0
 from mythos.train.engine import TrainingEngine
+
+LOOK_AGAIN_S = 2.0
+"""Before a file counts as damaged: a network file system may have known it wrongly."""
 
 
 class Snapshot(NamedTuple):
@@ -89,28 +95,24 @@ def world_shape(engine: TrainingEngine) -> dict[str, int | str]:
 def newest_valid(directory: Path) -> Path | None:
     """The checkpoint to resume from, all of whose files were found whole; None for a run without one. Collective.
 
-    Half-written and damaged ones are named in the log and set aside, unless no other is left.
+    Half-written and damaged ones are named in the log and set aside, unless no other is left, and so are those that
+    are newer than the chosen one: the run takes their steps back.
 
     Raises:
-        UserError: checkpoints are there, and every one is damaged.
+        UserError: checkpoints are there, and every one is damaged, of another format, or read by rank 0 alone.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    candidates: list[Path] = _from_rank_0(lambda: _tidy(directory))
-    damaged: list[tuple[Path, str]] = []
-    for candidate in candidates:
-        wrong = _problems(candidate, rank, ranks)
-        everyones: list[Any] = [None] * ranks
-        dist.all_gather_object(everyones, wrong)
-        found = [problem for each in everyones for problem in each]
-        if not found:
-            _from_rank_0(lambda: _set_aside(damaged))
+    damaged: dict[Path, str] = {}
+    for candidate in from_rank_0(lambda: _tidy(directory)):
+        problem = _damage(candidate)
+        if problem is None:
+            from_rank_0(lambda: _settle(directory, candidate, damaged))  # noqa: B023
             return candidate
-        log.error(f"{candidate.name} is damaged: {found[0]}" + (f" and {len(found) - 1} more" if found[1:] else ""))
-        damaged.append((candidate, found[0]))
+        log.error(f"{candidate.name} is damaged: {problem}")
+        damaged[candidate] = problem
     if damaged:
         error = UserError(
-            f"{directory}: every checkpoint is damaged ({'; '.join(problem for _, problem in damaged)}): restore one, "
-            "or move them away to start over"
+            f"{directory}: every checkpoint is damaged ({'; '.join(damaged.values())}): restore one, or move them away "
+            "to start over"
         )
         error.agreed = True
         raise error
@@ -135,13 +137,14 @@ def load(engine: TrainingEngine, found: Path) -> dict[str, Any]:
 
 
 def _read_pieces(engine: TrainingEngine, reader: PieceReader) -> None:
+    engine.optimizer.state.clear()  # of the updates since, where a run goes back
     try:
         for piece in engine.pieces():
             reader.weights(piece.name, piece.start, piece.stop, piece.weights(piece.start, piece.stop))
             saved = reader.optimizer_state(piece.name, piece.start, piece.stop)
             piece.set_optimizer_state(saved, reader.optimizer_steps(piece.name))
         engine.set_buffers(reader.buffers())
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{reader.checkpoint}: cannot be read ({' '.join(str(error).split())[:200]})") from error
 
 
@@ -155,13 +158,40 @@ def _check_same_model(engine: TrainingEngine, reader: PieceReader) -> None:
             )
 
 
-def _problems(checkpoint: Path, rank: int, ranks: int) -> list[str]:
-    """What this rank finds wrong with its share of the files."""
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, whose files the ranks share out among each other. Collective.
+
+    What one rank cannot read is no damage yet: rank 0 looks again, some seconds later.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    wrong = agree(lambda: _problems(checkpoint, lambda names: names[rank::ranks]))
+    everyones: list[Any] = [None] * ranks
+    dist.all_gather_object(everyones, (socket.gethostname(), wrong))
+    found = {name: (rank, host, text) for rank, (host, each) in enumerate(everyones) for name, text in each.items()}
+    if not found:
+        return None
+
+    def look_again() -> list[str]:
+        time.sleep(LOOK_AGAIN_S)
+        return list(_problems(checkpoint, lambda names: [name for name in names if name in found]).values())
+
+    if again := from_rank_0(look_again):
+        return again[0] + (f" and {len(again) - 1} more" if again[1:] else "")
+    rank, host, text = next(iter(found.values()))
+    error = UserError(f"{text} (rank {rank} on {host}), but rank 0 reads it: mend the file system of that host")
+    error.agreed = True
+    raise error
+
+
+def _problems(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -> dict[str, str]:
+    """What is wrong with the chosen files, by name."""
     try:
         manifest = layout.Manifest.load(checkpoint)
+    except layout.WrongFormat:
+        raise
     except UserError as error:
-        return [str(error)]
-    return layout.problems(checkpoint, manifest, sorted(manifest.files)[rank::ranks])
+        return {layout.MANIFEST_FILE: str(error)}
+    return layout.problems(checkpoint, manifest, choose(sorted(manifest.files)))
 
 
 def _tidy(directory: Path) -> list[Path]:
@@ -173,20 +203,6 @@ def _tidy(directory: Path) -> list[Path]:
     return found
 
 
-def _set_aside(damaged: list[tuple[Path, str]]) -> None:
-    for path, problem in damaged:
-        log.error(f"set aside as {layout.set_aside(path)}: {problem}")
-
-
-def _from_rank_0(function: Callable[[], Any]) -> Any:
-    """What the function returns on rank 0, on every rank. Collective."""
-
-    def guarded() -> Any:
-        try:
-            return function() if dist.get_rank() == 0 else None
-        except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}: the run directory must be writable") from error
-
-    result = [agree(guarded)]
-    dist.broadcast_object_list(result, src=0)
-    return result[0]
+def _settle(directory: Path, chosen: Path, damaged: Mapping[Path, str]) -> None:
+    for path in layout.settle(directory, chosen):
+        log.error(f"set aside as {path}: {damaged.get(directory / path.name, f'newer than {chosen.name}')}")

@@ -89,6 +89,20 @@ def agree(function: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def from_rank_0(function: Callable[[], T]) -> T:
+    """What the function returns on rank 0, on every rank; if it fails with an OSError, all ranks raise a UserError."""
+
+    def guarded() -> T | None:
+        try:
+            return function() if dist.get_rank() == 0 else None
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}: the run directory must be writable") from error
+
+    result = [agree(guarded)]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]  # type: ignore[return-value]
+
+
 def gather(values: list[float], device: torch.device) -> Tensor:
     """One row of fp64 numbers from every rank, (ranks, len(values)), the same on all ranks and on the CPU."""
     own = torch.tensor(values, dtype=torch.float64, device=device)

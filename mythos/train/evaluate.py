@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mythos.config.derive import eval_depths
@@ -56,22 +55,27 @@ def validate(
     return losses
 
 
-def sample_text(config: Config, engine: TrainingEngine, tokenizer_file: Path, device: torch.device) -> str:
+def sample_text(config: Config, engine: TrainingEngine, tokenizer_file: Path, watchdog: Watchdog) -> str:
     """The prompt and the model's continuation, as text. Collective."""
     tokenizer = read_tokenizer(tokenizer_file)
     tokenizer.encode_special_tokens = True  # the prompt is text: "<|bos|>" in it is seven letters
     prompt = [tokenizer.token_to_id(BOS), *tokenizer.encode(config.sample.prompt).ids]
     deepest = max(eval_depths(config)) if isinstance(config.model, Looped) else None
     rule = exit_rule(config.eval)
+
+    def forward(tokens: Tensor, targets: Tensor | None, plan: DepthPlan | None) -> tuple[Tensor, dict[str, Tensor]]:
+        watchdog.progress("writing a sample")
+        return engine(tokens, targets, plan, rule)
+
     with engine.evaluation():
         ids = sample_tokens(
-            lambda tokens, targets, plan: engine(tokens, targets, plan, rule),
+            forward,
             prompt,
             config.sample.tokens,
             config.sample.temperature,
             longest=config.data.sequence_length,
             loop_depth=deepest,
             seed=config.seed,
-            device=device,
+            device=engine.device,
         )
     return tokenizer.decode(ids)

@@ -21,7 +21,7 @@ from mythos.metrics.console import Progress, log, start_logging
 from mythos.metrics.health import depth_metrics, expert_metrics, model_metrics
 from mythos.metrics.throughput import StepClock, peak_memory_gib
 from mythos.metrics.watch import CollapseWatch, LossWatch
-from mythos.metrics.writer import MetricsWriter
+from mythos.metrics.writer import MetricsWriter, read_metrics
 from mythos.model.moe import balance, expert_load
 from mythos.train import checkpoint, distributed, preflight, run_directory
 from mythos.train.batch import StepBatches, draw_depths, micro_batch_plan, tokens_and_targets
@@ -62,7 +62,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
         changed, lock = _open_run_directory(config, accept_changes, device, reports)
         cleanup.enter_context(lock or nullcontext())
         life.begin()
-        watchdog.before_end = stop.before_leaving = life.fail
+        watchdog.before_end, stop.before_leaving = life.fail, watchdog.leave
         exit_code = _train(config, device, stop, data, changed, accept_changes, watchdog, cleanup)
         life.end(exit_code)
         return exit_code
@@ -104,12 +104,12 @@ def _train(
         run_directory.write_config(config)
         run_directory.keep_tokenizer(directory, data.tokenizer)
         writer.write_config(yaml.safe_dump(to_dict(config), sort_keys=False), flatten(to_dict(config)))
-    if not found:
-        validate(config, engine, data.validation, 0, writer, watchdog)
+    if found is None or distributed.from_rank_0(lambda: lacks_validation(config, first_step)):
+        validate(config, engine, data.validation, first_step, writer, watchdog)
     stream = data.stream(config)
     batches = cleanup.enter_context(closing(StepBatches(config, stream, first_step + 1, state["skipped_samples"])))
     distributed.agree(batches.check)
-    saver = Saver(directory / layout.DIRECTORY, config.checkpoint, engine)
+    saver = Saver(directory / layout.DIRECTORY, config.checkpoint, engine, found, watchdog.patience)
     progress = Progress(first_step, config.train.steps, rank)
     loss_watch = LossWatch(**state["loss"])
     experts = getattr(config.model, "core_experts", None)
@@ -185,12 +185,13 @@ def _train(
                 writer.write(step, metrics)
         spiked = False
         if not update.applied:
-            report_bad_step(config, step, state["bad_steps_in_a_row"])
+            report_bad_step(config, saver, step, state["bad_steps_in_a_row"])
         elif config.train.spike_sigma:
             spiked = report_spike(step, metrics["train/loss"], config.train.spike_sigma, loss_watch)
             state["loss"] = loss_watch.state()
         if spiked and config.train.spike_rewind and not (stopping or data_failed):
-            rewound = rewind(config, engine, saver, step, state)
+            with watchdog.patience(f"going back after step {step}"):
+                rewound = rewind(config, engine, saver, step, state)
             if rewound is not None:
                 step, state, loss_watch = rewound["step"], rewound, LossWatch(**rewound["loss"])
                 batches.restart(step + 1, state["skipped_samples"])
@@ -201,12 +202,14 @@ def _train(
         state |= {"samples": samples, "epochs": stream.epochs(samples)}
         if stopping or data_failed:  # time may be short: save before anything else
             save(config, saver, step, state)
-            saver.finish()
+            saver.insist()
+        elif due(step, config.checkpoint.every) and not last:
+            save(config, saver, step, state)
         if data_failed:
             distributed.agree(batches.check)
         if due(step, config.eval.every) or last:
             validate(config, engine, data.validation, step, writer, watchdog)
-        if (due(step, config.checkpoint.every) or last) and not stopping:
+        if last and not stopping:  # afterwards, for with it the run is finished
             save(config, saver, step, state)
         if stopping and not last:
             log.info(
@@ -215,12 +218,12 @@ def _train(
             exit_code = PREEMPTED
             break
 
-    saver.finish()
+    saver.insist()
     if writer and (rest := saver.metrics()):
         writer.write(step, rest)
     progress.close()
     if exit_code == DONE and config.sample.tokens:
-        log.info(f"sample: {json.dumps(sample_text(config, engine, data.tokenizer, device), ensure_ascii=False)}")
+        log.info(f"sample: {json.dumps(sample_text(config, engine, data.tokenizer, watchdog), ensure_ascii=False)}")
     _say_where(directory)
     return exit_code
 
@@ -228,6 +231,14 @@ def _train(
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return step % every == 0
+
+
+def lacks_validation(config: Config, step: int) -> bool:
+    """Whether a life that was killed has saved at this step, but not yet validated."""
+    if not due(step, config.eval.every):
+        return False
+    lines = read_metrics(Path(config.run.directory))
+    return not any(line["step"] == step and any(name.startswith("val/") for name in line) for line in lines)
 
 
 def save(config: Config, saver: Saver, step: int, state: Mapping[str, Any]) -> None:
@@ -273,11 +284,12 @@ def report_spike(step: int, loss: float, sigma: float, watch: LossWatch) -> bool
     return deviations > sigma
 
 
-def report_bad_step(config: Config, step: int, in_a_row: int) -> None:
+def report_bad_step(config: Config, saver: Saver, step: int, in_a_row: int) -> None:
     """Tell of a skipped update; end the run when there were too many in a row."""
     log.warning(f"step {step}: loss or gradient not finite, update skipped ({in_a_row} in a row)")
     if in_a_row >= config.train.max_bad_steps:
-        newest = layout.latest(Path(config.run.directory) / layout.DIRECTORY)
+        saver.finish()  # what is under way counts
+        newest = layout.latest(saver.directory)
         raise TrainingError(
             f"loss or gradient not finite at {in_a_row} steps in a row (train.max_bad_steps), up to step {step}; "
             f"last checkpoint: {newest or 'none yet'}: lower optim.learning_rate or look at the data"

@@ -88,7 +88,7 @@ class Piece:
         return float(state["step"]) if state else 0.0
 
     def set_optimizer_state(self, values: Mapping[str, Tensor], steps: float) -> None:
-        """Put saved values of all elements in place, and the number of updates."""
+        """Put saved values of all elements in place, and the number of updates; ``states`` was emptied before."""
         if not steps:
             return
         state = self.states[self.owner]

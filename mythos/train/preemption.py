@@ -10,6 +10,7 @@ from types import FrameType
 
 from mythos.errors import PREEMPTED
 from mythos.metrics.console import log
+from mythos.train.watchdog import leave_in_any_case
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -61,7 +62,8 @@ class StopRequest:
         os.read(reader, 1)
         time.sleep(grace_s)
         message = f"not saved within {grace_s:g} s of the signal (preemption.grace_s)"
-        log.error(f"mythos: {message}: leaving; the last complete checkpoint stands: start again to go on")
+        leave_in_any_case(PREEMPTED)
         self.before_leaving(message, PREEMPTED)
+        log.error(f"mythos: {message}: leaving; the last complete checkpoint stands: start again to go on")
         logging.shutdown()
         os._exit(PREEMPTED)

@@ -174,6 +174,6 @@ def _check_space(config: Config) -> None:
     free = shutil.disk_usage(config.run.directory).free
     if free < needed:
         raise UserError(
-            f"run.directory = {config.run.directory!r}: {free / GIB:.1f} GiB free, the next {CHECKPOINTS_TO_COME} "
-            f"checkpoints need about {needed / GIB:.1f} GiB: make room, or choose another directory"
+            f"run.directory = {config.run.directory!r}: {free / GIB:.3g} GiB free, the next {CHECKPOINTS_TO_COME} "
+            f"checkpoints need about {needed / GIB:.3g} GiB: make room, or choose another directory"
         )

@@ -13,8 +13,9 @@ import math
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from mythos.train.checkpoint import HostBuffer, Snapshot, snapshot
 from mythos.train.engine import TrainingEngine
 
 WRITING, COMMITTING = "writing", "committing"
+RETRY_S = 2.0
 
 
 class Receipt(NamedTuple):
@@ -41,10 +43,24 @@ class Receipt(NamedTuple):
 
 
 class Saver:
-    """Writes the run's checkpoints. Every method but ``pending`` and ``metrics`` is collective."""
+    """Writes the run's checkpoints. Every method but ``pending`` and ``metrics`` is collective.
 
-    def __init__(self, directory: Path, options: Checkpoint, engine: TrainingEngine) -> None:
+    Args:
+        directory: where the checkpoints lie.
+        newest: the complete one that the run goes on from.
+        patience: entered while training waits for the disk, with what is done.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        options: Checkpoint,
+        engine: TrainingEngine,
+        newest: Path | None = None,
+        patience: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.directory, self.options, self.engine = directory, options, engine
+        self._newest, self._patience = newest, patience
         self.failures_in_a_row = 0
         self._buffer = HostBuffer(keep=options.mode == "async")
         self._shapes = engine.shapes()
@@ -52,7 +68,7 @@ class Saver:
         self._stage: str | None = None
         self._future: Future[Any] | None = None
         self._snapshot: Snapshot | None = None
-        self._step, self._begun_at = 0, 0.0
+        self._step, self._state, self._begun_at = 0, "", 0.0
         self._metrics: dict[str, float] = {}
 
     def start(self, step: int, state: Mapping[str, Any]) -> None:
@@ -61,15 +77,30 @@ class Saver:
         Raises:
             SaveError: this was the last of ``checkpoint.max_failures`` attempts in a row that failed.
         """
+        self._start(step, json.dumps(state, indent=2))
+
+    def _start(self, step: int, state: str) -> None:
         begun_at = time.perf_counter()
         self.finish()  # of the save before, should it still be under way
-        self._begun_at, self._step = begun_at, step
+        self._begun_at, self._step, self._state = begun_at, step, state
         self._stage, self._snapshot = WRITING, snapshot(self.engine, self._buffer)
         partial, rank = self._partial, dist.get_rank()
-        self._future = self._thread.submit(_write_part, partial, rank, self._snapshot, json.dumps(state, indent=2))
+        self._future = self._thread.submit(_write_part, partial, rank, self._snapshot, state)
         if self.options.mode == "sync":
             self.finish()
         self._metrics["checkpoint/stall_seconds"] = time.perf_counter() - begun_at
+
+    def insist(self) -> None:
+        """Wait for the save under way; while it fails, save again: there will be no other occasion.
+
+        Raises:
+            SaveError: it has failed ``checkpoint.max_failures`` times in a row.
+        """
+        self.finish()
+        while self.failures_in_a_row:
+            time.sleep(RETRY_S)
+            self._start(self._step, self._state)
+            self.finish()
 
     @property
     def pending(self) -> bool:
@@ -90,9 +121,10 @@ class Saver:
     def finish(self) -> None:
         """Wait for the save that is under way, if there is one."""
         while self._stage is not None:
-            if self._future is not None:
-                self._future.exception()  # waits; the error is for the method that reads the result
-            self.advance(pending_anywhere=False)
+            with self._patience(f"waiting for the checkpoint of step {self._step} to be written"):
+                if self._future is not None:
+                    self._future.exception()  # waits; the error is for the method that reads the result
+                self.advance(pending_anywhere=False)
 
     def metrics(self) -> dict[str, float]:
         """What there is to tell since the last call."""
@@ -118,9 +150,10 @@ class Saver:
             return
         self._stage, self._future = COMMITTING, None
         if first:
-            self._future = self._thread.submit(self._commit, _manifest(self._step, receipts, self._shapes))
+            self._future = self._thread.submit(self._commit, receipts)
 
-    def _commit(self, manifest: layout.Manifest) -> int:
+    def _commit(self, receipts: list[Receipt]) -> int:
+        manifest = _manifest(self._step, receipts, self._shapes)
         layout.commit(self._partial, manifest)
         layout.remove_old(self.directory, self.options.keep_last, self.options.keep_every)
         return manifest.bytes
@@ -140,6 +173,7 @@ class Saver:
         seconds = time.perf_counter() - self._begun_at
         self._stage = self._future = self._snapshot = None
         self.failures_in_a_row = 0
+        self._newest = self.directory / layout.tag(self._step)
         self._metrics |= {"checkpoint/save_seconds": seconds, "checkpoint/gigabytes": written_bytes / 1e9}
         self._metrics["checkpoint/failures_in_a_row"] = 0.0
         log.info(f"saved {layout.tag(self._step)}: {written_bytes / 1e6:,.0f} MB in {seconds:.1f} s")
@@ -148,16 +182,17 @@ class Saver:
         self._stage = self._future = self._snapshot = None
         if dist.get_rank() == 0:
             shutil.rmtree(self._partial, ignore_errors=True)  # its space may be what the next attempt lacks
+        dist.barrier()  # which may write there again
         self.failures_in_a_row += 1
         self._metrics["checkpoint/failures_in_a_row"] = float(self.failures_in_a_row)
-        kept = layout.latest(self.directory)
         of = f"{self.failures_in_a_row} of {self.options.max_failures} failures in a row"
-        message = f"checkpoint of step {self._step} not saved ({reason}); last complete one: {kept or 'none yet'}"
+        kept = self._newest or "none yet"
+        message = f"checkpoint of step {self._step} not saved ({reason}); last complete one: {kept}"
         if self.failures_in_a_row >= self.options.max_failures:
             raise SaveError(
                 f"{message}: {of} (checkpoint.max_failures): free space or mend the directory, then start again"
             )
-        log.error(f"{message}; trying again when the next one is due ({of})")
+        log.error(f"{message}; trying again, when the next one is due at the latest ({of})")
 
 
 def _write_part(partial: Path, rank: int, part: Snapshot, state: str) -> dict[str, layout.Written]:

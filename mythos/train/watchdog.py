@@ -17,7 +17,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -28,8 +29,10 @@ from mythos.metrics.console import log
 from mythos.train.distributed import agree
 
 LOOK_EVERY_S = 0.5
-START_S = 600.0
-"""The least that a start may take: building a large model, reading its checkpoint, compiling kernels."""
+PATIENCE_S = 1800.0
+"""The least that may go by without progress while a large model is built, kernels are compiled, or a disk is slow."""
+KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 20_000}
+"""A node that loses its power or network says nothing: after about 20 s its connection counts as closed."""
 ANSWER_S = 5.0
 """How long rank 0 waits for the others' stacks; the others wait twice as long for rank 0."""
 VERDICT_S = 2.0
@@ -71,7 +74,7 @@ class Watchdog:
     """Watches from the beginning of a ``with`` block to its end. Opening it is collective.
 
     Args:
-        limit_s: how long the run may go on without a call of ``progress``; a start may take START_S.
+        limit_s: how long the run may go on without a call of ``progress``; at least PATIENCE_S until ``started``.
 
     Raises:
         UserError: the ranks cannot reach each other.
@@ -79,7 +82,7 @@ class Watchdog:
 
     def __init__(self, limit_s: float) -> None:
         self.rank = dist.get_rank()
-        self._limit_s, self._limit_when_running_s = max(limit_s, START_S), limit_s
+        self._limit_s, self._limit_when_running_s = max(limit_s, PATIENCE_S), limit_s
         self._last_progress, self._doing = time.monotonic(), "starting"
         self.before_end: Callable[[str, int], None] = lambda verdict, exit_code: None
         """Told the verdict and the exit code by the rank that ends the run."""
@@ -99,6 +102,22 @@ class Watchdog:
     def started(self) -> None:
         """The first step is done: from now on the run's own limit holds."""
         self._limit_s = self._limit_when_running_s
+
+    @contextmanager
+    def patience(self, doing: str) -> Iterator[None]:
+        """While something is done that shows no progress and may take long, such as waiting for a slow disk."""
+        before, self._limit_s = self._limit_s, max(self._limit_s, PATIENCE_S)
+        self.progress(doing)
+        yield
+        self.progress(doing)
+        self._limit_s = before
+
+    def leave(self, verdict: str, exit_code: int) -> None:
+        """This rank is about to end its process, for a reason that the others should know."""
+        for peer in self._peers.values():
+            peer.tell("failed", verdict, exit_code)
+        if self.rank == 0:
+            self.before_end(verdict, exit_code)
 
     def __enter__(self) -> Self:
         return self
@@ -125,10 +144,13 @@ class Watchdog:
         self._selector.close()
 
     def _watch(self) -> None:
-        while not self._closed:
-            self._listen(LOOK_EVERY_S)
-            if time.monotonic() - self._last_progress > self._limit_s:
-                self._hang()
+        try:
+            while not self._closed:
+                self._listen(LOOK_EVERY_S)
+                if time.monotonic() - self._last_progress > self._limit_s:
+                    self._hang()
+        except Exception as error:  # whatever it is, nobody would watch any more
+            self._leave(f"the watchdog of rank {self.rank} failed: {error!r}", FAILED, logging.ERROR)
 
     def _listen(self, timeout_s: float) -> list[int]:
         """Act on what the peers say; returns the ranks that have written their stacks."""
@@ -162,6 +184,7 @@ class Watchdog:
     def _hang(self, answered: set[int] | None = None) -> None:
         """No progress anywhere: write the stacks, find out who still answers, end the run."""
         self._dumped = True
+        leave_in_any_case(FAILED, 4 * ANSWER_S)
         _write_stacks(f"no progress for {self._limit_s:g} s (train.watchdog_s), last: {self._doing}")
         question, patience_s = ("dump", ANSWER_S) if self.rank == 0 else ("hung", 2 * ANSWER_S)
         for peer in self._peers.values():
@@ -181,15 +204,24 @@ class Watchdog:
         for peer in self._peers.values():
             if self.rank == 0 and not peer.left:
                 peer.tell("end", verdict, exit_code)
+        leave_in_any_case(exit_code)
         if self.rank <= 1:  # rank 1 where rank 0 has died
             self.before_end(verdict, exit_code)
         self._leave(verdict, exit_code, logging.ERROR)
 
     def _leave(self, verdict: str, exit_code: int, level: int) -> NoReturn:
+        leave_in_any_case(exit_code)
         log.log(level, f"mythos: the run ends: {verdict}; what is saved is intact: start again to go on")
         time.sleep(LOOK_EVERY_S)  # for the others to read what they were told
         logging.shutdown()
         os._exit(exit_code)
+
+
+def leave_in_any_case(exit_code: int, after_s: float = ANSWER_S) -> None:
+    """End the process soon, even if what it still wants to write waits for a disk that has gone away."""
+    timer = threading.Timer(after_s, os._exit, (exit_code,))
+    timer.daemon = True
+    timer.start()
 
 
 def _connect() -> list[_Peer]:
@@ -221,6 +253,7 @@ def _dial(port: int, token: str) -> socket.socket:
     except OSError as error:
         raise UserError(f"{address}:{port}: rank 0's watchdog cannot be reached ({error}): open the port") from error
     connection.settimeout(None)
+    _keep_alive(connection)
     hello = {"token": token, "rank": dist.get_rank(), "host": socket.gethostname(), "process": os.getpid()}
     connection.sendall(json.dumps(hello).encode() + b"\n")
     return connection
@@ -238,16 +271,25 @@ def _accept(server: socket.socket, token: str, others: int) -> list[_Peer]:
             raise UserError(f"{len(peers)} of {others} ranks reached rank 0's watchdog ({error})") from error
         if hello.get("token") == token:
             connection.settimeout(None)
+            _keep_alive(connection)
             peers.append(_Peer(connection, hello["rank"], hello["host"], hello["process"]))
         else:
             connection.close()  # somebody else's
     return peers
 
 
+def _keep_alive(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEP_ALIVE.items():
+        if hasattr(socket, name):  # Linux has them all
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def _write_stacks(reason: str) -> None:
     streams: list[Any] = [handler.stream for handler in log.handlers if isinstance(handler, logging.FileHandler)]
     for stream in streams or [sys.stderr]:
-        stream.write(f"{reason}; the stacks of all threads:\n")
-        stream.flush()
-        faulthandler.dump_traceback(stream, all_threads=True)
-        stream.flush()
+        with suppress(OSError):  # a full disk must not keep the run from ending
+            stream.write(f"{reason}; the stacks of all threads:\n")
+            stream.flush()
+            faulthandler.dump_traceback(stream, all_threads=True)
+            stream.flush()

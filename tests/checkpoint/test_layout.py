@@ -39,7 +39,7 @@ def test_the_manifest_comes_back(tmp_path: Path) -> None:
     assert manifest.parameters == {"w": layout.Parameter((2, 3), ((0, 0, 6, 3.0),))}
     assert manifest.step == 7
     assert manifest.bytes == sum(path.stat().st_size for path in checkpoint.iterdir() if path.name != "manifest.json")
-    assert layout.problems(checkpoint, manifest) == []
+    assert layout.problems(checkpoint, manifest) == {}
 
 
 def test_every_flipped_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_checkpoint_of_steps_that_were_rolled_back_is_replaced(tmp_path: Path)
         write(tmp_path / "c", step)
     (tmp_path / "c" / layout.POINTER).write_text(layout.tag(3))
     again = write(tmp_path / "c", 6, value=2.0)
-    assert layout.problems(again, layout.Manifest.load(again)) == []
+    assert layout.problems(again, layout.Manifest.load(again)) == {}
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["latest", layout.tag(3), layout.tag(6)]
 
 
@@ -95,6 +95,34 @@ def test_what_a_killed_removal_left_goes_with_the_next_one(tmp_path: Path) -> No
     assert layout.half_written(tmp_path / "c") == []
     layout.remove_old(tmp_path / "c", keep_last=1, keep_every=None)
     assert not left.exists()
+
+
+def test_what_a_run_takes_back_never_counts_again(tmp_path: Path) -> None:
+    """The user goes back to step 6; the abandoned steps 9 to 12 must not return once the new ones are damaged."""
+    directory = tmp_path / "c"
+    for step in (3, 6, 9, 11, 12):
+        write(directory, step)
+    (directory / layout.POINTER).write_text(layout.tag(6))
+    chosen = layout.candidates(directory)[0]
+    moved = layout.settle(directory, chosen)
+    assert sorted(path.name for path in moved) == [layout.tag(9), layout.tag(11), layout.tag(12)]
+    assert all(path.parent.name == layout.SET_ASIDE for path in moved)
+    write(directory, 9, value=2.0)
+    write(directory, 12, value=2.0)
+    layout.remove_old(directory, keep_last=2, keep_every=None)
+    assert names(layout.candidates(directory)) == [12, 9]
+
+    # The named one is damaged: the one before it is named before anything newer could count.
+    chosen = layout.candidates(directory)[1]
+    assert [path.name for path in layout.settle(directory, chosen)] == [f"{layout.tag(12)}.2"]
+    assert layout.latest(directory) == chosen
+
+
+def test_a_checkpoint_of_another_format_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write(tmp_path / "c", 3)
+    monkeypatch.setattr(layout, "FORMAT_VERSION", layout.FORMAT_VERSION + 1)
+    with pytest.raises(layout.WrongFormat, match="use the Mythos that wrote it"):
+        layout.Manifest.load(checkpoint)
 
 
 def test_a_commit_that_stops_anywhere_leaves_a_valid_checkpoint(
@@ -130,7 +158,7 @@ def test_a_commit_that_stops_anywhere_leaves_a_valid_checkpoint(
             else:
                 done = True
         newest = layout.candidates(directory)[0]
-        assert layout.problems(newest, layout.Manifest.load(newest)) == []
+        assert layout.problems(newest, layout.Manifest.load(newest)) == {}
         assert layout.step_of(newest) == (6 if done else 3)
         if done:
             return

@@ -23,7 +23,7 @@ from mythos.metrics.console import log
 from mythos.metrics.writer import read_metrics
 from mythos.train.engine import TrainingEngine
 from tests.cluster import clean_environment, run
-from tests.faults.supervise import BIN, TABLE, Row, configuration, losses
+from tests.faults.supervise import BIN, SAVE_EVERY, STEPS, TABLE, Row, configuration, losses
 from tests.require import lacking
 from tests.spawn import RankPool
 from tests.train.runs import run_training
@@ -190,15 +190,29 @@ def test_training_goes_on_while_checkpoints_cannot_be_written(
     trouble: Any, straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
 ) -> None:
     """The trouble begins after the first checkpoint and ends after the second has failed; nothing is lost."""
-    whole = straight[0]
-    run_directory = small_disk / "run"
+    config, told = in_trouble(trouble, straight[0], two_ranks, small_disk, every=SAVE_EVERY)
+    assert "checkpoint of step 12 not saved (rank " in told
+    assert f"last complete one: {config.run.directory}/checkpoints/step_00000006" in told
+    TABLE.append(Row(f"{trouble.__name__.replace('_', ' ')} during a save", None, 0, True))
+
+
+def test_a_last_save_that_fails_is_tried_again(
+    straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
+) -> None:
+    """No later save would be due."""
+    _, told = in_trouble(full_disk, straight[0], two_ranks, small_disk, every=STEPS - 1)
+    assert f"checkpoint of step {STEPS} not saved (rank " in told
+
+
+def in_trouble(trouble: Any, whole: Config, two_ranks: RankPool, disk: Path, every: int) -> tuple[Config, str]:
+    """Run to the end although nothing can be saved after the first checkpoint, until a failure was told."""
+    run_directory, told = disk / "run", disk.parent / "told"
     config = replace(
         whole,
         run=replace(whole.run, directory=str(run_directory)),
-        checkpoint=replace(whole.checkpoint, max_failures=10, keep_last=2, mode="sync"),
+        checkpoint=replace(whole.checkpoint, every=every, max_failures=10, keep_last=2, mode="sync"),
     )
     break_it, mend_it = trouble(run_directory)
-    told = small_disk.parent / "told"
 
     def meddle() -> None:
         wait_for(lambda: layout.latest(run_directory / layout.DIRECTORY) is not None)
@@ -212,16 +226,14 @@ def test_training_goes_on_while_checkpoints_cannot_be_written(
     meddler.start()
     assert two_ranks.run(run_slowly, config, told) == [0, 0]
     meddler.join()
-    assert "checkpoint of step 12 not saved (rank " in told.read_text()
-    assert f"last complete one: {run_directory}/checkpoints/step_00000006" in told.read_text() or trouble is vanished
     assert losses(config) == losses(whole), "no line of metrics.jsonl is lost either"
     name = "checkpoint/failures_in_a_row"
     failures = [line[name] for line in read_metrics(run_directory) if name in line]
-    assert 1.0 in failures
+    assert 1.0 in failures or every > SAVE_EVERY
     assert failures[-1] == 0.0
-    assert layout.latest(run_directory / layout.DIRECTORY) == run_directory / layout.DIRECTORY / layout.tag(30)
+    assert layout.latest(run_directory / layout.DIRECTORY) == run_directory / layout.DIRECTORY / layout.tag(STEPS)
     assert not layout.half_written(run_directory / layout.DIRECTORY)
-    TABLE.append(Row(f"{trouble.__name__.replace('_', ' ')} during a save", None, 0, True))
+    return config, told.read_text()
 
 
 def run_slowly(config: Config, told: Path) -> int:
