@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mythos.checkpoint import layout
 from mythos.config.schema import Config
 from mythos.errors import TrainingError
 from mythos.metrics.writer import read_metrics
-from mythos.train import checkpoint
 from mythos.train.engine import TrainingEngine
 from tests.reference.plain_training import train_plainly
 from tests.spawn import RankPool
@@ -86,7 +86,7 @@ def test_too_many_bad_steps_end_the_run_with_the_last_checkpoint_intact(
     assert "not finite at 3 steps in a row (train.max_bad_steps), up to step 9" in messages[0]
     assert "step_00000005" in messages[0]
     assert read_metrics(tmp_path / "run")[-1]["step"] == 9
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_00000005"
+    assert layout.latest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_00000005"
 
     assert two_ranks.run(run_training, config) == [0, 0]
     expected = train_plainly(config, STEPS)
