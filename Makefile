@@ -9,7 +9,10 @@ DEMO_RUN := runs/demo
 # Threads of each process: two processes share the cores of a small machine.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint
+# Tests that start whole jobs mostly wait for processes to start and to end: they run beside the others.
+TESTS_OF_JOBS := tests/faults tests/launch tests/slurm
+
+.PHONY: setup demo test test-jobs test-rest lint
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -33,7 +36,13 @@ demo: setup $(DEMO_DATA)/manifest.json
 		data.directory=$(DEMO_DATA) run.directory=$(DEMO_RUN)
 
 test: setup
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 test-jobs test-rest
+
+test-jobs: setup
+	$(BIN)/python -m pytest $(TESTS_OF_JOBS)
+
+test-rest: setup
+	$(BIN)/python -m pytest $(TESTS_OF_JOBS:%=--ignore=%)
 
 lint: setup
 	$(BIN)/ruff check .
