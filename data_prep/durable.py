@@ -2,11 +2,14 @@
 
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mythos.errors import UserError
+
+_SEEN_WITHIN_S = 60.0
 
 
 @contextmanager
@@ -48,3 +51,10 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def wait_to_see(written: Callable[[], bool]) -> None:
+    """Wait for what another node has just written: a network file system may know for a while that it is not there."""
+    until = time.monotonic() + _SEEN_WITHIN_S
+    while not written() and time.monotonic() < until:
+        time.sleep(0.5)

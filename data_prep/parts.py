@@ -18,7 +18,7 @@ import xxhash
 from pydantic import TypeAdapter
 
 from data_prep.documents import RowRange, read_texts, read_token_ids, row_ranges, split_of
-from data_prep.durable import publish, temporary_path, writing
+from data_prep.durable import publish, temporary_path, wait_to_see, writing
 from data_prep.packing import Piece, packer
 from data_prep.shards import ShardFormat, encode_shard
 from data_prep.tokenizer_file import load_tokenizer, text_bytes_of_ids
@@ -30,7 +30,7 @@ Progress = Callable[[int], None]
 
 # Bumped when other code would make other parts from the same input.
 PART_VERSION = 1
-# Text handed to the tokenizer at a time; its encodings take dozens of times as much memory, and more is no faster.
+# Text handed to the tokenizer at a time; its encodings take dozens of times as much memory.
 _BATCH_CHARACTERS = 1 << 18
 _HASH_CHUNK_BYTES = 1 << 24
 
@@ -168,6 +168,7 @@ class WriteShard:
 
     def read_entry(self) -> dict[str, Any]:
         """The index entry of the finished shard."""
+        wait_to_see(Path(self.entry_file).exists)
         entry: dict[str, Any] = json.loads(Path(self.entry_file).read_text())
         return entry
 

@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from data_prep.documents import RowRange, check_validation_percent
-from data_prep.durable import is_temporary, publish, writing
+from data_prep.durable import is_temporary, publish, wait_to_see, writing
 from data_prep.lock import locked_directory
 from data_prep.packing import packer
 from data_prep.parts import (
@@ -62,7 +62,9 @@ def prepare(
             one row, a full disk. WorkerLost, which is one too: a process died.
     """
     _check(sequence_length, settings)
-    output = Path(os.path.abspath(output))
+    output = Path(os.path.realpath(output))  # a link cannot be replaced by what is renamed into its place
+    if os.path.ismount(output):
+        raise UserError(f"{output}: is a mount point; name a directory below it as --output")
     sources = [Path(os.path.abspath(source)) for source in sources]
     encoder = load_tokenizer(tokenizer)
     ranges = _inspect(sources, settings, workers)
@@ -172,6 +174,7 @@ class _Run:
         return read_record(self._parts, name, self._row_bytes, self._token_bytes) is not None
 
     def _record(self, name: str) -> PartRecord:
+        wait_to_see(lambda: self._is_made(name))
         record = read_record(self._parts, name, self._row_bytes, self._token_bytes)
         if record is None:
             raise UserError(

@@ -6,14 +6,13 @@
 #   slurm/chain.sh COUNT [sbatch options] slurm/pretrain.sh MODEL.yaml RUN.yaml key=value ...
 #
 # Prints the job numbers.
-set -euo pipefail
-
 if [ $# -lt 2 ] || [[ ! $1 =~ ^[1-9][0-9]*$ ]]; then
-  sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" >&2
+  sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0" >&2
   exit 2
 fi
 [ -f slurm/env.sh ] || { echo "chain.sh: no slurm/env.sh in $PWD: call it in the repository's root" >&2; exit 2; }
 . slurm/env.sh
+set -euo pipefail # not before: modules may lean on unset variables
 count=$1
 shift
 

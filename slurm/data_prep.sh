@@ -12,7 +12,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=mythos-data-%j.log
-set -euo pipefail
 
 if [ $# -eq 0 ]; then
   echo "usage: sbatch [--nodes=N] slurm/data_prep.sh prepare|import|verify ..." >&2
@@ -24,5 +23,6 @@ if [ -f "$site" ]; then
   # shellcheck source=/dev/null
   source "$site"
 fi
+set -euo pipefail # not before: modules may lean on unset variables
 # srun does not take over --cpus-per-task by itself.
 exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 "${MYTHOS[@]-mythos}" data "$@"

@@ -133,7 +133,10 @@ daemon() {
 kill_processes() {
   local p node conf log pids=()
   for p in /proc/[0-9]*; do
-    log=$(find "$p/fd" -lname "$dir/log/slurmd.${1:-*}.log" -print -quit 2>/dev/null) || true
+    log=''
+    case $(readlink "$p/exe" 2>/dev/null) in # others may read a node's log
+      */slurmd | */slurmstepd) log=$(find "$p/fd" -lname "$dir/log/slurmd.${1:-*}.log" -print -quit 2>/dev/null) || true ;;
+    esac
     if [ -z "$log" ]; then
       conf='' node=''
       {

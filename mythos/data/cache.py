@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import xxhash
+
 from mythos.data import remote
 from mythos.data.shards import Shard, check_files, file_problem, unpack
 from mythos.errors import UserError
@@ -197,5 +199,6 @@ class Cached:
 
 
 def _safe(text: str) -> str:
-    """A file name for an address."""
-    return "".join(character if character.isalnum() else "_" for character in text)
+    """A file name for an address, and another one for any other address."""
+    readable = "".join(character if character.isalnum() else "_" for character in text)
+    return f"{readable}-{xxhash.xxh3_64_hexdigest(text.encode())}"

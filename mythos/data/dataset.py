@@ -93,6 +93,9 @@ class TokenDataset:
             self._let_go(number)
 
     def _opened(self, number: int) -> OpenShard:
+        ahead = self._open.get(number)
+        if ahead is not None and ahead.done() and ahead.exception() is not None:
+            del self._open[number]  # what has failed ahead of time is tried once more, now that it is needed
         if number not in self._open:
             while len(self._open) >= self._keep_open:
                 self._let_go(next(iter(self._open)))

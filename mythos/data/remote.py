@@ -6,6 +6,7 @@ The library knows s3, gs, oci, azure, azure-dl, hf, dbfs, sftp and alipan, each 
 import errno
 import importlib
 import importlib.util
+import os
 import sys
 import threading
 import time
@@ -16,7 +17,9 @@ from typing import Any
 
 from mythos.errors import UserError
 
-TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S, TIMEOUT_S = 5.0, 15.0
+GIVE_UP_AFTER_S = 20.0
+"""No further attempt after this: a store that swallows what it is sent must not look like a run that hangs."""
 RETRY_PAUSES_S = (1.0, 4.0)
 """Before the second and the third attempt at an object store."""
 _COPY_BYTES = 1 << 23
@@ -41,16 +44,18 @@ def fetch(origin: str, target: Path) -> None:
     if not is_object_store(origin):
         _copy(Path(origin), target)
         return
-    download = _downloader(origin)
+    download, until = _downloader(origin), time.monotonic() + GIVE_UP_AFTER_S
     for pause_s in (*RETRY_PAUSES_S, None):
         try:
             download(origin, str(target), TIMEOUT_S)
+            if not target.exists():  # for some stores the library says nothing of what was refused
+                raise RuntimeError("the store sent nothing")
             return
         except Exception as error:  # each library has its own
             target.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in _LOCAL_DISK:
                 raise
-            if pause_s is None:
+            if pause_s is None or time.monotonic() > until:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
                 raise UserError(
                     f"{origin}: cannot be fetched ({reason}); check the address, the credentials and that it is there"
@@ -84,9 +89,28 @@ def _downloader(origin: str) -> Any:
     if scheme not in clients:
         try:
             clients[scheme] = module.DOWNLOADER_MAPPINGS[scheme]()
+            if scheme == "s3":
+                _bound(clients[scheme])
         except ImportError as error:
             raise UserError(f"{origin}: {scheme} needs a package that is missing ({error}); install it") from error
     return clients[scheme].download
+
+
+def _bound(downloader: Any) -> None:
+    """Let an S3 client give up soon: the library leaves it a minute for each of several attempts to connect."""
+
+    def create(unsigned: bool = False, timeout: float = TIMEOUT_S) -> None:
+        from boto3.session import Session
+        from botocore import UNSIGNED
+        from botocore.config import Config
+
+        patience = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": timeout}
+        config = Config(**patience, retries={"total_max_attempts": 1})
+        if unsigned:
+            config = config.merge(Config(signature_version=UNSIGNED))
+        downloader._s3_client = Session().client("s3", config=config, endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
+
+    downloader._create_s3_client = create
 
 
 def _download_module() -> Any:

@@ -6,6 +6,7 @@ than a memory map (no page fault a row), and a file that is cut or taken away wh
 a signal.
 """
 
+import errno
 import os
 import tempfile
 from collections.abc import Sequence
@@ -166,6 +167,11 @@ class InPlace:
                 file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the shard is in use
                 problem = unpack(path, shard, file)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"{tempfile.gettempdir()}: no room for the unpacked {path}; set data.cache_directory, or TMPDIR "
+                    "to a larger disk"
+                ) from error
             raise UserError(f"{path}: cannot be read ({error.strerror}); {self._remedy}") from error
         if problem is not None:
             file.close()
@@ -181,10 +187,12 @@ class OpenShard:
         self._file, self._shard, self._name, self._remedy = file, shard, name, remedy
         self._start = shard.raw.bytes - shard.rows * shard.row_bytes
         header = np.zeros(2, dtype="<u4")
-        if os.preadv(file.fileno(), [header.data], 0) != header.nbytes or header.tolist() != [
-            shard.rows,
-            self._start,
-        ]:
+        try:
+            count = os.preadv(file.fileno(), [header.data], 0)
+        except OSError as error:
+            file.close()
+            raise UserError(f"{name}: cannot be read ({error.strerror}); {remedy}") from error
+        if count != header.nbytes or header.tolist() != [shard.rows, self._start]:
             file.close()
             raise UserError(f"{name}: its header disagrees with the index; {remedy}")
 

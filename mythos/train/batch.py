@@ -96,7 +96,10 @@ class StepBatches:
 
     def _read(self, pieces: list[range]) -> np.ndarray:
         skipped = self._skipped_samples
-        return np.stack([self._stream.rows(skipped + samples.start, len(samples)) for samples in pieces])
+        try:
+            return np.stack([self._stream.rows(skipped + samples.start, len(samples)) for samples in pieces])
+        except OSError as error:  # in a form that all ranks hear of before they step on
+            raise UserError(f"the data cannot be read ({error}): mend the disk and start again") from error
 
 
 def tokens_and_targets(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

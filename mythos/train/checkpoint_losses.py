@@ -14,7 +14,7 @@ from mythos.config.schema import Config
 from mythos.errors import UserError
 from mythos.files import write_atomically
 from mythos.train import checkpoint, distributed, preflight
-from mythos.train.data import open_data
+from mythos.train.data import open_data_everywhere
 from mythos.train.engine import TrainingEngine
 from mythos.train.evaluate import validate
 from mythos.train.watchdog import Watchdog
@@ -32,7 +32,7 @@ def checkpoint_losses(config: Config, device: torch.device, found: Path) -> dict
     """
     with Watchdog(config.train.watchdog_s) as watchdog:
         preflight.check_ranks(config, device)
-        data = distributed.agree(lambda: open_data(config))
+        data = open_data_everywhere(config)
         engine = TrainingEngine(config, device)
         state = checkpoint.load(engine, found)
         losses = validate(config, engine, data.validation, state["step"], None, watchdog)

@@ -1,11 +1,13 @@
 """The data of a run: opened, checked against the configuration, and told apart from other data when it is resumed."""
 
 import hashlib
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from mythos.config.derive import data_sources, global_batch_sequences
@@ -17,6 +19,7 @@ from mythos.data.format import INDEX_FILE, MANIFEST_FILE, SPLITS, TOKENIZER_FILE
 from mythos.data.remote import is_object_store
 from mythos.data.stream import AHEAD_SHARDS, Source, TokenStream
 from mythos.errors import UserError
+from mythos.train.distributed import agree
 
 METADATA = (MANIFEST_FILE, TOKENIZER_FILE, *(f"{split}/{INDEX_FILE}" for split in SPLITS))
 NEVER_CHANGEABLE = ("seed", "global_batch_sequences")
@@ -72,6 +75,27 @@ def open_data(config: Config) -> RunData:
         },
     }
     return RunData(training, validation, training[0].dataset.directory / TOKENIZER_FILE, identity)
+
+
+def open_data_everywhere(config: Config) -> RunData:
+    """``open_data`` on every rank, which must all find the same. Collective.
+
+    Raises:
+        UserError: as ``open_data``; or the directories of two nodes hold different data.
+    """
+    data = agree(lambda: open_data(config))
+    identities: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(identities, (socket.gethostname(), data.identity))
+    first_host, first = identities[0]
+    for rank, (host, identity) in enumerate(identities):
+        for name, (here, there) in differences(first, identity).items():
+            error = UserError(
+                f"data: {name} is {here!r} for rank 0 on {first_host}, {there!r} for rank {rank} on {host}: "
+                "copy the same data set to every node"
+            )
+            error.agreed = True
+            raise error
+    return data
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -25,7 +25,7 @@ from mythos.metrics.writer import MetricsWriter, read_metrics
 from mythos.model.moe import balance, expert_load
 from mythos.train import checkpoint, distributed, preflight, run_directory
 from mythos.train.batch import StepBatches, draw_depths, micro_batch_plan, tokens_and_targets
-from mythos.train.data import RunData, check_data_unchanged, open_data
+from mythos.train.data import RunData, check_data_unchanged, open_data_everywhere
 from mythos.train.engine import TrainingEngine, precision
 from mythos.train.evaluate import sample_text, validate
 from mythos.train.life import Life
@@ -58,7 +58,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
         ExitStack() as cleanup,
     ):
         reports = preflight.check_ranks(config, device)
-        data = distributed.agree(lambda: open_data(config))
+        data = open_data_everywhere(config)
         changed, lock = _open_run_directory(config, accept_changes, device, reports)
         cleanup.enter_context(lock or nullcontext())
         life.begin()

@@ -1,5 +1,6 @@
 """An object store: the library's own downloader and boto3, against a server on this machine."""
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,15 @@ def test_an_object_store_gives_the_same_rows(bucket: str, pristine: Path, tmp_pa
     plain = open_data(tiny_config("dense", pristine, tmp_path, model__vocabulary_size=4096))
     assert data.identity == plain.identity, "the same data at another place is the same data"
     assert data.tokenizer.read_bytes() == plain.tokenizer.read_bytes()
+
+
+def test_a_store_that_never_answers_is_given_up(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(remote, "GIVE_UP_AFTER_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(UserError, match=f"{bucket}/manifest.json: cannot be fetched .*[Tt]imed? ?out"):
+            open_data(bucket_config(bucket, tmp_path / "cache"))
 
 
 def test_what_is_wrong_with_an_object_store_is_one_line(

@@ -6,11 +6,13 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 import yaml
 
 from mythos.config.load import to_dict, validate
@@ -21,7 +23,7 @@ from mythos.data.stream import Source, TokenStream
 from mythos.errors import UserError
 from mythos.metrics.writer import read_metrics
 from mythos.train.batch import StepBatches
-from mythos.train.data import check_data_unchanged, open_data
+from mythos.train.data import check_data_unchanged, open_data, open_data_everywhere
 from tests.data.conftest import SEQUENCE_LENGTH, write_data_set
 from tests.data.test_dataset import flip_byte
 from tests.spawn import RankPool
@@ -290,3 +292,23 @@ def test_what_is_wrong_with_the_options_is_told_at_once(tiny_data: Path, tmp_pat
 def test_a_mixture_survives_the_printed_configuration(tiny_data: Path, tmp_path: Path) -> None:
     config = mixed(tiny_config("dense", tiny_data, tmp_path), {"web" * 30: (tiny_data, 0.25), "code": (tiny_data, 1.0)})
     assert yaml.safe_load(documented_yaml(config)) == to_dict(config)
+
+
+def open_own(config: Config, places: list[Path]) -> str:
+    """Each rank finds another data set at what should be one place."""
+    own = replace(config, data=replace(config.data, directory=str(places[dist.get_rank()])))
+    try:
+        open_data_everywhere(own)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_find_different_data_say_so(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    other = write_data_set(tmp_path / "other", VOCABULARY, seed=1)
+    config = tiny_config("dense", tiny_data, tmp_path / "run", ranks=2)
+    assert two_ranks.run(open_own, config, [tiny_data, tiny_data]) == ["no error"] * 2
+    messages = two_ranks.run(open_own, config, [tiny_data, other])
+    assert messages[0] == messages[1]
+    assert "data: sources.data.fingerprint is " in messages[0]
+    assert "copy the same data set to every node" in messages[0]
