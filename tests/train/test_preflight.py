@@ -120,15 +120,15 @@ def failure(config: Config, break_rank_1: Callable[[], None] | None = None) -> s
 
 def no_data_here() -> None:
     """As on a node where the file system is not mounted."""
-    from mythos.train import loop
+    from mythos.train import data
 
-    honest = loop.open_data
+    honest = data.open_data
 
     def open_data(config: Config) -> object:
-        loop.open_data = honest  # type: ignore[attr-defined]
+        data.open_data = honest  # type: ignore[attr-defined]
         return honest(replace(config, data=replace(config.data, directory="/not/mounted")))
 
-    loop.open_data = open_data  # type: ignore[attr-defined]
+    data.open_data = open_data  # type: ignore[attr-defined]
 
 
 def no_run_directory_here() -> None:
