@@ -134,8 +134,8 @@ kill_processes() {
   local p node conf log pids=()
   for p in /proc/[0-9]*; do
     log=''
-    case $(readlink "$p/exe" 2>/dev/null) in # others may read a node's log
-      */slurmd | */slurmstepd) log=$(find "$p/fd" -lname "$dir/log/slurmd.${1:-*}.log" -print -quit 2>/dev/null) || true ;;
+    case $(readlink "$p/exe" 2>/dev/null) in # others may read a node's log; Debian's binary is slurmd-wlm
+      */slurmd* | */slurmstepd*) log=$(find "$p/fd" -lname "$dir/log/slurmd.${1:-*}.log" -print -quit 2>/dev/null) || true ;;
     esac
     if [ -z "$log" ]; then
       conf='' node=''
@@ -149,6 +149,22 @@ kill_processes() {
     pids+=("${p#/proc/}")
   done
   [ ${#pids[@]} -eq 0 ] || kill -9 "${pids[@]}" 2>/dev/null || true
+}
+
+# known NODE: the cluster is up and has it
+known() {
+  configured || die "not up"
+  grep -q "^NodeName=$1 " "$SLURM_CONF" || die "no node '$1': node1 to node$(count)"
+}
+
+kill_node() {
+  kill_processes "$1"
+  local i
+  for i in $(seq 100); do
+    daemon "$dir/run/slurmd.$1.pid" >/dev/null || return 0
+    sleep 0.05
+  done
+  die "$1: its slurmd still lives"
 }
 
 count() { grep -c '^NodeName=node' "$SLURM_CONF"; }
@@ -217,7 +233,7 @@ case ${1:-} in
   down) down ;;
   status) ready || die "not up"; sinfo -N -o '%N %t %c %m %G'; squeue ;;
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
-  kill-node) configured || die "not up"; kill_processes "${2:?node}" ;;
-  start-node) configured || die "not up"; start_slurmd "${2:?node}" ;;
+  kill-node) known "${2-}"; kill_node "$2" ;;
+  start-node) known "${2-}"; start_slurmd "$2" ;;
   *) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" >&2; exit 2 ;;
 esac
