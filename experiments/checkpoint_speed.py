@@ -10,7 +10,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from launch.env import read_world
 from mythos.checkpoint import layout
 from mythos.config.load import validate
-from mythos.config.schema import Checkpoint, Config
+from mythos.config.schema import Config
 from mythos.train import checkpoint, distributed
 from mythos.train.batch import draw_depths, micro_batch_plan
 from mythos.train.engine import TrainingEngine
@@ -29,8 +28,8 @@ from mythos.train.saver import Saver
 SEQUENCE_LENGTH = 128
 
 
-def configuration(ranks: int) -> Config:
-    """About 100M parameters, most of them experts."""
+def configuration(ranks: int, **sections: dict[str, Any]) -> Config:
+    """About 100M parameters, most of them experts; ``sections`` win."""
     tree: dict[str, Any] = {
         "run": {"directory": "none"},
         "model": {
@@ -55,15 +54,15 @@ def configuration(ranks: int) -> Config:
         "parallel": {"expert_parallel_size": ranks},
         "data": {"directory": "none", "sequence_length": SEQUENCE_LENGTH},
     }
-    return validate(tree, ranks)
+    return validate(tree | sections, ranks)
 
 
 class Training:
     """An engine and the steps it has made."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.engine, self.step, self.saver = config, TrainingEngine(config, device), 0, None
-        self.saver: Saver | None
+        self.config, self.engine, self.step = config, TrainingEngine(config, device), 0
+        self.saver: Saver | None = None
 
     def steps(self, count: int) -> list[float]:
         """Seconds of each of some steps, with what the training loop does for a save that is under way."""
@@ -88,7 +87,8 @@ class Training:
 
 def measure_saves(training: Training, directory: Path, mode: str, saves: int, between: int) -> None:
     """Print what saves in a mode cost, and what the steps beside them take."""
-    training.saver = Saver(directory, Checkpoint(mode=mode, keep_last=1), training.engine)  # type: ignore[arg-type]
+    options = configuration(dist.get_world_size(), checkpoint={"mode": mode, "keep_last": 1}).checkpoint
+    training.saver = Saver(directory, options, training.engine)
     stalls, totals, beside = [], [], []
     for number in range(saves + 1):
         begun = time.perf_counter()
@@ -153,9 +153,8 @@ def main() -> None:
             measure_saves(training, directory, mode, arguments.saves, arguments.between)
         del training
         measure_load(config, device, directory)
-        measure_load(
-            replace(config, parallel=replace(config.parallel, expert_parallel_size=1, zero_stage=2)), device, directory
-        )
+        other_layout = {"expert_parallel_size": 1, "zero_stage": 2}
+        measure_load(configuration(world.world_size, parallel=other_layout), device, directory)
         dist.barrier()
         if arguments.directory is None and dist.get_rank() == 0:
             shutil.rmtree(place[0])

@@ -32,7 +32,7 @@ def write(directory: Path, rows: int, sequence_length: int, shards: int) -> None
     """A data set of random ids in about so many shards, and the same rows as a bare file."""
     from streaming import MDSWriter
 
-    counts = {split: SplitCounts(1, 1, rows, rows * (sequence_length + 1), 0) for split in SPLITS}
+    counts = {split: SplitCounts(1, 1, rows, rows * (sequence_length + 1), 0, 0) for split in SPLITS}
     manifest = Manifest(sequence_length, VOCABULARY, "0" * 64, (), Settings("text", 1.0, 1), counts)
     generator = np.random.default_rng(0)
     for split, number in (("train", rows), ("validation", 1)):

@@ -6,6 +6,7 @@ writes docs/depth_extrapolation.md and docs/depth_extrapolation.png.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from experiments.sweep import last, train_all
@@ -41,14 +42,14 @@ def main() -> None:
     }
     train_all(runs, FILES, arguments.runs, arguments.processes)
     curves = {
-        kind: [last(arguments.runs / kind.replace(" ", "-"), f"val/loss_depth_{depth}") for depth in DEPTHS]
+        kind: [last(arguments.runs / kind.replace(" ", "-"), f"val/loss_depth_{depth}") or math.nan for depth in DEPTHS]
         for kind in KINDS
     }
     Path("docs/depth_extrapolation.md").write_text(report(curves))
     plot(curves, Path("docs/depth_extrapolation.png"))
 
 
-def report(curves: dict[str, list[float | None]]) -> str:
+def report(curves: dict[str, list[float]]) -> str:
     """The table as Markdown."""
     lines = [
         "# Loss at depths that were not trained",
@@ -63,7 +64,7 @@ def report(curves: dict[str, list[float | None]]) -> str:
     return "\n".join([*lines, "", "![loss against depth](depth_extrapolation.png)", ""])
 
 
-def plot(curves: dict[str, list[float | None]], path: Path) -> None:
+def plot(curves: dict[str, list[float]], path: Path) -> None:
     """Validation loss against the number of loop steps."""
     import matplotlib
 

@@ -74,7 +74,7 @@ def measure_alone(sources: list[Path], column: str, tokenizer: Path, processes: 
     elapsed_s = time.monotonic() - began
     for worker in workers:
         worker.join()
-    return elapsed_s, sum(cpu_s)
+    return elapsed_s, sum(cpu_s[:])
 
 
 def measure_command(command: list[str]) -> tuple[float, float, float]:
