@@ -23,7 +23,8 @@ from mythos.metrics.console import log
 from mythos.metrics.writer import read_metrics
 from mythos.train.engine import TrainingEngine
 from tests.cluster import clean_environment, run
-from tests.faults.supervise import BIN, SAVE_EVERY, STEPS, TABLE, Row, configuration, losses
+from tests.faults.supervise import BIN, SAVE_EVERY, STEPS, TABLE, Row, configuration, consumed, losses
+from tests.faults.victim import recording, sequences
 from tests.require import lacking
 from tests.spawn import RankPool
 from tests.train.runs import run_training
@@ -52,14 +53,22 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture(scope="module")
 def straight(two_ranks: RankPool, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
-    """A finished run, and a run of the same configuration that ended early, with three checkpoints."""
+    """A finished run, and the place of a run of the same configuration that ended early, with three checkpoints."""
     directory = tmp_path_factory.mktemp("straight")
     options = {"checkpoint__keep_last": 3, "optim__cooldown": "constant"}
     whole = configuration(tiny_data, directory / "whole", **options)
-    assert two_ranks.run(run_training, whole) == [0, 0]
+    (directory / "whole").mkdir()
+    assert two_ranks.run(run_and_record, whole) == [0, 0]
     early = configuration(tiny_data, directory / "early", **options, train__steps=FIRST)
-    assert two_ranks.run(run_training, early) == [0, 0]
-    return whole, directory / "early" / "run"
+    (directory / "early").mkdir()
+    assert two_ranks.run(run_and_record, early) == [0, 0]
+    return whole, directory / "early"
+
+
+def run_and_record(config: Config) -> int:
+    """The training run; beside the run directory it writes down which sequences every step was given."""
+    with recording(Path(config.run.directory).parent):
+        return run_training(config)
 
 
 def failure(config: Config) -> str:
@@ -75,15 +84,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     name: str, straight: tuple[Config, Path], two_ranks: RankPool, tmp_path: Path
 ) -> None:
     whole, early = straight
-    shutil.copytree(early, tmp_path / "run")
+    shutil.copytree(early, tmp_path, dirs_exist_ok=True)
     directory = tmp_path / "run" / layout.DIRECTORY
     newest = directory / layout.tag(FIRST)
     DAMAGE[name](newest)
     config = replace(whole, run=replace(whole.run, directory=str(tmp_path / "run")))
     (tmp_path / "run" / "config.yaml").unlink()
     shutil.copy(Path(whole.run.directory) / "config.yaml", tmp_path / "run" / "config.yaml")
-    assert two_ranks.run(run_training, config) == [0, 0]
+    assert two_ranks.run(run_and_record, config) == [0, 0]
     assert losses(config) == losses(whole)
+    assert consumed(config) == consumed(whole)
     log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
     back = FIRST if "cut" in name else SAVED[-2]
     assert f"{layout.tag(back)} at step {back} of" in log
@@ -112,7 +122,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_run_does_not_
     straight: tuple[Config, Path], two_ranks: RankPool, tmp_path: Path
 ) -> None:
     whole, early = straight
-    shutil.copytree(early, tmp_path / "run")
+    shutil.copytree(early / "run", tmp_path / "run")
     shutil.copy(Path(whole.run.directory) / "config.yaml", tmp_path / "run" / "config.yaml")
     directory = tmp_path / "run" / layout.DIRECTORY
     for step in SAVED:
@@ -190,22 +200,25 @@ def test_training_goes_on_while_checkpoints_cannot_be_written(
     trouble: Any, straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
 ) -> None:
     """The trouble begins after the first checkpoint and ends after the second has failed; nothing is lost."""
-    config, told = in_trouble(trouble, straight[0], two_ranks, small_disk, every=SAVE_EVERY)
+    config, told, detected_s = in_trouble(trouble, straight[0], two_ranks, small_disk, every=SAVE_EVERY)
     assert "checkpoint of step 12 not saved (rank " in told
     assert f"last complete one: {config.run.directory}/checkpoints/step_00000006" in told
-    TABLE.append(Row(f"{trouble.__name__.replace('_', ' ')} during a save", None, 0, True))
+    TABLE.append(Row(f"{trouble.__name__.replace('_', ' ')} during a save", detected_s, 0, True))
 
 
 def test_a_last_save_that_fails_is_tried_again(
     straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
 ) -> None:
     """No later save would be due."""
-    _, told = in_trouble(full_disk, straight[0], two_ranks, small_disk, every=STEPS - 1)
+    _, told, _ = in_trouble(full_disk, straight[0], two_ranks, small_disk, every=STEPS - 1)
     assert f"checkpoint of step {STEPS} not saved (rank " in told
 
 
-def in_trouble(trouble: Any, whole: Config, two_ranks: RankPool, disk: Path, every: int) -> tuple[Config, str]:
-    """Run to the end although nothing can be saved after the first checkpoint, until a failure was told."""
+def in_trouble(trouble: Any, whole: Config, two_ranks: RankPool, disk: Path, every: int) -> tuple[Config, str, float]:
+    """Run to the end although nothing can be saved after the first checkpoint, until a failure was told.
+
+    Returns the configuration, what was told, and how many seconds after the trouble began.
+    """
     run_directory, told = disk / "run", disk.parent / "told"
     config = replace(
         whole,
@@ -213,9 +226,12 @@ def in_trouble(trouble: Any, whole: Config, two_ranks: RankPool, disk: Path, eve
         checkpoint=replace(whole.checkpoint, every=every, max_failures=10, keep_last=2, mode="sync"),
     )
     break_it, mend_it = trouble(run_directory)
+    broken_at = 0.0
 
     def meddle() -> None:
+        nonlocal broken_at
         wait_for(lambda: layout.latest(run_directory / layout.DIRECTORY) is not None)
+        broken_at = time.time()
         break_it()
         try:
             wait_for(told.exists)
@@ -224,20 +240,22 @@ def in_trouble(trouble: Any, whole: Config, two_ranks: RankPool, disk: Path, eve
 
     meddler = threading.Thread(target=meddle)
     meddler.start()
-    assert two_ranks.run(run_slowly, config, told) == [0, 0]
+    assert two_ranks.run(run_slowly, config, told, disk.parent) == [0, 0]
     meddler.join()
     assert losses(config) == losses(whole), "no line of metrics.jsonl is lost either"
+    assert sequences(disk.parent) == consumed(whole)
     name = "checkpoint/failures_in_a_row"
     failures = [line[name] for line in read_metrics(run_directory) if name in line]
     assert 1.0 in failures or every > SAVE_EVERY
     assert failures[-1] == 0.0
     assert layout.latest(run_directory / layout.DIRECTORY) == run_directory / layout.DIRECTORY / layout.tag(STEPS)
     assert not layout.half_written(run_directory / layout.DIRECTORY)
-    return config, told.read_text()
+    return config, told.read_text(), told.stat().st_mtime - broken_at
 
 
-def run_slowly(config: Config, told: Path) -> int:
-    """Slow enough for the test to break and mend things between two steps; passes on what is told of a failure."""
+def run_slowly(config: Config, told: Path, record: Path) -> int:
+    """Slow enough for the test to break and mend things between two steps; passes on what is told of a failure, and
+    which sequences every step was given."""
     step, error = TrainingEngine.step, log.error
 
     def tell(message: str) -> None:
@@ -248,7 +266,8 @@ def run_slowly(config: Config, told: Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingEngine, "step", lambda *arguments: (time.sleep(0.1), step(*arguments))[1])
         patch.setattr(log, "error", tell)
-        return run_training(config)
+        with recording(record):
+            return run_training(config)
 
 
 def wait_for(condition: Callable[[], bool], limit_s: float = 60) -> None:

@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,9 @@ def test_a_nan_in_one_ranks_gradient_is_left_out_by_all(
     assert consumed(config) == undisturbed[1]
     skipped = [line["train/skipped_steps"] for line in read_metrics(tmp_path / "run") if "train/loss" in line]
     assert skipped == [0.0] * 16 + [1.0] * (STEPS - 16)
-    TABLE.append(Row("NaN in one rank's gradient (its update is left out)", 0.0, 0, True))
+    fired = float((tmp_path / "fault.fired").read_text())
+    detected_s = told_at(tmp_path / "run", "not finite, update skipped") - fired
+    TABLE.append(Row("NaN in one rank's gradient (its update is left out)", detected_s, 0, True))
 
 
 def test_kill_9_of_all(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
@@ -159,13 +162,13 @@ def test_a_save_that_is_stuck_ends_when_the_grace_is_over(
 ) -> None:
     config = configuration(tiny_data, tmp_path, preemption__grace_s=3.0)
     fault = {"where": "stuck write", "rank": 1, "call": CALLS_A_SAVE["write"] + 40}
-    told_at = 0.0
+    asked_at = 0.0
 
     def tell_twice(run: Path) -> None:
-        nonlocal told_at
+        nonlocal asked_at
         while not (tmp_path / "fault.fired").exists():
             time.sleep(0.02)
-        told_at = time.time()
+        asked_at = time.time()
         for _ in range(2):
             os.kill(process_of(run, 1), signal.SIGTERM)
             time.sleep(1)
@@ -176,8 +179,9 @@ def test_a_save_that_is_stuck_ends_when_the_grace_is_over(
     second = live(config, fault)
     assert second.exit_code == 0, second.output
     assert losses(config) == undisturbed[0]
+    assert consumed(config) == undisturbed[1]
     lost = lost_steps(first, second)
-    TABLE.append(Row("two SIGTERMs, and a save that gets stuck", first.ended - told_at, lost, True))
+    TABLE.append(Row("two SIGTERMs, and a save that gets stuck", first.ended - asked_at, lost, True))
 
 
 def test_a_rank_that_stops_answering(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
@@ -206,6 +210,13 @@ def wait_for_step(run: Path, step: int, limit_s: float = 120) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached in {limit_s} s")
+
+
+def told_at(run: Path, text: str) -> float:
+    """When rank 0's log first held a text, in seconds since the epoch."""
+    lines = (run / "log" / "rank_00000.log").read_text().splitlines()
+    stamp = next(line[:23] for line in lines if text in line)
+    return datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S,%f").timestamp()
 
 
 def host_of(run: Path, rank: int) -> str:

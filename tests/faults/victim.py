@@ -11,7 +11,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +97,14 @@ def arm(fault: Fault) -> None:
     tensors._write_all = write_half
 
 
-def record_sequences(directory: Path) -> None:
+@contextmanager
+def recording(directory: Path) -> Iterator[None]:
     """Append to sequences_RANK.jsonl, step by step, a hash of each sequence that this rank trains on."""
     from mythos.train import loop
     from mythos.train.engine import TrainingEngine
 
     draw_depths, call = loop.draw_depths, TrainingEngine.__call__
-    step = 0
+    life, step = uuid.uuid4().hex, 0
 
     def draw(config: Any, number: int) -> Any:
         nonlocal step
@@ -112,16 +115,19 @@ def record_sequences(directory: Path) -> None:
         if engine.module.training:
             hashes = [xxhash.xxh3_64_hexdigest(row.numpy().tobytes()) for row in tokens]
             with (directory / f"sequences_{os.environ['RANK']}.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "life": os.getpid(), "sequences": hashes}) + "\n")
+                file.write(json.dumps({"step": step, "life": life, "sequences": hashes}) + "\n")
         return call(engine, tokens, targets, plan, *rest)
 
-    loop.draw_depths = draw
-    TrainingEngine.__call__ = train_on  # type: ignore[method-assign]
+    loop.draw_depths, TrainingEngine.__call__ = draw, train_on  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        loop.draw_depths, TrainingEngine.__call__ = draw_depths, call  # type: ignore[method-assign]
 
 
 def sequences(directory: Path) -> dict[int, list[str]]:
     """By step, the sequences of the life whose work counted, in sorted order: which rank has which may change."""
-    found: dict[int, dict[str, tuple[int, list[str]]]] = {}
+    found: dict[int, dict[str, tuple[str, list[str]]]] = {}
     for path in sorted(directory.glob("sequences_*.jsonl")):
         for text in path.read_text().splitlines():
             line = json.loads(text)
@@ -136,8 +142,8 @@ def run() -> int:
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed wants to know when it is imported
     fault = Fault(Path(sys.argv[1]))
     arm(fault)
-    record_sequences(fault.path.parent)
-    return main(sys.argv[2:])
+    with recording(fault.path.parent):
+        return main(sys.argv[2:])
 
 
 if __name__ == "__main__":
