@@ -15,8 +15,11 @@ from mythos.errors import UserError
 
 # What a worker does at a time: half a minute of work, so that little is lost with a killed one.
 RANGE_BYTES = 16 << 20
-# Documents decoded at a time: few enough that long documents stay within memory.
+# Repeated documents are stored once in a dictionary, so a range may hold far more text than its bytes say.
+RANGE_ROWS = 1 << 16
+# Documents decoded at a time, by number and by their mean size in the row group.
 _BATCH_DOCUMENTS = 64
+_BATCH_BYTES = 8 << 20
 _READ_BUFFER_BYTES = 1 << 20
 
 
@@ -49,7 +52,7 @@ def check_validation_percent(percent: float) -> None:
 
 
 def row_ranges(source: Path, column: str, content: str) -> list[RowRange]:
-    """The file cut into ranges of about RANGE_BYTES: whole row groups together, or pieces of a large one.
+    """The file cut into ranges of about RANGE_BYTES and at most RANGE_ROWS: row groups together, or pieces of one.
 
     Only the metadata is read. The ranges depend on the file alone, never on who will read them. Raises UserError when
     this is no Parquet file, holds no rows, or no such column of ``content`` ("text" or "token_ids").
@@ -61,11 +64,11 @@ def row_ranges(source: Path, column: str, content: str) -> list[RowRange]:
     ranges: list[RowRange] = []
     first_row = rows = size = 0
     for group_rows, group_bytes in sizes:
-        if rows and size + group_bytes > RANGE_BYTES:
+        if rows and (size + group_bytes > RANGE_BYTES or rows + group_rows > RANGE_ROWS):
             ranges.append(RowRange(str(source), first_row, rows, size))
             first_row, rows, size = first_row + rows, 0, 0
         rows, size = rows + group_rows, size + group_bytes
-        pieces = min(-(-size // RANGE_BYTES), rows)
+        pieces = min(max(-(-size // RANGE_BYTES), -(-rows // RANGE_ROWS)), rows)
         if pieces > 1:
             ends = [rows * piece // pieces for piece in range(pieces + 1)]
             ranges += [
@@ -80,7 +83,8 @@ def row_ranges(source: Path, column: str, content: str) -> list[RowRange]:
 def read_texts(rows: RowRange, column: str) -> Iterator[str]:
     """The texts of these rows; null and empty ones are left out.
 
-    Memory is bounded by _BATCH_DOCUMENTS of them. Raises UserError naming file and row group for unreadable data.
+    Memory is bounded by _BATCH_DOCUMENTS and about _BATCH_BYTES of them, or by one document. Raises UserError naming
+    file and row group for unreadable data.
     """
     for _, batch in _read_batches(rows, column, "text"):
         yield from filter(None, batch.to_pylist())
@@ -114,9 +118,9 @@ def _row_group_sizes(metadata: parquet.FileMetaData, column: str) -> list[tuple[
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         parts = [group.column(index) for index in range(group.num_columns)]
-        # A list column is stored as text.list.element or the like.
-        size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column)
-        sizes.append((group.num_rows, size))
+        # A list column is stored as text.list.element or the like; a plain column's own name may hold dots.
+        own = [part for part in parts if f"{part.path_in_schema}.".startswith(f"{column}.")]
+        sizes.append((group.num_rows, sum(part.total_uncompressed_size for part in own)))
     return sizes
 
 
@@ -125,14 +129,15 @@ def _read_batches(rows: RowRange, column: str, content: str) -> Iterator[tuple[i
     with _open(Path(rows.source), column, content) as file:
         end = rows.first_row + rows.rows
         group_end = 0
+        sizes = _row_group_sizes(file.metadata, column)
         for row_group in range(file.num_row_groups):
             row, group_end = group_end, group_end + file.metadata.row_group(row_group).num_rows
             if group_end <= rows.first_row or row >= end:
                 continue
+            group_rows, group_bytes = sizes[row_group]
+            batch_rows = min(max(_BATCH_BYTES * group_rows // max(group_bytes, 1), 1), _BATCH_DOCUMENTS)
             try:
-                for batch in file.iter_batches(
-                    _BATCH_DOCUMENTS, row_groups=[row_group], columns=[column], use_threads=False
-                ):
+                for batch in file.iter_batches(batch_rows, row_groups=[row_group], columns=[column], use_threads=False):
                     skip = max(rows.first_row - row, 0)
                     if skip < batch.num_rows and row < end:
                         documents = batch.column(0).slice(skip, end - row - skip)
@@ -169,12 +174,20 @@ def _open(source: Path, column: str, content: str) -> parquet.ParquetFile:
 def _complaint(schema: pa.Schema, column: str, content: str) -> str | None:
     if column not in schema.names:
         return f"no column {column!r}; it has {', '.join(schema.names)}: name one by --column"
+    if schema.names.count(column) > 1:
+        return f"two columns are named {column!r}; write the file again with names that differ"
     kind = schema.field(column).type
     if content == "text":
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not _is_text(kind):
             return f"column {column!r} holds {kind}, not text; name a text column by --column"
     else:
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         if not (is_list and pa.types.is_integer(kind.value_type)):
             return f"column {column!r} holds {kind}, not lists of integers; name a column of token ids by --column"
     return None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):  # a pandas categorical
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from mythos.errors import UserError
 
@@ -26,9 +27,19 @@ def writing(directory: Path) -> Iterator[None]:
 
 def publish(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
+    with publishing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def publishing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write: at the end of the block it is there whole, or, after an error, not at all."""
     temporary = temporary_path(path)
     try:
-        _write_durably(temporary, content)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -43,14 +54,6 @@ def temporary_path(path: Path) -> Path:
     """Where this process writes what will be ``path``."""
     # Not the same for two processes: one of a killed run may still be at work on another node.
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.unfinished")
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def wait_to_see(written: Callable[[], bool]) -> None:

@@ -11,7 +11,7 @@ its finished parts there, and the next one goes on with them.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from data_prep.documents import RowRange, check_validation_percent
-from data_prep.durable import is_temporary, publish, wait_to_see, writing
+from data_prep.durable import is_temporary, publish, publishing, wait_to_see, writing
 from data_prep.lock import locked_directory
 from data_prep.packing import packer
 from data_prep.parts import (
@@ -39,7 +39,16 @@ from data_prep.shards import LARGEST_SHARD_MIB, ShardFormat, write_index
 from data_prep.tokenizer_file import TokenizerFile, agreed_validation_percent, load_tokenizer
 from data_prep.verify import structure
 from data_prep.workers import Workers
-from mythos.data.format import SPLITS, TOKENIZER_FILE, Manifest, Settings, Source, SplitCounts, token_dtype
+from mythos.data.format import (
+    MANIFEST_FILE,
+    SPLITS,
+    TOKENIZER_FILE,
+    Manifest,
+    Settings,
+    Source,
+    SplitCounts,
+    token_dtype,
+)
 from mythos.errors import UserError
 
 _TAILS = "tails"  # the part that is made of the tails of the others
@@ -68,6 +77,7 @@ def prepare(
     sources = [Path(os.path.abspath(source)) for source in sources]
     encoder = load_tokenizer(tokenizer)
     ranges = _inspect(sources, settings, workers)
+    stamps = {source: _stamp(source) for source in sources}
     plan = Manifest(
         sequence_length=sequence_length,
         vocabulary_size=encoder.vocabulary_size,
@@ -87,7 +97,7 @@ def prepare(
         if _is_occupied(output):  # another run has finished it just before the lock was free
             shutil.rmtree(work)
             return _existing(output, plan), False
-        run = _Run(work, plan, encoder, workers)
+        run = _Run(work, plan, stamps, encoder, workers)
         try:
             manifest = run.make(ranges, output)
         except BaseException as error:
@@ -109,8 +119,11 @@ def settings_for(tokenizer: Path, asked_validation_percent: float | None, **sett
 class _Run:
     """One run with its lock held."""
 
-    def __init__(self, work: Path, plan: Manifest, tokenizer: TokenizerFile, workers: Workers) -> None:
+    def __init__(
+        self, work: Path, plan: Manifest, stamps: Mapping[Path, object], tokenizer: TokenizerFile, workers: Workers
+    ) -> None:
         self._work, self._plan, self._tokenizer, self._workers = work, plan, tokenizer, workers
+        self._stamps = stamps
         self._parts = work / "parts"
         token_bytes = token_dtype(plan.vocabulary_size).itemsize
         self._row_bytes = plan.row_tokens * token_bytes
@@ -168,6 +181,9 @@ class _Run:
         with Progress("tokenising" if settings.content == "text" else "importing", total, total - left) as progress:
             for _ in self._workers.run(missing, progress):
                 pass
+        for source, stamp in self._stamps.items():
+            if _stamp(source) != stamp:
+                raise UserError(f"{source}: was written to while it was read; run again once it is complete")
         return [part.name for part in parts]
 
     def _is_made(self, name: str) -> bool:
@@ -186,15 +202,21 @@ class _Run:
     def _pack_tails(self, split: str, names: list[str], records: list[PartRecord]) -> SplitCounts:
         """Make the last part, of what filled no row; return the counts of the whole split."""
         packing = packer(self._plan.settings.packing, self._plan.row_tokens)
-        rows: list[np.ndarray] = []
-        for name, record in zip(names, records, strict=True):
-            for piece in read_tail(self._parts / f"{name}.{split}", record[split], self._part_settings):
-                rows += packing.add(piece)
-        last_rows, dropped = packing.finish()
-        rows += last_rows
-        publish(self._parts / f"{_TAILS}.{split}", b"".join(row.tobytes() for row in rows))
+        sequences = sum(record[split].rows for record in records)
+        with publishing(self._parts / f"{_TAILS}.{split}") as file:
+
+            def write(rows: list[np.ndarray]) -> None:
+                nonlocal sequences
+                sequences += len(rows)
+                for row in rows:
+                    file.write(row.tobytes())
+
+            for name, record in zip(names, records, strict=True):
+                for piece in read_tail(self._parts / f"{name}.{split}", record[split], self._part_settings):
+                    write(packing.add(piece))
+            last_rows, dropped = packing.finish()
+            write(last_rows)
         text_bytes = [record[split].text_bytes for record in records]
-        sequences = sum(record[split].rows for record in records) + len(rows)
         return SplitCounts(
             documents=sum(record[split].documents for record in records),
             text_bytes=None if None in text_bytes else sum(size for size in text_bytes if size is not None),
@@ -292,6 +314,12 @@ def _inspect(sources: list[Path], settings: Settings, workers: Workers) -> list[
     return [[RowRange(**rows) for rows in results[number]] for number in range(len(items))]
 
 
+def _stamp(source: Path) -> tuple[int, int]:
+    """What tells that a file was written to."""
+    status = source.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def _hash(sources: list[Path], workers: Workers) -> Iterator[Source]:
     total = sum(source.stat().st_size for source in sources)
     with Progress("hashing the sources", total) as progress:
@@ -307,6 +335,8 @@ def _is_occupied(output: Path) -> bool:
 
 def _existing(output: Path, plan: Manifest) -> Manifest:
     """The manifest of a data set that is there already. Raises UserError if it is not the one that was asked for."""
+    if not (output / MANIFEST_FILE).exists():
+        raise UserError(f"{output}: exists and holds no data set; name another --output, or remove it")
     manifest = Manifest.load(output)
     for field in fields(Manifest):
         found, asked = getattr(manifest, field.name), getattr(plan, field.name)

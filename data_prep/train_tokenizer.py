@@ -4,8 +4,12 @@ Byte-level: every text can be encoded and decodes to itself, so there is no unkn
 are the same for the same sources and settings whatever the number of threads.
 """
 
+import errno
 import hashlib
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,8 @@ _BYTES = 256
 # A visit to a row range yields at least so much, so that a small sample of a large corpus takes few visits.
 _LEAST_VISIT_BYTES = 4 << 20
 _HELD_OUT_BYTES = 8 << 20
+# How much further is read, once the sample is full, for a document to measure on.
+_FURTHER_BYTES = 256 << 20
 
 
 def train_tokenizer(
@@ -41,6 +47,7 @@ def train_tokenizer(
     unusable source or setting, a full disk, or when no document falls in the train split.
     """
     _check(vocabulary_size, validation_percent, sample_bytes, special_tokens)
+    _check_output(output)
     ranges = [rows for source in sources for rows in row_ranges(source, column, "text")]
     total_bytes = sum(rows.bytes for rows in ranges)
     sample = _Sample(ranges, column, validation_percent, sample_bytes)
@@ -67,14 +74,9 @@ def train_tokenizer(
         held_out_bytes=sum(len(text.encode()) for text in sample.held_out),
         held_out_tokens=sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(sample.held_out)),
     )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(output):
         write_atomically(output, content)
         note.save(output)
-    except OSError as error:
-        raise UserError(
-            f"{output}: cannot be written ({error.strerror}); free space or name another --output"
-        ) from error
     return tokenizer.get_vocab_size(), note
 
 
@@ -91,6 +93,25 @@ def _check(vocabulary_size: int, validation_percent: float, sample_bytes: float,
     for token in special_tokens:
         if not token or [BOS, *special_tokens].count(token) > 1:
             raise UserError(f"special-token {token!r}: give each once, not empty and not {BOS}")
+
+
+def _check_output(output: Path) -> None:
+    """Before the long work: a file can be written there."""
+    with _writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=output.parent).close()
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}); free space or name another --output"
+        ) from error
 
 
 class _Sample:
@@ -112,23 +133,24 @@ class _Sample:
 
     def train_texts(self, progress: Progress) -> Iterator[str]:
         """The texts to train on; those of the validation split are kept apart in ``held_out``."""
-        held_out_bytes = 0
+        held_out_bytes = further_bytes = 0
         for rows in self._ranges:
             visit_bytes = 0
             for text in read_texts(rows, self._column):
                 content = text.encode()
                 visit_bytes += len(content)
-                progress(len(content))
-                if split_of(content, self._validation_percent) == "train":
+                is_full = self.train_bytes >= self._sample_bytes
+                if split_of(content, self._validation_percent) == "validation":
+                    if held_out_bytes < _HELD_OUT_BYTES:
+                        held_out_bytes += len(content)
+                        self.held_out.append(text)
+                elif is_full:
+                    further_bytes += len(content)
+                else:
                     self.train_bytes += len(content)
+                    progress(len(content))
                     yield text
-                elif held_out_bytes < _HELD_OUT_BYTES:
-                    held_out_bytes += len(content)
-                    self.held_out.append(text)
-                if self._share < 1 and (
-                    self.train_bytes >= self._sample_bytes
-                    or visit_bytes >= max(self._share * rows.bytes, _LEAST_VISIT_BYTES)
-                ):
+                if is_full and (self.held_out or further_bytes >= _FURTHER_BYTES):
+                    return
+                if self._share < 1 and visit_bytes >= max(self._share * rows.bytes, _LEAST_VISIT_BYTES):
                     break
-            if self._share < 1 and self.train_bytes >= self._sample_bytes:
-                return

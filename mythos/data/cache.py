@@ -5,21 +5,24 @@
     DIR/locks/                     one of 64 files is held while a shard is fetched, `room` while room is made
 
 A shard gets its name by a rename, once it is whole. Locks are flock, which end with the process that holds them: what
-a killed run leaves is an unheld partial directory, removed by the next. The lock on a fetch only saves a second
-download; who waits too long for it goes ahead, so that a stopped process holds nobody up. The shards longest not
-opened make room; one that is removed while another process reads it stays readable for that process.
+a killed run leaves is an unheld partial directory, removed by the next. The locks on a fetch and on the room only
+save a second download and a few bytes; who waits too long for one goes ahead, so that a stopped process holds nobody
+up. Whoever has a shard open holds a shared lock on it. The shards longest not opened make room, never those that are
+open: removed, they would still fill the disk. So the cache is as large as its limit, or as the shards that all runs of
+the node have open, where these are more. What has a name of another kind is not ours and stays.
 """
 
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 import xxhash
 
@@ -28,9 +31,12 @@ from mythos.data.shards import Shard, check_files, file_problem, unpack
 from mythos.errors import UserError
 
 LOCKS = 64
-FETCH_WAIT_S = 60.0
+FETCH_WAIT_S = 20.0
+ROOM_WAIT_S = 10.0
 ATTEMPTS = 2
 GIB = 2**30
+_SHARD = re.compile(r"[0-9a-f]{16}-\d+")
+_PARTIAL = re.compile(r".+-\d+\.\w+")
 
 
 class NodeCache:
@@ -57,6 +63,8 @@ class NodeCache:
     def open(self, shard: Shard, origin: str) -> BinaryIO:
         """The raw shard, fetched if need be, its hash checked. May be called from several threads and processes.
 
+        It keeps its place in the cache until the file is closed.
+
         Raises:
             UserError: it cannot be fetched, or the origin is damaged.
         """
@@ -68,6 +76,7 @@ class NodeCache:
                         self._fetch(shard, origin, path)
                 with suppress(FileNotFoundError):  # another process made room just now
                     file: BinaryIO = path.open("rb")
+                    _lock(file, fcntl.LOCK_SH, ROOM_WAIT_S)
                     if file_problem(file, shard.raw) is None:
                         os.utime(file.fileno())
                         return file
@@ -121,22 +130,22 @@ class NodeCache:
     def _make_room(self, needed_bytes: int) -> None:
         """Remove the shards longest not opened until so many bytes fit. Called under the lock `room`."""
         self._remove_abandoned()
+        # First what is under way: a shard that gets its name meanwhile may count twice, but never not at all.
+        pending = sum(int(path.name.split("-")[-1].split(".")[0]) for path in _named(self._partial, _PARTIAL))
         found = []
-        for entry in os.scandir(self._shards):
+        for path in _named(self._shards, _SHARD):
             with suppress(FileNotFoundError):
-                status = entry.stat()
-                found.append((status.st_mtime_ns, status.st_size, entry.path))
-        pending = sum(int(entry.name.split("-")[-1].split(".")[0]) for entry in os.scandir(self._partial))
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in found) + pending + needed_bytes
         for _, size, path in sorted(found):
             if total <= self.limit_bytes:
                 return
-            Path(path).unlink(missing_ok=True)
-            total -= size
+            total -= size if _remove_if_unused(path) else 0
 
     def _remove_abandoned(self) -> None:
         """Remove the downloads that no process makes any more."""
-        for partial in self._partial.iterdir():
+        for partial in _named(self._partial, _PARTIAL):
             try:
                 with (partial / "lock").open("w") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,20 +158,13 @@ class NodeCache:
     @contextmanager
     def _room(self) -> Iterator[None]:
         with (self._locks / "room").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, fcntl.LOCK_EX, ROOM_WAIT_S)
             yield
 
     @contextmanager
     def _fetching(self, name: str) -> Iterator[None]:
-        """Hold the lock of a shard, or go ahead without it after some time."""
-        until = time.monotonic() + FETCH_WAIT_S
         with (self._locks / f"{int(name.split('-')[0], 16) % LOCKS:02d}").open("w") as lock:
-            while time.monotonic() < until:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.02)
+            _lock(lock, fcntl.LOCK_EX, FETCH_WAIT_S)
             yield
 
     @contextmanager
@@ -176,6 +178,35 @@ class NodeCache:
                 errno.EDQUOT: "lower data.cache_gib, or make room",
             }.get(error.errno or 0, "give a directory on a disk of the node that can be written")
             raise UserError(f"data.cache_directory = {self.directory}: {error.strerror or error}; {remedy}") from error
+
+
+def _lock(file: IO[Any], kind: int, wait_s: float) -> bool:
+    """Lock an open file, or go ahead without it after some time; whether it is locked."""
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
+
+
+def _named(directory: Path, name: re.Pattern[str]) -> list[Path]:
+    return [path for path in directory.iterdir() if name.fullmatch(path.name)]
+
+
+def _remove_if_unused(path: Path) -> bool:
+    """Remove a shard that nobody has open; whether its bytes are free now."""
+    try:
+        with path.open("rb") as file:
+            if not _lock(file, fcntl.LOCK_EX, wait_s=0):
+                return False
+            path.unlink()
+    except FileNotFoundError:
+        pass  # removed by another process
+    return True
 
 
 class Cached:

@@ -15,7 +15,8 @@ from mythos.data.format import INDEX_FILE, SPLITS, Manifest
 from mythos.data.shards import InPlace, OpenShard, Storage, read_index
 from mythos.errors import UserError
 
-KEEP_OPEN = 64
+KEEP_OPEN = 8
+"""Shards that stay open for reading here and there, without ``prepare``."""
 
 
 class TokenDataset:
@@ -81,11 +82,11 @@ class TokenDataset:
         """Open these shards, and no others, in the background. What goes wrong is raised when a row is read."""
         wanted = list(dict.fromkeys(numbers))
         self._keep_open = len(wanted)
+        for number in set(self._open) - set(wanted):  # first, to make room in a cache
+            self._let_go(number)
         for number in wanted:
             if number not in self._open:
                 self._open[number] = executor.submit(self._open_shard, number)
-        for number in set(self._open) - set(wanted):
-            self._let_go(number)
 
     def close(self) -> None:
         """Let go of all files."""

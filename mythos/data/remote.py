@@ -6,26 +6,30 @@ The library knows s3, gs, oci, azure, azure-dl, hf, dbfs, sftp and alipan, each 
 import errno
 import importlib
 import importlib.util
-import os
 import sys
 import threading
 import time
 import types
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from mythos.errors import UserError
 
-CONNECT_TIMEOUT_S, TIMEOUT_S = 5.0, 15.0
+SILENCE_S = 15.0
+"""A download that brings nothing for so long is given up: it must not look like a run that hangs. The libraries have
+time limits of their own, of many minutes in all."""
 GIVE_UP_AFTER_S = 20.0
-"""No further attempt after this: a store that swallows what it is sent must not look like a run that hangs."""
+"""No further attempt after this."""
+LOOK_EVERY_S = 0.2
 RETRY_PAUSES_S = (1.0, 4.0)
 """Before the second and the third attempt at an object store."""
 _COPY_BYTES = 1 << 23
 _LOCAL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
-_clients = threading.local()
+_threads = threading.local()
 _import_lock = threading.Lock()
 
 
@@ -35,7 +39,7 @@ def is_object_store(directory: str) -> bool:
 
 
 def fetch(origin: str, target: Path) -> None:
-    """Copy a file to ``target``, which must not exist. A failure may leave a part of it.
+    """Copy a file to ``target``, in a directory of its own. A failure may leave a part of it.
 
     Raises:
         UserError: the origin cannot be read, after some attempts where it is an object store.
@@ -44,13 +48,15 @@ def fetch(origin: str, target: Path) -> None:
     if not is_object_store(origin):
         _copy(Path(origin), target)
         return
-    download, until = _downloader(origin), time.monotonic() + GIVE_UP_AFTER_S
+    until = time.monotonic() + GIVE_UP_AFTER_S
     for pause_s in (*RETRY_PAUSES_S, None):
         try:
-            download(origin, str(target), TIMEOUT_S)
+            _download(origin, target)
             if not target.exists():  # for some stores the library says nothing of what was refused
                 raise RuntimeError("the store sent nothing")
             return
+        except UserError:
+            raise
         except Exception as error:  # each library has its own
             target.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in _LOCAL_DISK:
@@ -78,39 +84,66 @@ def _chunks(origin: Path) -> Iterator[bytes]:
         raise UserError(f"{origin}: cannot be fetched ({error.strerror}); check that the data is there") from error
 
 
-def _downloader(origin: str) -> Any:
-    """The library's download function for this address: one client a thread and kind of store."""
+def _download(origin: str, target: Path) -> None:
+    """One attempt, in this thread's own downloading thread; all that it writes lies in the directory of ``target``.
+
+    Raises:
+        TimeoutError: the store went silent.
+        Exception: what its library raises.
+    """
+    worker = _threads.__dict__.get("worker")
+    if worker is None:
+        worker = _threads.worker = _Worker()
+    outcome = worker.begin(origin, target)
+    received, heard_at = -1, time.monotonic()
+    while not wait([outcome], timeout=LOOK_EVERY_S).done:
+        now = sum(path.stat().st_size for path in target.parent.rglob("*") if path.is_file())
+        if now != received:
+            received, heard_at = now, time.monotonic()
+        elif time.monotonic() > heard_at + SILENCE_S:
+            del _threads.worker  # it may wait for ever
+            raise TimeoutError(f"nothing has come for {SILENCE_S:g} s")
+    outcome.result()
+
+
+class _Worker:
+    """A thread that downloads, and keeps its clients for the next time. A daemon, which keeps no process from ending:
+    the threads of a ``ThreadPoolExecutor`` would."""
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[tuple[str, Path, Future[None]]] = SimpleQueue()
+        threading.Thread(target=self._work, name="download", daemon=True).start()
+
+    def begin(self, origin: str, target: Path) -> "Future[None]":
+        """Download, and say in the future how it went."""
+        outcome: Future[None] = Future()
+        self._tasks.put((origin, target, outcome))
+        return outcome
+
+    def _work(self) -> None:
+        clients: dict[str, Any] = {}
+        while True:
+            origin, target, outcome = self._tasks.get()
+            try:
+                _downloader(origin, clients)(origin, str(target), SILENCE_S)
+                outcome.set_result(None)
+            except BaseException as error:
+                outcome.set_exception(error)
+
+
+def _downloader(origin: str, clients: dict[str, Any]) -> Any:
+    """The library's download function for this address, of a client that is kept for each kind of store."""
     module = _download_module()
     scheme = "dbfs-uc" if origin.startswith("dbfs:/Volumes") else origin.split(":")[0]
     known = sorted(filter(None, module.DOWNLOADER_MAPPINGS))
     if scheme not in known:
         raise UserError(f"{origin}: unknown kind of store {scheme!r}; known are {', '.join(known)}, or give a path")
-    clients = _clients.__dict__
     if scheme not in clients:
         try:
             clients[scheme] = module.DOWNLOADER_MAPPINGS[scheme]()
-            if scheme == "s3":
-                _bound(clients[scheme])
         except ImportError as error:
             raise UserError(f"{origin}: {scheme} needs a package that is missing ({error}); install it") from error
     return clients[scheme].download
-
-
-def _bound(downloader: Any) -> None:
-    """Let an S3 client give up soon: the library leaves it a minute for each of several attempts to connect."""
-
-    def create(unsigned: bool = False, timeout: float = TIMEOUT_S) -> None:
-        from boto3.session import Session
-        from botocore import UNSIGNED
-        from botocore.config import Config
-
-        patience = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": timeout}
-        config = Config(**patience, retries={"total_max_attempts": 1})
-        if unsigned:
-            config = config.merge(Config(signature_version=UNSIGNED))
-        downloader._s3_client = Session().client("s3", config=config, endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
-
-    downloader._create_s3_client = create
 
 
 def _download_module() -> Any:

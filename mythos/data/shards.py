@@ -8,8 +8,10 @@ a signal.
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -86,12 +88,15 @@ def _parse_shard(path: Path, number: int, entry: Any, manifest: Manifest, remedy
                 raise UserError(
                     f"{path}: shard {number}: {name} is {entry[name]!r}, this data set needs {value!r}; {remedy}"
                 )
-        return Shard(
+        shard = Shard(
             rows=int(entry["samples"]),
             row_bytes=row_bytes,
             raw=_parse_file(entry["raw_data"]),
             packed=None if compression is None else _parse_file(entry["zip_data"]),
         )
+        if shard.rows < 1 or shard.rows * row_bytes > shard.raw.bytes:
+            raise ValueError(f"{shard.rows} samples in {shard.raw.bytes} bytes")
+        return shard
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: shard {number}: damaged entry ({error!r}); {remedy}") from error
 
@@ -100,7 +105,10 @@ def _parse_file(entry: Any) -> StoredFile:
     name = str(entry["basename"])
     if Path(name).name != name:
         raise ValueError(f"basename {name!r}")
-    return StoredFile(name, int(entry["bytes"]), str(entry["hashes"][SHARD_HASH]))
+    digest = str(entry["hashes"][SHARD_HASH])
+    if not re.fullmatch("[0-9a-f]{16}", digest):
+        raise ValueError(f"{SHARD_HASH} {digest!r}")
+    return StoredFile(name, int(entry["bytes"]), digest)
 
 
 def file_problem(file: BinaryIO, expected: StoredFile) -> str | None:
@@ -133,8 +141,11 @@ def unpack(packed: Path, shard: Shard, target: BinaryIO) -> str | None:
 
 def check_files(directory: Path, shards: Sequence[Shard], remedy: str) -> None:
     """Raises UserError unless a directory holds every shard with its size."""
+    sizes = {}
     try:  # one listing: on a network file system it brings the sizes along
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
+        for entry in os.scandir(directory):
+            with suppress(FileNotFoundError):  # a link to nowhere
+                sizes[entry.name] = entry.stat().st_size
     except OSError as error:
         raise UserError(f"{directory}: {error.strerror}; {remedy}") from error
     for shard in shards:

@@ -14,7 +14,7 @@ from mythos.config.derive import data_sources, global_batch_sequences
 from mythos.config.load import differences
 from mythos.config.schema import Config
 from mythos.data.cache import GIB, Cached, NodeCache
-from mythos.data.dataset import TokenDataset
+from mythos.data.dataset import KEEP_OPEN, TokenDataset
 from mythos.data.format import INDEX_FILE, MANIFEST_FILE, SPLITS, TOKENIZER_FILE, fingerprint, read_data_file
 from mythos.data.remote import is_object_store
 from mythos.data.stream import AHEAD_SHARDS, Source, TokenStream
@@ -65,7 +65,7 @@ def open_data(config: Config) -> RunData:
         _check_tokenizer(directory, training[0], training[-1])
         fingerprints[name] = fingerprint(directory)
     if cache is not None:
-        _check_cache_size(config, training)
+        _check_cache_size(config, training, validation)
     identity = {
         "seed": config.seed,
         "global_batch_sequences": global_batch_sequences(config),
@@ -163,12 +163,15 @@ def _check_tokenizer(directory: Path, first: Source, source: Source) -> None:
         )
 
 
-def _check_cache_size(config: Config, training: Sequence[Source]) -> None:
+def _check_cache_size(config: Config, training: Sequence[Source], validation: Sequence[Source]) -> None:
     needed = 0
-    for source in training:
+    for source, in_use in (
+        *((source, config.data.shuffle_shards + AHEAD_SHARDS) for source in training),
+        *((source, KEEP_OPEN) for source in validation),
+    ):
         shards = source.dataset.shards
         largest = max(shard.raw.bytes + (shard.packed.bytes if shard.packed else 0) for shard in shards)
-        needed += largest * min(len(shards), config.data.shuffle_shards + AHEAD_SHARDS)
+        needed += largest * min(len(shards), in_use)
     if needed > config.data.cache_gib * GIB:
         raise UserError(
             f"data.cache_gib = {config.data.cache_gib}: the shards in use at a time need {needed / GIB:.3g}: "

@@ -78,9 +78,9 @@ def test_the_cache_stays_within_its_bound_and_keeps_what_was_used_last(
     firsts = np.cumsum([0, *(shard.rows for shard in shards)])
     for first in firsts[:-1]:
         np.testing.assert_array_equal(dataset[int(first)], expected[first])
+        dataset.close()
         assert sum(path.stat().st_size for path in cached(tmp_path / "cache")) <= limit
         time.sleep(0.01)  # file times are coarse
-    dataset.close()
     kept = {path.name for path in cached(tmp_path / "cache")}
     assert kept == {f"{shard.raw.xxh3_64}-{shard.raw.bytes}" for shard in shards[-3:]}
     count = len(fetched)
@@ -88,6 +88,50 @@ def test_the_cache_stays_within_its_bound_and_keeps_what_was_used_last(
     assert len(fetched) == count
     open_cached(pristine, tmp_path / "cache", limit)[0]
     assert len(fetched) == count + 1
+
+
+def test_open_shards_keep_their_place_and_no_room_is_wasted_on_them(pristine: Path, tmp_path: Path) -> None:
+    """Removed while open they would still fill the disk, unseen."""
+    reader = open_cached(pristine, tmp_path / "cache", 64 * 1024)
+    limit = 3 * max(shard.raw.bytes for shard in reader.shards)
+    reader = open_cached(pristine, tmp_path / "cache", limit)
+    reader[0]
+    (first,) = cached(tmp_path / "cache")
+    other = open_cached(pristine, tmp_path / "cache", limit)
+    rows = len(reader) // len(reader.shards)
+    for number in range(1, len(reader.shards)):
+        time.sleep(0.01)
+        other[number * rows]
+        other.close()
+        assert first.exists()
+        assert sum(path.stat().st_size for path in cached(tmp_path / "cache")) <= limit
+    reader.close()
+    for number in range(1, len(reader.shards)):
+        other[number * rows]
+        other.close()
+    assert not first.exists(), "closed, it is the one that was opened longest ago"
+
+
+def test_what_is_not_the_caches_own_stays(pristine: Path, tmp_path: Path) -> None:
+    for name in ("shards/thesis.bin", "partial/mine/notes.txt"):
+        (tmp_path / "cache" / name).parent.mkdir(parents=True)
+        (tmp_path / "cache" / name).write_text("years of work")
+    dataset = open_cached(pristine, tmp_path / "cache", 1)
+    for row in range(0, LENGTH, 10):
+        dataset[row]
+        dataset.close()
+    for name in ("shards/thesis.bin", "partial/mine/notes.txt"):
+        assert (tmp_path / "cache" / name).read_text() == "years of work"
+
+
+def test_a_stopped_process_that_makes_room_holds_nobody_up(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mythos.data.cache.ROOM_WAIT_S", 0.3)
+    NodeCache(tmp_path / "cache", MIB)
+    with (tmp_path / "cache" / "locks" / "room").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        open_cached(pristine, tmp_path / "cache")[0]
 
 
 def test_a_stream_needs_no_more_than_the_shards_in_use_and_ahead(pristine: Path, tmp_path: Path) -> None:

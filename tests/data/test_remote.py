@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def bucket(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "no_proxy": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    remote._clients.__dict__.clear()
+    remote._threads.__dict__.clear()
     with object_store(data_set) as endpoint:
         monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
         yield "s3://bucket"
@@ -59,12 +60,27 @@ def test_an_object_store_gives_the_same_rows(bucket: str, pristine: Path, tmp_pa
 
 
 def test_a_store_that_never_answers_is_given_up(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(remote, "SILENCE_S", 0.5)
     monkeypatch.setattr(remote, "GIVE_UP_AFTER_S", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
         monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(UserError, match=f"{bucket}/manifest.json: cannot be fetched .*[Tt]imed? ?out"):
+        with pytest.raises(UserError, match=f"{bucket}/manifest.json: cannot be fetched .*nothing has come for 0.5 s"):
             open_data(bucket_config(bucket, tmp_path / "cache"))
+    assert not list((tmp_path / "cache" / "partial").iterdir())
+
+
+def test_a_slow_store_is_not_given_up_while_something_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trickle(origin: str, target: str, timeout_s: float) -> None:
+        with open(f"{target}.tmp", "ab", buffering=0) as file:
+            for _ in range(8):
+                file.write(b"x")
+                time.sleep(0.25)
+        Path(f"{target}.tmp").rename(target)
+
+    monkeypatch.setattr(remote, "SILENCE_S", 1.0)
+    monkeypatch.setattr(remote, "_downloader", lambda origin, clients: trickle)
+    remote.fetch("s3://bucket/shard", tmp_path / "shard")
+    assert (tmp_path / "shard").read_bytes() == b"x" * 8
 
 
 def test_what_is_wrong_with_an_object_store_is_one_line(

@@ -47,9 +47,17 @@ def test_from_text_to_rows(source: Path, speeches: list[str], tmp_path: Path, ca
     header, ids = capsys.readouterr().out.splitlines()
     assert "train row 7 of" in header
     assert list(map(int, ids.split())) == TokenDataset(output, "train")[7].tolist()
+    assert command("verify", output, "--processes", 1) == 0
     with pytest.raises(UserError, match="row 99999: the train split has rows 0 to"):
         command("show", output, "--row", 99999)
-    assert command("verify", output, "--processes", 1) == 0
+    with pytest.raises(UserError, match="count 0: give at least 1"):
+        command("show", output, "--count", 0)
+    tokenizer.write_text((output / "tokenizer.json").read_text() + "\n")
+    tokenizer.replace(output / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json: not the tokenizer that made the ids"):
+        command("show", output)
+    assert command("show", output, "--ids") == 0
+    assert command("verify", output, "--processes", 1) == 2
 
 
 def test_help_waits_for_no_heavy_import():

@@ -148,3 +148,49 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path: Path):
     ranges, documents_read, more_kib = map(int, done.stdout.split())
     assert (ranges, documents_read) == (6, 65_000 - 65_000 * 5 // 6)
     assert more_kib < 40 << 10
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_text_in_every_form(kind: pa.DataType, tmp_path: Path):
+    texts = ["one", None, "two", "", "one"]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": pa.array(texts).cast(kind)}), path)
+    assert list(read_texts(whole(path), "text")) == ["one", "two", "one"]
+
+
+def test_a_column_with_a_dot_in_its_name_has_its_size(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    texts = ["x" * 1000 + str(number) for number in range(100)]
+    parquet.write_table(pa.table({"content.text": texts, "content": texts[::-1]}), path, compression="none")
+    (rows,) = row_ranges(path, "content.text", "text")
+    assert 100_000 < rows.bytes < 110_000
+    assert list(read_texts(rows, "content.text")) == texts
+
+
+def test_repeated_documents_that_are_stored_once_are_still_cut_into_ranges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(documents, "RANGE_ROWS", 70)
+    path = tmp_path / "a.parquet"
+    for row_group_documents in (30, 500):
+        parquet.write_table(pa.table({"text": ["the same"] * 500}), path, row_group_size=row_group_documents)
+        ranges = row_ranges(path, "text", "text")
+        assert max(rows.rows for rows in ranges) <= 70
+        assert sum(len(list(read_texts(rows, "text"))) for rows in ranges) == 500
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), path)
+    with pytest.raises(UserError, match=r"a\.parquet: two columns are named 'text'"):
+        row_ranges(path, "text", "text")
+
+
+def test_long_documents_are_decoded_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    texts = [f"{number}" * 1000 for number in range(10, 40)]
+    path = write_parquet(tmp_path / "a.parquet", texts, row_group_documents=30)
+    sizes = []
+    monkeypatch.setattr(documents, "_BATCH_BYTES", 6000)
+    for _, batch in documents._read_batches(whole(path), "text", "text"):
+        sizes.append(len(batch))
+    assert (max(sizes), sum(sizes)) == (2, 30)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from data_prep import documents, prepare
+from data_prep import documents, parts, prepare
 from data_prep.documents import split_of
 from mythos.data.dataset import TokenDataset
 from mythos.data.format import BOS, SPLITS, Manifest, fingerprint
@@ -161,7 +161,7 @@ def test_a_damaged_data_set_does_not_pass_for_a_finished_one(source: Path, token
 def test_a_directory_of_something_else_is_left_alone(source: Path, tokenizer: Path, tmp_path: Path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"manifest\.json"):
+    with pytest.raises(UserError, match="exists and holds no data set"):
         run([source], tokenizer, tmp_path / "notes")
     assert os.listdir(tmp_path / "notes") == ["thesis.txt"]
 
@@ -326,3 +326,20 @@ def test_a_full_disk(several_sources: list[Path], tokenizer: Path, small_disk: P
     run(several_sources, tokenizer, small_disk / "data")
     run(several_sources, tokenizer, tmp_path / "undisturbed")
     assert content_of(small_disk / "data") == content_of(tmp_path / "undisturbed")
+
+
+def test_a_source_that_is_written_to_meanwhile_is_told(
+    speeches: list[str], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = write_parquet(tmp_path / "growing.parquet", list(speeches))
+    make = parts.MakePart.run
+
+    def make_while_it_grows(part: parts.MakePart, progress: Any) -> None:
+        make(part, progress)
+        source.touch()
+
+    monkeypatch.setattr(parts.MakePart, "run", make_while_it_grows)
+    with pytest.raises(UserError, match=r"growing\.parquet: was written to while it was read"):
+        run([source], tokenizer, tmp_path / "data")
+    monkeypatch.undo()
+    run([source], tokenizer, tmp_path / "data")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from tokenizers import Tokenizer
 
@@ -137,3 +139,28 @@ def test_preparation_holds_out_what_the_tokenizer_has_not_seen(tokenizer: Path, 
     foreign.write_text(tokenizer.read_text() + "\n")
     tmp_path.joinpath("foreign.training.json").write_bytes(tokenizer.with_name("tokenizer.training.json").read_bytes())
     assert share(6.0, foreign) == 6.0
+
+
+def test_text_that_is_stored_once_and_comes_often_does_not_lengthen_the_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(train_tokenizer_module, "_FURTHER_BYTES", 0)
+    source = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["a text of some length"] * 20_000}), source)
+    assert source.stat().st_size < 20_000
+    _, note = train_tokenizer([source], "text", 300, tmp_path / "t.json", 1, sample_bytes=30_000)
+    assert 30_000 <= note.text_bytes < 30_100
+
+
+def test_a_small_sample_is_still_measured_on_held_out_text(source: Path, tmp_path: Path):
+    """Both documents of the validation split come after the sample is full."""
+    _, note = train_tokenizer([source], "text", 300, tmp_path / "t.json", VALIDATION_PERCENT, sample_bytes=5_000)
+    assert note.text_bytes < 20_000
+    assert note.bytes_per_token is not None
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path: Path):
+    with pytest.raises(UserError, match="cannot be written .Is a directory."):
+        train_tokenizer([tmp_path / "not looked at.parquet"], "text", 300, tmp_path, 1)
+    with pytest.raises(UserError, match="/proc/nowhere/t.json: cannot be written"):
+        train_tokenizer([tmp_path / "not looked at.parquet"], "text", 300, Path("/proc/nowhere/t.json"), 1)

@@ -5,12 +5,15 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
 import zstd
 
+from mythos.data.dataset import TokenDataset
+from mythos.errors import UserError
 from tests.cluster import run as run_command
 from tests.data_prep.conftest import run
 from tests.data_prep.test_commands import command
@@ -68,8 +71,9 @@ def test_whole(whole: Path, capsys: pytest.CaptureFixture[str]):
         (flip, "damaged, its hash differs from the index"),
         (lambda path: path.write_bytes(path.read_bytes()[:-7]), "bytes, the index says"),
         (lambda path: path.unlink(), "the index names it, but No such file"),
+        (lambda path: path.unlink() or path.symlink_to("nowhere"), "the index names it, but No such file"),
     ],
-    ids=["flipped", "cut", "gone"],
+    ids=["flipped", "cut", "gone", "a link to nowhere"],
 )
 def test_each_bad_shard_is_named_once(
     data: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], said: str
@@ -99,6 +103,29 @@ def test_an_id_outside_the_vocabulary(data: Path, capsys: pytest.CaptureFixture[
     index.write_text(json.dumps(entries))
     (line,) = verify(data, capsys)
     assert f"{path}: row {entry['samples'] - 1} holds token id 512, the vocabulary has 512" in line
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry | {"samples": -5},
+        lambda entry: entry | {"samples": 10**13},
+        lambda entry: entry | {"size_limit": None},
+        lambda entry: entry | {"raw_data": entry["raw_data"] | {"hashes": {"xxh3_64": "g" * 16}}},
+    ],
+)
+def test_a_damaged_entry_of_an_index(
+    data: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], dict[str, Any]]
+):
+    index = data / "train/index.json"
+    entries = json.loads(index.read_text())
+    entries["shards"][1] = change(entries["shards"][1])
+    index.write_text(json.dumps(entries))
+    (line,) = verify(data, capsys)
+    assert f"{index}: shard 1: damaged entry" in line
+    if entries["shards"][1]["size_limit"] is not None:  # which a reader does not need
+        with pytest.raises(UserError, match="train/index.json: shard 1: damaged entry"):
+            TokenDataset(data, "train")
 
 
 def test_counts_against_the_manifest(data: Path, capsys: pytest.CaptureFixture[str]):
