@@ -89,9 +89,10 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
         log.info(world.describe())
         world.export()
         from mythos.train import distributed
+        from mythos.train.watchdog import PATIENCE_S
 
-        try:
-            timeout = distributed.TIMEOUT + timedelta(seconds=config.train.watchdog_s)
+        try:  # the watchdog knows more to tell than a collective that gives up: it comes first
+            timeout = distributed.TIMEOUT + timedelta(seconds=max(config.train.watchdog_s, PATIENCE_S))
             exit_code = work(config, distributed.start(config.device, timeout))
             distributed.finish()
             return exit_code
@@ -120,5 +121,6 @@ def _wait_for_rank_0(exit_code: int) -> None:
 
     With the same exit code, for srun passes on the largest of all.
     """
+    signal.set_wakeup_fd(-1)  # which would leave with the code of a preemption
     signal.signal(signal.SIGTERM, lambda *_: _leave(exit_code))
     time.sleep(LAUNCHER_GRACE_S)

@@ -163,16 +163,29 @@ def problems(checkpoint: Path, manifest: Manifest, only: Iterable[str] | None = 
     """What is wrong with the listed files, or with some of them: one line for the name of each bad one."""
     found = {}
     for name in sorted(manifest.files if only is None else only):
-        path, written = checkpoint / name, manifest.files[name]
+        path = checkpoint / name
         try:
-            size = path.stat().st_size
-            if size != written.bytes:
-                found[name] = f"{path}: {size} bytes, the manifest says {written.bytes}"
-            elif hash_file(path) != written.xxh3_64:
+            if wrong := _wrong_size(checkpoint, manifest, name):
+                found[name] = wrong
+            elif hash_file(path) != manifest.files[name].xxh3_64:
                 found[name] = f"{path}: damaged, its content does not fit the hash in the manifest"
         except OSError as error:
             found[name] = f"{path}: {error.strerror}"
     return found
+
+
+def missing(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
+    """As ``problems``, without reading the files: those that are not there, or have another size."""
+    return {name: found for name in sorted(manifest.files) if (found := _wrong_size(checkpoint, manifest, name))}
+
+
+def _wrong_size(checkpoint: Path, manifest: Manifest, name: str) -> str | None:
+    path, expected = checkpoint / name, manifest.files[name].bytes
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None if size == expected else f"{path}: {size} bytes, the manifest says {expected}"
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -206,7 +219,11 @@ def set_aside(path: Path) -> Path:
 
 
 def commit(partial: Path, manifest: Manifest) -> Path:
-    """Give a checkpoint, all of whose files are on disk, its final name, and point to it. Raises OSError."""
+    """Give a checkpoint, all of whose files are on disk, its final name, and point to it.
+
+    Raises:
+        OSError: the disk is full or gone; the checkpoint has its old name, and what it would replace is in its place.
+    """
     manifest.save(partial)
     flush_directory(partial)
     final, directory = partial.with_suffix(""), partial.parent
@@ -214,8 +231,14 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     if final.exists():  # of steps that were rolled back
         replaced = _out_of_use(final)
     os.rename(partial, final)
-    flush_directory(directory)
-    write_atomically(directory / POINTER, final.name)
+    try:
+        flush_directory(directory)
+        write_atomically(directory / POINTER, final.name)
+    except OSError:
+        os.rename(final, partial)
+        if replaced is not None:
+            os.rename(replaced, final)
+        raise
     flush_directory(directory)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)

@@ -28,14 +28,14 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
         self._directory = directory
-        self._unwritten: list[tuple[int, str]] = []
+        self._unwritten: list[tuple[int, bytes]] = []
         self._failing = False
         self._open(resumed_step)
 
     def _open(self, last_step: int) -> None:
         path = self._directory / METRICS_FILE
         _truncate(path, last_step)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)  # nothing may be written later, on its own, that a failure left
         self._tensorboard: SummaryWriter | None = self._open_tensorboard(last_step)
 
     def rewind(self, step: int) -> None:
@@ -51,13 +51,14 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line in metrics.jsonl (a non-finite value as null, which JSON can hold) and one point in each curve."""
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._unwritten.append((step, json.dumps(line) + "\n"))
+        self._unwritten.append((step, json.dumps(line).encode() + b"\n"))
         try:
-            if self._failing:  # the last line may be there in part
-                self._file = (self._directory / METRICS_FILE).open("a", buffering=1)
-                self._file.write("\n")
+            if self._failing:  # the directory may be another one, and the last line there in part
+                self._file.close()
+                self._file = (self._directory / METRICS_FILE).open("ab", buffering=0)
+                self._write(b"\n")
             while self._unwritten:
-                self._file.write(self._unwritten[0][1])
+                self._write(self._unwritten[0][1])
                 del self._unwritten[0]
             if self._tensorboard is None:
                 self._tensorboard = self._open_tensorboard(step - 1)
@@ -68,6 +69,11 @@ class MetricsWriter:
             if not self._failing:
                 log.error(f"metrics of step {step} not written ({error}): training goes on")
             self._failing, self._tensorboard = True, None
+
+    def _write(self, line: bytes) -> None:
+        """All of it, or OSError."""
+        while line:  # a disk that fills up takes a part and says so at the next attempt
+            line = line[self._file.write(line) :]
 
     def _open_tensorboard(self, last_step: int) -> SummaryWriter:
         return SummaryWriter(str(self._directory / "tensorboard"), purge_step=last_step + 1, flush_secs=10)

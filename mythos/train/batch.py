@@ -29,10 +29,10 @@ def own_sequences(config: Config, micro_step: int) -> tuple[slice, slice]:
     return slice(start, start + own * ranks), slice(dist.get_rank() * own, (dist.get_rank() + 1) * own)
 
 
-def own_samples(config: Config, step: int, micro_step: int) -> range:
-    """Numbers, counted over the whole run, of the samples in this rank's micro batch."""
+def own_samples(config: Config, first_of_step: int, micro_step: int) -> range:
+    """Numbers of the samples in this rank's micro batch, where the step's first has that number."""
     everyone, own = own_sequences(config, micro_step)
-    first = (step - 1) * global_batch_sequences(config) + everyone.start + own.start
+    first = first_of_step + everyone.start + own.start
     return range(first, first + config.train.micro_batch_sequences)
 
 
@@ -41,7 +41,7 @@ def micro_batch_plan(config: Config, depths: np.ndarray, step: int, micro_step: 
     if config.loop is None:
         return None
     everyone, own = own_sequences(config, micro_step)
-    samples = own_samples(config, step, micro_step)
+    samples = own_samples(config, (step - 1) * global_batch_sequences(config), micro_step)
     seeds = [depth.state_seed(config.seed, sample) for sample in samples]
     return depth.plan(depths[everyone], config.loop.backprop_depth, own, seeds)
 
@@ -49,19 +49,25 @@ def micro_batch_plan(config: Config, depths: np.ndarray, step: int, micro_step: 
 class StepBatches:
     """This rank's rows of one step after the other, each step's read in the background while the one before runs.
 
+    The position in the stream is not tied to the step's number: a run may have left out data, or changed its batch.
     Close it when done.
     """
 
-    def __init__(self, config: Config, stream: TokenStream, first_step: int, skipped_samples: int = 0) -> None:
+    def __init__(self, config: Config, stream: TokenStream, first_step: int, first_sample: int) -> None:
         self._config, self._stream = config, stream
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: Future[np.ndarray] | None = None
-        self.restart(first_step, skipped_samples)
+        self.restart(first_step, first_sample)
 
-    def restart(self, first_step: int, skipped_samples: int) -> None:
-        """Go on at ``first_step``, so many samples further on in the stream than its number says."""
-        self._skipped_samples = skipped_samples
-        self._begin(first_step)
+    def restart(self, step: int, sample: int) -> None:
+        """Go on at ``step``, with this sample of the stream."""
+        self._step, self._sample, self._next = step, sample, None
+        if step <= self._config.train.steps:
+            pieces = [
+                own_samples(self._config, sample, micro_step)
+                for micro_step in range(micro_steps(self._config, dist.get_world_size()))
+            ]
+            self._next = self._executor.submit(self._read, pieces)
 
     def check(self) -> None:
         """Wait for the next step's rows. Raises UserError when they cannot be had."""
@@ -77,7 +83,7 @@ class StepBatches:
         assert self._next is not None
         assert self._step == step
         rows = self._next.result()
-        self._begin(step + 1)
+        self.restart(step + 1, self._sample + global_batch_sequences(self._config))
         return rows
 
     def close(self) -> None:
@@ -85,19 +91,9 @@ class StepBatches:
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._stream.close()
 
-    def _begin(self, step: int) -> None:
-        self._step, self._next = step, None
-        if step <= self._config.train.steps:
-            pieces = [
-                own_samples(self._config, step, micro_step)
-                for micro_step in range(micro_steps(self._config, dist.get_world_size()))
-            ]
-            self._next = self._executor.submit(self._read, pieces)
-
     def _read(self, pieces: list[range]) -> np.ndarray:
-        skipped = self._skipped_samples
         try:
-            return np.stack([self._stream.rows(skipped + samples.start, len(samples)) for samples in pieces])
+            return np.stack([self._stream.rows(samples.start, len(samples)) for samples in pieces])
         except OSError as error:  # in a form that all ranks hear of before they step on
             raise UserError(f"the data cannot be read ({error}): mend the disk and start again") from error
 

@@ -99,7 +99,7 @@ def newest_valid(directory: Path) -> Path | None:
     are newer than the chosen one: the run takes their steps back.
 
     Raises:
-        UserError: checkpoints are there, and every one is damaged, of another format, or read by rank 0 alone.
+        UserError: checkpoints are there, or were, and every one is damaged, of another format, or read by rank 0 alone.
     """
     damaged: dict[Path, str] = {}
     for candidate in from_rank_0(lambda: _tidy(directory)):
@@ -110,13 +110,22 @@ def newest_valid(directory: Path) -> Path | None:
         log.error(f"{candidate.name} is damaged: {problem}")
         damaged[candidate] = problem
     if damaged:
-        error = UserError(
-            f"{directory}: every checkpoint is damaged ({'; '.join(damaged.values())}): restore one, or move them away "
-            "to start over"
-        )
+        newer = from_rank_0(lambda: [path.name for path in layout.complete(directory) if path not in damaged])
+        which = f"every checkpoint up to {next(iter(damaged)).name}" if newer else "every checkpoint"
+        remedy = f"write {newer[-1]} into {layout.POINTER} to go on there" if newer else "restore one"
+        what = "; ".join(damaged.values())
+        error = UserError(f"{directory}: {which} is damaged ({what}): {remedy}, or move them away to start over")
         error.agreed = True
         raise error
     return None
+
+
+def check(found: Path) -> None:
+    """All files of a checkpoint are whole, or UserError. Collective."""
+    if problem := _damage(found):
+        error = UserError(f"{found.name} is damaged: {problem}: choose another one")
+        error.agreed = True
+        raise error
 
 
 def load(engine: TrainingEngine, found: Path) -> dict[str, Any]:
@@ -199,7 +208,10 @@ def _tidy(directory: Path) -> list[Path]:
         log.warning(f"{path.name} was not finished: set aside as {layout.set_aside(path)}")
     named, found = layout.latest(directory), layout.candidates(directory)
     if named is not None and named not in found:
-        log.error(f"{directory / layout.POINTER} names {named.name}, which is missing")
+        missing = f"{directory / layout.POINTER} names {named.name}, which is missing"
+        if not found:
+            raise UserError(f"{missing}, and there is no other: restore it, or remove {layout.POINTER} to start over")
+        log.error(missing)
     return found
 
 

@@ -30,12 +30,13 @@ def checkpoint_losses(config: Config, device: torch.device, found: Path) -> dict
     Raises:
         UserError: the checkpoint or the data do not fit the configuration, or cannot be read.
     """
+    preflight.check_ranks(config, device)
     with Watchdog(config.train.watchdog_s) as watchdog:
-        preflight.check_ranks(config, device)
         data = open_data_everywhere(config)
+        checkpoint.check(found)
         engine = TrainingEngine(config, device)
         state = checkpoint.load(engine, found)
-        losses = validate(config, engine, data.validation, state["step"], None, watchdog)
+        losses = validate(config, engine, data.validation, state["step"], None, watchdog) or {}
     result = {
         "checkpoint": found.name,
         "step": state["step"],

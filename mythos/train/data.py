@@ -22,8 +22,6 @@ from mythos.errors import UserError
 from mythos.train.distributed import agree
 
 METADATA = (MANIFEST_FILE, TOKENIZER_FILE, *(f"{split}/{INDEX_FILE}" for split in SPLITS))
-NEVER_CHANGEABLE = ("seed", "global_batch_sequences")
-"""Without them the number of a sample means nothing."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +108,19 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def check_data_unchanged(before: dict[str, Any], now: dict[str, Any], accept_changes: bool) -> Sequence[str]:
     """What has changed since the run was saved, a line each, where the user accepts it.
 
-    The run then goes on at the same sample number, in the order of the new data: nobody knows which of its rows the
-    run has seen.
+    The run then goes on at the same sample number, in the order of the new data or seed: nobody knows which of its
+    rows the run has seen. A new global batch changes nothing in the order.
 
     Raises:
-        UserError: the data has changed and the user did not agree, or could not.
+        UserError: the data has changed and the user did not agree.
     """
     changed = differences(before, now)
     lines = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items()]
-    never = any(name in NEVER_CHANGEABLE for name in changed)
-    if lines and (never or not accept_changes):
-        remedy = "give the data of before" + ("" if never else ", or go on with the new: --accept-changes")
-        raise UserError(f"the run was started on other data ({', '.join(lines)}): {remedy}")
+    if lines and not accept_changes:
+        raise UserError(
+            f"the run was started on other data ({', '.join(lines)}): give the data of before, or go on with the new: "
+            "--accept-changes"
+        )
     return lines
 
 

@@ -1,7 +1,9 @@
 """The process group, the device, and agreement between ranks. Everything here is collective: call it on all ranks."""
 
+import itertools
 import os
 import socket
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -9,12 +11,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mythos.errors import UserError
+from mythos.metrics.console import log
 from mythos.train.variables import set_variables
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
+MEET_TIMEOUT = timedelta(minutes=10)
+NOTICE_S = 30.0
+_meeting: dist.Store | None = None
+_decisions = itertools.count()
 
 
 def start(device_option: str, timeout: timedelta = TIMEOUT) -> torch.device:
@@ -25,8 +33,8 @@ def start(device_option: str, timeout: timedelta = TIMEOUT) -> torch.device:
             more to tell.
 
     Raises:
-        UserError: ``cuda`` was asked for and there is none, this node has fewer GPUs than ranks, or MASTER_ADDR does
-            not resolve here.
+        UserError: ``cuda`` was asked for and there is none, this node has fewer GPUs than ranks, MASTER_ADDR does not
+            resolve here, MASTER_PORT is taken, or the ranks do not reach each other within MEET_TIMEOUT.
     """
     device = _choose_device(device_option)
     _check_address(os.environ["MASTER_ADDR"])
@@ -35,8 +43,56 @@ def start(device_option: str, timeout: timedelta = TIMEOUT) -> torch.device:
         torch.cuda.set_device(device)
         # The same config, seed and data must give the same losses, bit for bit, on GPUs too.
         torch.use_deterministic_algorithms(True, warn_only=True)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method="env://", timeout=timeout)
+    global _meeting
+    _meeting, rank, ranks = _meet()
+    backend, store = "nccl" if device.type == "cuda" else "gloo", dist.PrefixStore("ranks", _meeting)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     return device
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """Where the ranks find each other, once all are there; this rank and their number."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    notice = threading.Timer(NOTICE_S, log.warning, (f"still waiting for the other ranks at {place}",))
+    notice.daemon = True
+    notice.start()
+    try:
+        return next(rendezvous("env://", timeout=MEET_TIMEOUT))
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT = {os.environ['MASTER_PORT']}: taken on this host: set MASTER_PORT to a free one, the "
+                "same for all ranks"
+            ) from None
+        raise UserError(
+            f"{place}: the ranks did not meet ({str(error).splitlines()[0]}): see whether every node has started its "
+            "ranks and whether they reach that address and port (MASTER_ADDR, MASTER_PORT)"
+        ) from None
+    finally:
+        notice.cancel()
+
+
+def decide(own: str, decision: Callable[[list[str]], str]) -> str:
+    """What rank 0 decides on hearing what every rank has to say. All ranks call it.
+
+    It goes through the store where the ranks have met, and through no collective: that might fail, without a word that
+    helps, where the ranks do not fit together.
+
+    Raises:
+        UserError: a rank says nothing within MEET_TIMEOUT.
+    """
+    assert _meeting is not None
+    store = dist.PrefixStore(f"decision {next(_decisions)}", _meeting)
+    store.set(f"rank {dist.get_rank()}", own)
+    try:
+        if dist.get_rank() == 0:
+            said = [store.get(f"rank {rank}").decode() for rank in range(dist.get_world_size())]
+            store.set("decision", decision(said))
+        return store.get("decision").decode()
+    except dist.DistError as error:
+        raise UserError(
+            f"no word from all ranks ({str(error).splitlines()[0]}): one may have died, see its output"
+        ) from None
 
 
 def finish() -> None:
@@ -109,3 +165,10 @@ def gather(values: list[float], device: torch.device) -> Tensor:
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own)
     return torch.stack(rows).cpu()
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is set on one of the ranks; the same on all."""
+    flags = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())

@@ -16,10 +16,13 @@ from mythos.eval.val_loss import validation_losses
 from mythos.generate import sample_tokens
 from mythos.metrics.console import log
 from mythos.metrics.writer import MetricsWriter
+from mythos.model import Forward
 from mythos.model.depth import DepthPlan
+from mythos.model.loop import ExitRule
 from mythos.train import distributed
 from mythos.train.data import read_tokenizer
 from mythos.train.engine import TrainingEngine
+from mythos.train.preemption import StopRequest
 from mythos.train.watchdog import Watchdog
 
 
@@ -30,52 +33,74 @@ def validate(
     step: int,
     writer: MetricsWriter | None,
     watchdog: Watchdog,
-) -> dict[str, float]:
-    """Measure and report the validation loss at each depth. Collective."""
-    rule = exit_rule(config.eval)
+    stop: StopRequest | None = None,
+) -> dict[str, float] | None:
+    """Measure and report the validation loss at each depth. Collective.
 
-    def forward(tokens: Tensor, targets: Tensor | None, plan: DepthPlan | None) -> tuple[Tensor, dict[str, Tensor]]:
-        watchdog.progress(f"validation after step {step}")
-        return engine(tokens, targets, plan, rule)
+    Returns:
+        The losses; None when a rank was asked to stop meanwhile, and all have left.
+    """
+    forward = _forward(engine, exit_rule(config.eval), watchdog, f"validation after step {step}", stop)
 
     for source in sources:
         distributed.agree(partial(source.dataset.check, config.eval.sequences))
-    with engine.evaluation():
-        losses = validation_losses(
-            forward,
-            sources,
-            eval_depths(config),
-            config.eval.sequences,
-            config.train.micro_batch_sequences,
-            engine.device,
-        )
+    try:
+        with engine.evaluation():
+            losses = validation_losses(
+                forward,
+                sources,
+                eval_depths(config),
+                config.eval.sequences,
+                config.train.micro_batch_sequences,
+                engine.device,
+            )
+    except _Stopped:
+        return None
     log.info(f"step {step} " + " ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     if writer:
         writer.write(step, losses)
     return losses
 
 
-def sample_text(config: Config, engine: TrainingEngine, tokenizer_file: Path, watchdog: Watchdog) -> str:
-    """The prompt and the model's continuation, as text. Collective."""
+def sample_text(
+    config: Config, engine: TrainingEngine, tokenizer_file: Path, watchdog: Watchdog, stop: StopRequest
+) -> str | None:
+    """The prompt and the model's continuation, as text; None when a rank was asked to stop meanwhile. Collective."""
     tokenizer = read_tokenizer(tokenizer_file)
     tokenizer.encode_special_tokens = True  # the prompt is text: "<|bos|>" in it is seven letters
     prompt = [tokenizer.token_to_id(BOS), *tokenizer.encode(config.sample.prompt).ids]
     deepest = max(eval_depths(config)) if isinstance(config.model, Looped) else None
-    rule = exit_rule(config.eval)
+    forward = _forward(engine, exit_rule(config.eval), watchdog, "writing a sample", stop)
+    try:
+        with engine.evaluation():
+            ids = sample_tokens(
+                forward,
+                prompt,
+                config.sample.tokens,
+                config.sample.temperature,
+                longest=config.data.sequence_length,
+                loop_depth=deepest,
+                seed=config.seed,
+                device=engine.device,
+            )
+    except _Stopped:
+        return None
+    return tokenizer.decode(ids)
+
+
+class _Stopped(Exception):
+    """All ranks have agreed to leave what they were doing."""
+
+
+def _forward(
+    engine: TrainingEngine, rule: ExitRule | None, watchdog: Watchdog, doing: str, stop: StopRequest | None
+) -> Forward:
+    """A forward pass that tells the watchdog, and before which all ranks agree whether to stop."""
 
     def forward(tokens: Tensor, targets: Tensor | None, plan: DepthPlan | None) -> tuple[Tensor, dict[str, Tensor]]:
-        watchdog.progress("writing a sample")
+        watchdog.progress(doing)
+        if stop is not None and distributed.on_any_rank(stop.asked, engine.device):
+            raise _Stopped
         return engine(tokens, targets, plan, rule)
 
-    with engine.evaluation():
-        ids = sample_tokens(
-            forward,
-            prompt,
-            config.sample.tokens,
-            config.sample.temperature,
-            longest=config.data.sequence_length,
-            loop_depth=deepest,
-            seed=config.seed,
-            device=engine.device,
-        )
-    return tokenizer.decode(ids)
+    return forward

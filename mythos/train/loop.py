@@ -16,7 +16,7 @@ from mythos.checkpoint import layout
 from mythos.config.derive import global_batch_sequences, tokens_per_step
 from mythos.config.load import flatten, to_dict
 from mythos.config.schema import Config
-from mythos.errors import DONE, PREEMPTED, TrainingError
+from mythos.errors import DONE, PREEMPTED
 from mythos.metrics.console import Progress, log, start_logging
 from mythos.metrics.health import depth_metrics, expert_metrics, model_metrics
 from mythos.metrics.throughput import StepClock, peak_memory_gib
@@ -30,11 +30,12 @@ from mythos.train.engine import TrainingEngine, precision
 from mythos.train.evaluate import sample_text, validate
 from mythos.train.life import Life
 from mythos.train.preemption import StopRequest
+from mythos.train.recovery import report_bad_step, report_spike, rewind
 from mythos.train.saver import Saver
 from mythos.train.schedule import learning_rate, muon_step
 from mythos.train.watchdog import Watchdog
 
-FRESH = {"skipped_steps": 0, "bad_steps_in_a_row": 0, "skipped_samples": 0, "rewinds": 0, "loss": {}}
+FRESH = {"samples": 0, "tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0, "rewinds": 0, "loss": {}}
 """What a run that begins has to remember, besides its weights."""
 
 
@@ -52,12 +53,10 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
             loss has spiked more often than ``train.max_rewinds``.
         SaveError: checkpoints could not be written, ``checkpoint.max_failures`` times in a row.
     """
-    with (
-        Watchdog(config.train.watchdog_s) as watchdog,
-        Life(Path(config.run.directory)) as life,
-        ExitStack() as cleanup,
-    ):
+    with Life(Path(config.run.directory)) as life:
         reports = preflight.check_ranks(config, device)
+    stop.has_begun = True
+    with Watchdog(config.train.watchdog_s) as watchdog, life, ExitStack() as cleanup:
         data = open_data_everywhere(config)
         changed, lock = _open_run_directory(config, accept_changes, device, reports)
         cleanup.enter_context(lock or nullcontext())
@@ -91,7 +90,8 @@ def _train(
             log.warning(f"data changed: {change}; going on at sample {saved['samples']} of the new order")
         state, first_step = saved | {"data": data.identity}, saved["step"]
         log.info(f"resumed from {found} at step {first_step} of {config.train.steps}")
-    if first_step >= config.train.steps:
+    unvalidated = found is None or distributed.from_rank_0(lambda: lacks_validation(config, first_step))
+    if first_step >= config.train.steps and not unvalidated:
         log.info(f"the run is finished at step {first_step}: raise train.steps (now {config.train.steps}) to go on")
         _say_where(directory)
         return DONE
@@ -104,10 +104,10 @@ def _train(
         run_directory.write_config(config)
         run_directory.keep_tokenizer(directory, data.tokenizer)
         writer.write_config(yaml.safe_dump(to_dict(config), sort_keys=False), flatten(to_dict(config)))
-    if found is None or distributed.from_rank_0(lambda: lacks_validation(config, first_step)):
-        validate(config, engine, data.validation, first_step, writer, watchdog)
+    # Asked to stop meanwhile, all ranks leave the validation, and what it lacks is done by the next life.
+    stopping = unvalidated and validate(config, engine, data.validation, first_step, writer, watchdog, stop) is None
     stream = data.stream(config)
-    batches = cleanup.enter_context(closing(StepBatches(config, stream, first_step + 1, state["skipped_samples"])))
+    batches = cleanup.enter_context(closing(StepBatches(config, stream, first_step + 1, state["samples"])))
     distributed.agree(batches.check)
     saver = Saver(directory / layout.DIRECTORY, config.checkpoint, engine, found, watchdog.patience)
     progress = Progress(first_step, config.train.steps, rank)
@@ -118,7 +118,7 @@ def _train(
     exit_code = DONE
 
     step = first_step
-    while step < config.train.steps:
+    while step < config.train.steps and not stopping:
         step += 1
         clock.start()
         depths = draw_depths(config, step)
@@ -161,10 +161,12 @@ def _train(
         watchdog.started()
         state["bad_steps_in_a_row"] = 0 if update.applied else state["bad_steps_in_a_row"] + 1
         state["skipped_steps"] += not update.applied
+        state["samples"] += global_batch_sequences(config)
+        state["tokens"] += tokens_per_step(config)
         metrics = agreed | {
             "train/learning_rate": rate,
             "train/gradient_norm": update.gradient_norm,
-            "train/tokens": float(step * tokens_per_step(config)),
+            "train/tokens": float(state["tokens"]),
             "train/skipped_steps": float(state["skipped_steps"]),
             "train/rewinds": float(state["rewinds"]),
             "perf/step_seconds": seconds,
@@ -176,54 +178,56 @@ def _train(
             metrics |= expert_metrics(load)
             if collapse_watch and (warning := collapse_watch.look(load)):
                 log.warning(f"step {step}: {warning}")
-        metrics |= saver.metrics()
+        of_saves = saver.metrics()
 
-        last = step == config.train.steps
-        if due(step, config.log.every) or last or not update.applied:
+        if due(step, config.log.every) or step == config.train.steps or not update.applied:
             progress.report(step, metrics)
             if writer:
-                writer.write(step, metrics)
+                writer.write(step, metrics | of_saves)
+        elif writer and of_saves:
+            writer.write(step, of_saves)
         spiked = False
         if not update.applied:
             report_bad_step(config, saver, step, state["bad_steps_in_a_row"])
         elif config.train.spike_sigma:
             spiked = report_spike(step, metrics["train/loss"], config.train.spike_sigma, loss_watch)
             state["loss"] = loss_watch.state()
-        if spiked and config.train.spike_rewind and not (stopping or data_failed):
+        rewound = None
+        if spiked and config.train.spike_rewind:
             with watchdog.patience(f"going back after step {step}"):
                 rewound = rewind(config, engine, saver, step, state)
-            if rewound is not None:
-                step, state, loss_watch = rewound["step"], rewound, LossWatch(**rewound["loss"])
-                batches.restart(step + 1, state["skipped_samples"])
-                if writer:
-                    writer.rewind(step)
-                continue
-        samples = step * global_batch_sequences(config) + state["skipped_samples"]
-        state |= {"samples": samples, "epochs": stream.epochs(samples)}
+        if rewound is not None:
+            step, state, loss_watch = rewound["step"], rewound, LossWatch(**rewound["loss"])
+            batches.restart(step + 1, state["samples"])
+            if writer:
+                writer.rewind(step)
+        state["epochs"] = stream.epochs(state["samples"])
+        last = step == config.train.steps
         if stopping or data_failed:  # time may be short: save before anything else
-            save(config, saver, step, state)
+            save(saver, step, state)
             saver.insist()
-        elif due(step, config.checkpoint.every) and not last:
-            save(config, saver, step, state)
-        if data_failed:
+        elif due(step, config.checkpoint.every) and not last and rewound is None:
+            save(saver, step, state)
+        if data_failed or rewound is not None:
             distributed.agree(batches.check)
-        if due(step, config.eval.every) or last:
-            validate(config, engine, data.validation, step, writer, watchdog)
-        if last and not stopping:  # afterwards, for with it the run is finished
-            save(config, saver, step, state)
-        if stopping and not last:
-            log.info(
-                f"asked to stop ({stop.signal_name or 'on another rank'}): saved at step {step}; start again to go on"
-            )
-            exit_code = PREEMPTED
-            break
+        if not stopping and rewound is None and (due(step, config.eval.every) or last):
+            stopping = validate(config, engine, data.validation, step, writer, watchdog, stop) is None
+            # The last one afterwards, for with it the run is finished.
+            if last or (stopping and not due(step, config.checkpoint.every)):
+                save(saver, step, state)
 
     saver.insist()
+    stop.saved = True
+    if stopping:
+        outcome = f"saved at step {step}" if step else "before the first step"
+        log.info(f"asked to stop ({stop.signal_name or 'on another rank'}): {outcome}; start again to go on")
+        exit_code = PREEMPTED
     if writer and (rest := saver.metrics()):
         writer.write(step, rest)
     progress.close()
     if exit_code == DONE and config.sample.tokens:
-        log.info(f"sample: {json.dumps(sample_text(config, engine, data.tokenizer, watchdog), ensure_ascii=False)}")
+        sample = sample_text(config, engine, data.tokenizer, watchdog, stop)
+        log.info("no sample: asked to stop" if sample is None else f"sample: {json.dumps(sample, ensure_ascii=False)}")
     _say_where(directory)
     return exit_code
 
@@ -234,66 +238,16 @@ def due(step: int, every: int) -> bool:
 
 
 def lacks_validation(config: Config, step: int) -> bool:
-    """Whether a life that was killed has saved at this step, but not yet validated."""
-    if not due(step, config.eval.every):
+    """Whether a life that was stopped or killed has saved at this step, but not yet validated."""
+    if not (due(step, config.eval.every) or step >= config.train.steps):
         return False
     lines = read_metrics(Path(config.run.directory))
     return not any(line["step"] == step and any(name.startswith("val/") for name in line) for line in lines)
 
 
-def save(config: Config, saver: Saver, step: int, state: Mapping[str, Any]) -> None:
+def save(saver: Saver, step: int, state: Mapping[str, Any]) -> None:
     """Begin a checkpoint."""
-    about = {"step": step, "tokens": step * tokens_per_step(config), "world": checkpoint.world_shape(saver.engine)}
-    saver.start(step, {**state, **about})
-
-
-def rewind(
-    config: Config, engine: TrainingEngine, saver: Saver, step: int, state: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Go back to the newest checkpoint after a spike at ``step``, and leave out the data of the steps since.
-
-    Returns:
-        The state to go on with, or None where there is no checkpoint yet. Collective.
-
-    Raises:
-        TrainingError: this is one spike more than ``train.max_rewinds``.
-    """
-    saver.finish()
-    found = checkpoint.newest_valid(saver.directory)
-    if found is None:
-        log.warning("no checkpoint to go back to yet: going on")
-        return None
-    if state["rewinds"] >= config.train.max_rewinds:
-        raise TrainingError(
-            f"step {step}: the loss has spiked again after {state['rewinds']} rewinds (train.max_rewinds); last "
-            f"checkpoint: {found}: lower optim.learning_rate or look at the data"
-        )
-    saved = checkpoint.load(engine, found)
-    left_out = (step - saved["step"]) * global_batch_sequences(config)
-    log.warning(f"going back to {found} at step {saved['step']}; the next {left_out} sequences are left out")
-    counts = {"skipped_samples": state["skipped_samples"] + left_out, "rewinds": state["rewinds"] + 1}
-    return saved | counts | {"data": state["data"]}
-
-
-def report_spike(step: int, loss: float, sigma: float, watch: LossWatch) -> bool:
-    """Tell of a loss far above its running mean, and take it into that mean; whether it was one."""
-    deviations = watch.deviations(loss)
-    watch.learn(loss, sigma)
-    if deviations > sigma:
-        log.warning(f"step {step}: loss {loss:.4f} is a spike, {deviations:.1f} standard deviations above its mean")
-    return deviations > sigma
-
-
-def report_bad_step(config: Config, saver: Saver, step: int, in_a_row: int) -> None:
-    """Tell of a skipped update; end the run when there were too many in a row."""
-    log.warning(f"step {step}: loss or gradient not finite, update skipped ({in_a_row} in a row)")
-    if in_a_row >= config.train.max_bad_steps:
-        saver.finish()  # what is under way counts
-        newest = layout.latest(saver.directory)
-        raise TrainingError(
-            f"loss or gradient not finite at {in_a_row} steps in a row (train.max_bad_steps), up to step {step}; "
-            f"last checkpoint: {newest or 'none yet'}: lower optim.learning_rate or look at the data"
-        )
+    saver.start(step, {**state, "step": step, "world": checkpoint.world_shape(saver.engine)})
 
 
 def _open_run_directory(
@@ -305,8 +259,8 @@ def _open_run_directory(
     lock = distributed.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
     preflight.check_run_directory(config)
     start_logging(directory, rank)
-    log.info(f"rank {rank} of {len(reports)} on {reports[rank].host}, process {os.getpid()}, device {device}")
-    for report in reports if rank == 0 else [reports[rank]]:
+    log.info(f"rank {rank} of {dist.get_world_size()} on {reports[0].host}, process {os.getpid()}, device {device}")
+    for report in reports:
         log.info(str(report))
     if rank == 0:
         hosts = [report.host for report in reports]

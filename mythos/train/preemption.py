@@ -10,11 +10,11 @@ from types import FrameType
 
 from mythos.errors import PREEMPTED
 from mythos.metrics.console import log
-from mythos.train.watchdog import leave_in_any_case
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 SECOND_CTRL_C_S = 3.0
+LEAVE_S = 5.0
 
 
 class StopRequest:
@@ -25,6 +25,10 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.has_begun = False
+        """Whether the ranks have met: before, there is nothing to save, and the first signal ends the process."""
+        self.saved = False
+        """Whether the run has nothing left to save."""
         self._asked_at = 0.0
         self.before_leaving: Callable[[str, int], None] = lambda message, exit_code: None
         """Told why, and the exit code, when there was no time to save."""
@@ -46,7 +50,8 @@ class StopRequest:
         return self.signal_name is not None
 
     def leave_after(self, grace_s: float) -> None:
-        """From now on: the process ends with PREEMPTED ``grace_s`` after the first signal, saved or not.
+        """From now on: the process ends with PREEMPTED ``grace_s`` after the first signal, saved or not; at once where
+        the run has not begun.
 
         The interpreter handles a signal only between two instructions of the main thread, which may wait in a
         collective or a slow write; so the time runs in a thread, which hears of the signal through a pipe.
@@ -55,15 +60,26 @@ class StopRequest:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._leave_after, args=(reader, grace_s), name="grace", daemon=True).start()
-        if self.asked:
-            os.write(writer, b"\0")
+        if self.signal_name is not None:
+            os.write(writer, bytes([signal.Signals[self.signal_name]]))
 
     def _leave_after(self, reader: int, grace_s: float) -> None:
-        os.read(reader, 1)
-        time.sleep(grace_s)
-        message = f"not saved within {grace_s:g} s of the signal (preemption.grace_s)"
+        received = os.read(reader, 1)
+        if self.has_begun:
+            time.sleep(grace_s)
+            outcome = "everything is saved, but the run was not over" if self.saved else "not saved"
+            message = f"{outcome} within {grace_s:g} s of the signal (preemption.grace_s)"
+        else:
+            message = f"asked to stop ({signal.Signals(received[0]).name}) before the run began"
         leave_in_any_case(PREEMPTED)
         self.before_leaving(message, PREEMPTED)
         log.error(f"mythos: {message}: leaving; the last complete checkpoint stands: start again to go on")
         logging.shutdown()
         os._exit(PREEMPTED)
+
+
+def leave_in_any_case(exit_code: int, after_s: float = LEAVE_S) -> None:
+    """End the process soon, even if what it still wants to write waits for a disk that has gone away."""
+    timer = threading.Timer(after_s, os._exit, (exit_code,))
+    timer.daemon = True
+    timer.start()

@@ -6,12 +6,13 @@ Every finding names the rank and its host, and all ranks end with it at once.
 import functools
 import hashlib
 import importlib.metadata
+import json
 import platform
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mythos.config.schema import Config
 from mythos.errors import UserError
 from mythos.metrics.console import log
 from mythos.plan.params import count_parameters
+from mythos.train import distributed
 from mythos.train.distributed import agree
 from mythos.train.run_directory import PACKAGES, host_name
 
@@ -56,15 +58,20 @@ class Report:
 
 
 def check_ranks(config: Config, device: torch.device) -> list[Report]:
-    """Exchange reports and compare them; returns them by rank. Collective.
+    """Compare the ranks' reports, before their first collective; returns this rank's, on rank 0 then all others'.
 
     Raises:
         UserError: the ranks differ in code, versions or configuration, or two of them were given one GPU.
     """
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, own_report(config, device))
-    if findings := [*differing(reports), *shared_gpus(reports)]:
-        error = UserError("the ranks do not fit together:\n" + "\n".join(f"  {finding}" for finding in findings))
+    own = own_report(config, device)
+    reports = [own]
+
+    def compare(said: list[str]) -> str:
+        reports[:] = [Report(**json.loads(text)) for text in said]
+        return "\n".join(f"  {finding}" for finding in (*differing(reports), *shared_gpus(reports)))
+
+    if findings := distributed.decide(json.dumps(asdict(own)), compare):
+        error = UserError(f"the ranks do not fit together:\n{findings}")
         error.agreed = True
         raise error
     if warning := expert_groups_across_hosts(config.parallel.expert_parallel_size, [r.host for r in reports]):

@@ -32,7 +32,7 @@ ENVIRONMENT_FILE = "environment.json"
 LOCK_PATIENCE_S = 1.0
 """For a life that is just ending, and for a reader that looks whether the directory is locked."""
 JOB_VARIABLES = ("SLURM_JOB", "SLURM_RESTART_COUNT", "SLURM_ARRAY_")
-NEVER_CHANGEABLE = ("model.", "seed", "train.global_batch_", "data.sequence_length")
+NEVER_CHANGEABLE = ("model.", "data.sequence_length")
 """Options without which the saved weights and the position in the data mean nothing."""
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "mosaicml-streaming", "mythos")
 

@@ -3,7 +3,8 @@
 Every rank keeps one TCP connection to rank 0. A process that dies closes it, whatever killed it, so rank 0 knows at
 once and tells the others. A run that finishes no step for ``limit_s`` hangs: every rank writes the stacks of its
 threads to its log, rank 0 names those that no longer answer, and all end. All of it happens in a thread of its own,
-which the collective that hangs does not block.
+which the collective that hangs does not block. Should the interpreter itself be blocked, by a library that never lets
+go of its lock, then faulthandler's thread, which needs none, writes the stacks and ends the process.
 """
 
 import faulthandler
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from mythos.errors import FAILED, UserError
 from mythos.metrics.console import log
 from mythos.train.distributed import agree
+from mythos.train.preemption import leave_in_any_case
 
 LOOK_EVERY_S = 0.5
 PATIENCE_S = 1800.0
@@ -35,6 +37,8 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4, "TCP_USER
 """A node that loses its power or network says nothing: after about 20 s its connection counts as closed."""
 ANSWER_S = 5.0
 """How long rank 0 waits for the others' stacks; the others wait twice as long for rank 0."""
+FROZEN_S = 2.5
+"""How long after the limit a frozen interpreter is ended: while the others still wait for its answer."""
 VERDICT_S = 2.0
 """How long a rank that has failed waits to hear that another one's death was the cause."""
 
@@ -139,6 +143,7 @@ class Watchdog:
             peer.tell("bye")
         self._closed = True
         self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
         for peer in self._peers.values():
             peer.connection.close()
         self._selector.close()
@@ -146,11 +151,17 @@ class Watchdog:
     def _watch(self) -> None:
         try:
             while not self._closed:
+                self._end_if_frozen()
                 self._listen(LOOK_EVERY_S)
                 if time.monotonic() - self._last_progress > self._limit_s:
                     self._hang()
         except Exception as error:  # whatever it is, nobody would watch any more
             self._leave(f"the watchdog of rank {self.rank} failed: {error!r}", FAILED, logging.ERROR)
+
+    def _end_if_frozen(self) -> None:
+        """From now: if this thread does not come back here, because nobody gets the interpreter's lock any more."""
+        if (stream := _stack_streams()[0]) is not None:
+            faulthandler.dump_traceback_later(self._limit_s + FROZEN_S, exit=True, file=stream)
 
     def _listen(self, timeout_s: float) -> list[int]:
         """Act on what the peers say; returns the ranks that have written their stacks."""
@@ -163,7 +174,7 @@ class Watchdog:
             messages = peer.hear()
             if messages is None:
                 self._selector.unregister(peer.connection)
-                if not peer.left and not self._closed:
+                if not peer.left and not self._closed and not self._dumped:  # who ends frozen has not answered
                     self._end(f"{peer} died without a word: killed, out of memory, or its node is lost")
             for message in messages or ():
                 match message["kind"]:
@@ -217,13 +228,6 @@ class Watchdog:
         os._exit(exit_code)
 
 
-def leave_in_any_case(exit_code: int, after_s: float = ANSWER_S) -> None:
-    """End the process soon, even if what it still wants to write waits for a disk that has gone away."""
-    timer = threading.Timer(after_s, os._exit, (exit_code,))
-    timer.daemon = True
-    timer.start()
-
-
 def _connect() -> list[_Peer]:
     """Rank 0's connections to all others, and theirs to it. Collective."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -265,16 +269,20 @@ def _accept(server: socket.socket, token: str, others: int) -> list[_Peer]:
     while len(peers) < others:
         try:
             connection, _ = server.accept()
-            connection.settimeout(30)
-            hello = json.loads(connection.makefile("rb").readline() or b"{}")
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise UserError(f"{len(peers)} of {others} ranks reached rank 0's watchdog ({error})") from error
-        if hello.get("token") == token:
-            connection.settimeout(None)
-            _keep_alive(connection)
-            peers.append(_Peer(connection, hello["rank"], hello["host"], hello["process"]))
-        else:
+        try:
+            connection.settimeout(5)
+            hello = json.loads(connection.makefile("rb", buffering=0).readline())
+            if hello["token"] != token:
+                raise ValueError
+            peer = _Peer(connection, hello["rank"], hello["host"], hello["process"])
+        except (OSError, ValueError, TypeError, KeyError):
             connection.close()  # somebody else's
+            continue
+        connection.settimeout(None)
+        _keep_alive(connection)
+        peers.append(peer)
     return peers
 
 
@@ -286,10 +294,14 @@ def _keep_alive(connection: socket.socket) -> None:
 
 
 def _write_stacks(reason: str) -> None:
-    streams: list[Any] = [handler.stream for handler in log.handlers if isinstance(handler, logging.FileHandler)]
-    for stream in streams or [sys.stderr]:
+    for stream in filter(None, _stack_streams()):
         with suppress(OSError):  # a full disk must not keep the run from ending
             stream.write(f"{reason}; the stacks of all threads:\n")
             stream.flush()
             faulthandler.dump_traceback(stream, all_threads=True)
             stream.flush()
+
+
+def _stack_streams() -> list[Any]:
+    """The rank's log, or its console before there is one."""
+    return [h.stream for h in log.handlers if isinstance(h, logging.FileHandler)] or [sys.stderr]

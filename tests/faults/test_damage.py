@@ -27,7 +27,7 @@ from tests.faults.supervise import BIN, SAVE_EVERY, STEPS, TABLE, Row, configura
 from tests.faults.victim import recording, sequences
 from tests.require import lacking
 from tests.spawn import RankPool
-from tests.train.runs import run_training
+from tests.train.runs import record_training, run_training
 
 pytestmark = pytest.mark.slow
 FIRST, SAVED = 18, (6, 12, 18)
@@ -58,17 +58,11 @@ def straight(two_ranks: RankPool, tiny_data: Path, tmp_path_factory: pytest.Temp
     options = {"checkpoint__keep_last": 3, "optim__cooldown": "constant"}
     whole = configuration(tiny_data, directory / "whole", **options)
     (directory / "whole").mkdir()
-    assert two_ranks.run(run_and_record, whole) == [0, 0]
+    assert two_ranks.run(record_training, whole, directory / "whole") == [0, 0]
     early = configuration(tiny_data, directory / "early", **options, train__steps=FIRST)
     (directory / "early").mkdir()
-    assert two_ranks.run(run_and_record, early) == [0, 0]
+    assert two_ranks.run(record_training, early, directory / "early") == [0, 0]
     return whole, directory / "early"
-
-
-def run_and_record(config: Config) -> int:
-    """The training run; beside the run directory it writes down which sequences every step was given."""
-    with recording(Path(config.run.directory).parent):
-        return run_training(config)
 
 
 def failure(config: Config) -> str:
@@ -91,7 +85,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     config = replace(whole, run=replace(whole.run, directory=str(tmp_path / "run")))
     (tmp_path / "run" / "config.yaml").unlink()
     shutil.copy(Path(whole.run.directory) / "config.yaml", tmp_path / "run" / "config.yaml")
-    assert two_ranks.run(run_and_record, config) == [0, 0]
+    assert two_ranks.run(record_training, config, tmp_path) == [0, 0]
     assert losses(config) == losses(whole)
     assert consumed(config) == consumed(whole)
     log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()

@@ -1,13 +1,17 @@
 """Whole training runs on a pool of ranks."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from mythos.config.schema import Config
 from mythos.metrics.writer import read_metrics
+from mythos.train.engine import TrainingEngine
 from mythos.train.loop import train
 from mythos.train.preemption import StopRequest
+from tests.faults.victim import recording
 
 
 def run_training(config: Config, accept_changes: bool = False) -> int:
@@ -15,24 +19,26 @@ def run_training(config: Config, accept_changes: bool = False) -> int:
     return train(config, torch.device("cpu"), StopRequest(), accept_changes)
 
 
-class StopAfter:
-    """Asks to stop after some steps; the training loop looks once a step."""
-
-    signal_name = "a test"
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    @property
-    def asked(self) -> bool:
-        """Counts down."""
-        self.steps -= 1
-        return self.steps <= 0
+def record_training(config: Config, directory: Path, accept_changes: bool = False) -> int:
+    """The training run; into the directory it writes down which sequences every step was given."""
+    with recording(directory):
+        return run_training(config, accept_changes)
 
 
 def run_some_steps(config: Config, steps: int) -> int:
-    """The real training run, preempted after so many steps."""
-    return train(config, torch.device("cpu"), StopAfter(steps))  # type: ignore[arg-type]
+    """The real training run, asked to stop while it does the last of so many steps."""
+    stop, step, done = StopRequest(), TrainingEngine.step, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == steps:
+            stop.signal_name = "a test"
+        return step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingEngine, "step", counted)
+        return train(config, torch.device("cpu"), stop)
 
 
 def curve(config: Config, name: str) -> list[float]:

@@ -209,10 +209,9 @@ def test_gpus_talk_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyPatch, t
     from mythos.train.engine import deepspeed_config, precision
 
     chosen: dict[str, object] = {}
-    eight_gpus.setenv("LOCAL_RANK", "2")
-    eight_gpus.setenv("MASTER_ADDR", "127.0.0.1")
-    for name in ("DS_ACCELERATOR", "CUBLAS_WORKSPACE_CONFIG", "NCCL_DEBUG", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
-        eight_gpus.delenv(name, raising=False)
+    place = {"LOCAL_RANK": "2", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    eight_gpus.setattr(os, "environ", place)
+    eight_gpus.setattr(distributed, "_meeting", None)
     eight_gpus.setattr(torch.cuda, "set_device", lambda device: chosen.update(device=device))
     eight_gpus.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
     eight_gpus.setattr(distributed.dist, "init_process_group", lambda backend, **__: chosen.update(backend=backend))
@@ -220,8 +219,6 @@ def test_gpus_talk_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyPatch, t
     assert chosen == {"device": torch.device("cuda", 2), "backend": "nccl"}
     assert os.environ["DS_ACCELERATOR"] == "cuda"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    for name in ("DS_ACCELERATOR", "CUBLAS_WORKSPACE_CONFIG", "NCCL_DEBUG", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
-        eight_gpus.delenv(name)
 
     config = tiny_config("looped-moe", tmp_path, tmp_path / "run")
     assert precision(config, device) == "bf16"

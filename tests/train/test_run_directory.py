@@ -31,9 +31,8 @@ def test_another_configuration_in_the_same_directory_is_refused_with_the_differe
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ({"seed": 7}, "seed: 42 -> 7"),
-        ({"train__global_batch_sequences": 16}, "train.global_batch_sequences: 8 -> 16"),
         ({"model__width": 64}, "model.width: 32 -> 64"),
+        ({"data__sequence_length": 31}, "data.sequence_length: 15 -> 31"),
     ],
 )
 def test_what_the_saved_state_depends_on_never_changes(tmp_path: Path, overrides: dict[str, Any], line: str) -> None:
@@ -42,6 +41,22 @@ def test_what_the_saved_state_depends_on_never_changes(tmp_path: Path, overrides
     with pytest.raises(UserError, match=line) as error:
         prepare(tiny_config("looped-moe", data, run, **overrides), accept_changes=True)
     assert "--accept-changes" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"seed": 7}, "seed: 42 -> 7"),
+        ({"train__global_batch_sequences": 16}, "train.global_batch_sequences: 8 -> 16"),
+    ],
+)
+def test_what_changes_the_run_is_refused_unless_asked_for(tmp_path: Path, overrides: dict[str, Any], line: str) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    prepare(tiny_config("looped-moe", data, run), accept_changes=False)
+    changed = tiny_config("looped-moe", data, run, **overrides)
+    with pytest.raises(UserError, match=f"{line}\n.*--accept-changes"):
+        prepare(changed, accept_changes=False)
+    assert len(prepare(changed, accept_changes=True)) == 1
 
 
 @pytest.mark.parametrize("content", ["", "train: 5", "a: [", "\xff\xfe"])

@@ -12,7 +12,7 @@ from tests.require import lacking
 STUCK_DISK = """
     import logging, time
     from mythos.metrics.console import log
-    from mythos.train import watchdog
+    from mythos.train import preemption
 
     class Stuck(logging.Handler):
         def emit(self, record):
@@ -20,7 +20,7 @@ STUCK_DISK = """
 
     log.addHandler(Stuck())
     log.setLevel(logging.INFO)
-    watchdog.leave_in_any_case(85, after_s=1.0)
+    preemption.leave_in_any_case(85, after_s=1.0)
     log.error("this line is never written")
 """
 FULL_CONSOLE = """

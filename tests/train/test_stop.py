@@ -1,0 +1,153 @@
+"""A run that is asked to stop, whatever it is doing, saves what it has and goes on as if nothing had happened."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from mythos.checkpoint import layout
+from mythos.config.schema import Config
+from mythos.data.format import BOS, Manifest
+from mythos.errors import DONE, PREEMPTED
+from mythos.metrics.writer import read_metrics
+from mythos.train.engine import TrainingEngine
+from mythos.train.loop import train
+from mythos.train.preemption import StopRequest
+from mythos.train.status import read_status
+from tests.faults.victim import sequences
+from tests.spawn import RankPool
+from tests.tiny import tiny_config
+from tests.train.runs import record_training, run_some_steps, run_training
+
+STEPS = 8
+OPTIONS: dict[str, Any] = {
+    "train__steps": STEPS,
+    "eval__every": 3,
+    "eval__depths": (1, 2, 3),
+    "checkpoint__every": 100,
+    "sample__tokens": 3,
+}
+
+
+def run_and_stop(config: Config, forward_pass: int, doing: str) -> int:
+    """The run, asked to stop on rank 1 alone at that forward pass of a kind, counted from 1."""
+    stop, call, calls = StopRequest(), TrainingEngine.__call__, 0
+
+    def counted(engine: TrainingEngine, tokens: torch.Tensor, targets: Any, *rest: Any) -> Any:
+        nonlocal calls
+        now = "training" if engine.module.training else "sampling" if targets is None else "validation"
+        calls += now == doing
+        if (now, calls, dist.get_rank()) == (doing, forward_pass, 1):
+            stop.signal_name = "a test"
+        return call(engine, tokens, targets, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingEngine, "__call__", counted)
+        return train(config, torch.device("cpu"), stop)
+
+
+def of_metrics(run: Path, name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in read_metrics(run) if name in line]
+
+
+@pytest.fixture(scope="module")
+def make(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Config]:
+    """Configurations of one run, whose data has a tokenizer that can write a sample."""
+    data = tmp_path_factory.mktemp("speaking") / "data"
+    shutil.copytree(tiny_data, data)
+    text = Tokenizer(WordLevel({BOS: 0}, unk_token=BOS)).to_str()
+    (data / "tokenizer.json").write_text(text)
+    replace(Manifest.load(data), tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest()).save(data)
+    return lambda run: tiny_config("looped", data, run, ranks=2, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def straight(make: Callable[[Path], Config], two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert two_ranks.run(run_training, make(run)) == [DONE, DONE]
+    return run
+
+
+@pytest.mark.parametrize(
+    ("doing", "forward_pass", "saved"),
+    [
+        ("validation", 1, None),  # before the first step
+        ("validation", 4, 3),  # each validation is three forward passes, one a depth
+        ("training", 6, 6),  # a validation is due after this step, and is left to the next life
+        ("training", STEPS, STEPS),  # the last step
+        ("validation", 11, STEPS),  # the last validation
+    ],
+)
+def test_it_goes_on_where_it_stopped(
+    doing: str,
+    forward_pass: int,
+    saved: int | None,
+    make: Callable[[Path], Config],
+    straight: Path,
+    two_ranks: RankPool,
+    tmp_path: Path,
+) -> None:
+    config, run = make(tmp_path / "run"), tmp_path / "run"
+    assert two_ranks.run(run_and_stop, config, forward_pass, doing) == [PREEMPTED, PREEMPTED]
+    newest = layout.latest(run / layout.DIRECTORY)
+    assert (newest and layout.step_of(newest)) == saved
+    assert read_status(run).state == "preempted"
+    validated = [step for step, _ in of_metrics(run, "val/loss_depth_3")]
+    assert saved not in validated
+    assert two_ranks.run(run_training, config) == [DONE, DONE]
+    for name in ("train/loss", "val/loss_depth_3", "train/tokens"):
+        assert of_metrics(run, name) == of_metrics(straight, name), name
+    assert read_status(run).state == "finished"
+    assert two_ranks.run(run_training, config) == [DONE, DONE]
+    assert "the run is finished at step 8" in (run / "log" / "rank_00000.log").read_text()
+
+
+def test_stopped_while_it_writes_its_sample_a_run_is_finished(
+    make: Callable[[Path], Config], straight: Path, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    config, run = make(tmp_path / "run"), tmp_path / "run"
+    assert two_ranks.run(run_and_stop, config, 2, "sampling") == [DONE, DONE]
+    assert "no sample: asked to stop" in (run / "log" / "rank_00000.log").read_text()
+    assert of_metrics(run, "train/loss") == of_metrics(straight, "train/loss")
+    assert read_status(run).state == "finished"
+
+
+def test_what_saves_cost_is_told_although_metrics_are_written_now_and_then(
+    two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    options = {"log__every": 10, "checkpoint__every": 3, "train__steps": 12}
+    config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, **options)
+    assert two_ranks.run(run_training, config) == [DONE, DONE]
+    assert [step for step, _ in of_metrics(tmp_path / "run", "train/loss")] == [10, 12]
+    for name in ("checkpoint/stall_seconds", "checkpoint/save_seconds", "checkpoint/failures_in_a_row"):
+        assert len(of_metrics(tmp_path / "run", name)) == 4, "of steps 3, 6, 9 and 12"
+
+
+def test_with_another_batch_the_run_goes_on_at_the_very_next_sequence(
+    two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"ranks": 2, "train__steps": 6}
+    before = tiny_config("looped", tiny_data, tmp_path / "run", **options)
+    after = tiny_config("looped", tiny_data, tmp_path / "run", **options, train__global_batch_sequences=16)
+    assert two_ranks.run(run_some_steps, before, 3) == [PREEMPTED, PREEMPTED]
+    (tmp_path / "seen").mkdir()
+    assert two_ranks.run(record_training, after, tmp_path / "seen", True) == [DONE, DONE]
+    once = tiny_config("looped", tiny_data, tmp_path / "once", ranks=2, train__steps=9)
+    (tmp_path / "expected").mkdir()
+    assert two_ranks.run(record_training, once, tmp_path / "expected") == [DONE, DONE]
+    seen, expected = sequences(tmp_path / "seen"), sequences(tmp_path / "expected")
+    assert list(seen) == [4, 5, 6]
+    for number, step in enumerate(seen):
+        assert seen[step] == sorted(expected[4 + 2 * number] + expected[5 + 2 * number])
+    tokens = dict(of_metrics(tmp_path / "run", "train/tokens"))
+    assert [tokens[step] / 15 for step in range(1, 7)] == [8, 16, 24, 40, 56, 72]
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    assert "data changed: global_batch_sequences: 8 -> 16; going on at sample 24" in log
