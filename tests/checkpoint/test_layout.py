@@ -174,3 +174,29 @@ def test_set_aside_never_overwrites(tmp_path: Path) -> None:
     aside = tmp_path / layout.SET_ASIDE
     assert (aside / layout.tag(5) / "x").read_text() == "a"
     assert (aside / f"{layout.tag(5)}.2" / "x").read_text() == "b"
+
+
+def test_a_pointer_that_cannot_be_written_undoes_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The space of what did not count is then free for the next attempt, and what it replaced is there again."""
+    directory = tmp_path / "c"
+    for step in (3, 6):
+        write(directory, step)
+
+    def full(path: Path, text: str) -> None:
+        if path.name == layout.POINTER:
+            raise OSError(28, "No space left on device")
+        write_atomically(path, text)
+
+    write_atomically = layout.write_atomically
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "write_atomically", full)
+        for step in (6, 9):
+            with pytest.raises(OSError, match="No space left"):
+                write(directory, step, value=2.0)
+    assert names(layout.complete(directory)) == [6, 3]
+    assert [path.name for path in layout.half_written(directory)] == [
+        f"{layout.tag(6)}.partial",
+        f"{layout.tag(9)}.partial",
+    ]
+    newest = layout.candidates(directory)[0]
+    assert layout.problems(newest, layout.Manifest.load(newest)) == {}

@@ -128,17 +128,22 @@ def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_run_does_not_
         assert "every checkpoint is damaged" in messages[0]
         assert "move them away to start over" in messages[0]
     assert len(layout.complete(directory)) == 3
+    (directory / layout.POINTER).write_text(layout.tag(12))
+    assert f"every checkpoint up to {layout.tag(12)} is damaged" in two_ranks.run(failure, config)[0]
+    (directory / layout.POINTER).write_text(layout.tag(18))
 
     done = run([BIN / "mythos", "checkpoint", "verify", tmp_path / "run"], 60, env=clean_environment())
     assert done.returncode == 2
     assert done.stdout.count("its content does not fit the hash in the manifest") == 3
-    (directory / layout.POINTER).write_text(layout.tag(12))
-    listed = run([BIN / "mythos", "checkpoint", "list", tmp_path / "run"], 60, env=clean_environment()).stdout
-    assert [line.split("  ")[-1] for line in listed.splitlines()] == [
-        "newer than latest, does not count",
-        "would be resumed",
-        "complete",
-    ]
+    evaluated = run([BIN / "mythos", "eval", tmp_path / "run", "parallel.expert_parallel_size=1"], 60)
+    assert evaluated.returncode == 2
+    assert f"{layout.tag(18)} is damaged: " in evaluated.stderr
+    for step in SAVED:
+        shutil.rmtree(directory / layout.tag(step))
+    messages = two_ranks.run(failure, config)
+    assert f"latest names {layout.tag(18)}, which is missing, and there is no other" in messages[0]
+    assert messages[0] == messages[1]
+    assert losses(config), "the metrics of the run are as they were"
 
 
 def mount(*arguments: str) -> None:
@@ -189,26 +194,30 @@ def vanished(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     return lambda: run.rename(away), lambda: away.rename(run) and None
 
 
-@pytest.mark.parametrize("trouble", [full_disk, read_only, vanished])
+@pytest.mark.parametrize(
+    ("trouble", "mode"), [(full_disk, "sync"), (full_disk, "async"), (read_only, "async"), (vanished, "async")]
+)
 def test_training_goes_on_while_checkpoints_cannot_be_written(
-    trouble: Any, straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
+    trouble: Any, mode: str, straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
 ) -> None:
     """The trouble begins after the first checkpoint and ends after the second has failed; nothing is lost."""
-    config, told, detected_s = in_trouble(trouble, straight[0], two_ranks, small_disk, every=SAVE_EVERY)
+    config, told, detected_s = in_trouble(trouble, straight[0], two_ranks, small_disk, SAVE_EVERY, mode)
     assert "checkpoint of step 12 not saved (rank " in told
     assert f"last complete one: {config.run.directory}/checkpoints/step_00000006" in told
-    TABLE.append(Row(f"{trouble.__name__.replace('_', ' ')} during a save", detected_s, 0, True))
+    TABLE.append(Row(f"{trouble.__name__.replace('_', ' ')} during a save ({mode})", detected_s, 0, True))
 
 
 def test_a_last_save_that_fails_is_tried_again(
     straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
 ) -> None:
     """No later save would be due."""
-    _, told, _ = in_trouble(full_disk, straight[0], two_ranks, small_disk, every=STEPS - 1)
+    _, told, _ = in_trouble(full_disk, straight[0], two_ranks, small_disk, STEPS - 1, "async")
     assert f"checkpoint of step {STEPS} not saved (rank " in told
 
 
-def in_trouble(trouble: Any, whole: Config, two_ranks: RankPool, disk: Path, every: int) -> tuple[Config, str, float]:
+def in_trouble(
+    trouble: Any, whole: Config, two_ranks: RankPool, disk: Path, every: int, mode: str
+) -> tuple[Config, str, float]:
     """Run to the end although nothing can be saved after the first checkpoint, until a failure was told.
 
     Returns the configuration, what was told, and how many seconds after the trouble began.
@@ -217,7 +226,7 @@ def in_trouble(trouble: Any, whole: Config, two_ranks: RankPool, disk: Path, eve
     config = replace(
         whole,
         run=replace(whole.run, directory=str(run_directory)),
-        checkpoint=replace(whole.checkpoint, every=every, max_failures=10, keep_last=2, mode="sync"),
+        checkpoint=replace(whole.checkpoint, every=every, max_failures=10, keep_last=2, mode=mode),
     )
     break_it, mend_it = trouble(run_directory)
     broken_at = 0.0

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -168,6 +169,40 @@ def test_a_signal_saves_and_exits_85_and_the_next_start_goes_on(
     assert code == 0, output
     assert f"resumed from {tmp_path}/run/checkpoints/step_{saved:08d} at step {saved}" in output
     assert losses(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_signal_before_the_ranks_have_met_ends_the_process_at_once(
+    early: bool, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Rank 0 waits for rank 1, which never comes; or it has not even imported torch."""
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        place["MASTER_PORT"] = str(probe.getsockname()[1])
+    command = [MYTHOS, "train", write_config(tmp_path / "c.yaml", tiny_data)]
+    process = subprocess.Popen(command, env=clean_environment() | place, stderr=subprocess.PIPE, text=True)
+    try:
+        proc, until = Path("/proc") / str(process.pid), time.monotonic() + 60
+        while not catches(proc, signal.SIGUSR1) or (not early and not listens(proc, int(place["MASTER_PORT"]))):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        assert ("libtorch" in (proc / "maps").read_text()) != early
+        process.send_signal(signal.SIGUSR1)
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 85, told
+    assert "asked to stop (SIGUSR1) before the run began" in told
+
+
+def catches(proc: Path, number: signal.Signals) -> bool:
+    mask = re.search(r"^SigCgt:\s*(\w+)", (proc / "status").read_text(), re.M)
+    return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
+
+
+def listens(proc: Path, port: int) -> bool:
+    return f":{port:04X} " in (proc / "net" / "tcp6").read_text() + (proc / "net" / "tcp").read_text()
 
 
 def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(

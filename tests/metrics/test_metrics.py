@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from mythos.metrics.health import depth_metrics, expert_metrics, model_metrics
 from mythos.metrics.throughput import StepClock, peak_memory_gib
 from mythos.metrics.writer import MetricsWriter, read_metrics
 from mythos.train.schedule import learning_rate
+from tests.require import lacking
 from tests.tiny import tiny_config
 
 
@@ -77,3 +80,28 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert cosine == pytest.approx([1 + 0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)])
     assert rates(3, learning_rate=1.0, warmup_steps=0, cooldown="constant") == [1, 1, 1]
     assert max(rates(5, learning_rate=1.0, warmup_steps=100, cooldown="constant")) == pytest.approx(0.05)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_a_line_is_never_doubled_by_a_disk_that_was_full_for_a_moment(tmp_path: Path) -> None:
+    disk, ballast = tmp_path / "disk", tmp_path / "disk" / "ballast"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=False).returncode:
+        lacking("this user may not mount a small disk")
+    try:
+        writer = MetricsWriter(disk, 0)
+        writer.write(1, {"train/loss": 1.0})
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(b"x" * 512):
+                pass
+        step = 1
+        while not writer._failing:
+            step += 1
+            assert step < 1000
+            writer.write(step, {f"train/value_{number}": 1.0 for number in range(40)})
+        ballast.unlink()
+        writer.write(step + 1, {"train/loss": 2.0})
+        writer.close()
+        assert [line["step"] for line in read_metrics(disk)] == list(range(1, step + 2))
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)

@@ -53,6 +53,7 @@ def tiny_config_in(config: Config, directory: Path) -> Config:
         ("looped-moe", MOE | {"parallel__zero_stage": 1}),
         ("looped-moe", MOE | {"parallel__zero_stage": 0}),
         ("mythos", MOE),
+        ("looped-moe", MOE | {"precision": "bf16"}),
         ("published", {"checkpoint__every": 10}),
         ("dense", {"checkpoint__every": 10, "parallel__zero_stage": 0}),
     ],

@@ -12,16 +12,19 @@ from mythos.metrics.watch import FIRST_STEPS
 from mythos.metrics.writer import read_metrics
 from mythos.train.data import open_data
 from mythos.train.engine import TrainingEngine
+from mythos.train.loop import train
+from mythos.train.preemption import StopRequest
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
-from tests.train.runs import run_training
 
 STEPS, SPIKE, SAVED = FIRST_STEPS + 8, FIRST_STEPS + 5, FIRST_STEPS
 
 
-def train_with_spikes(config: Config, calls_with_a_spike: list[int]) -> tuple[str, list[list[list[int]]]]:
+def train_with_spikes(
+    config: Config, calls_with_a_spike: list[int], stop_at: int | None = None
+) -> tuple[str, list[list[list[int]]]]:
     """How the run ended, and the tokens that each of this rank's training steps was given."""
-    plain, seen = TrainingEngine.__call__, []
+    plain, seen, stop = TrainingEngine.__call__, [], StopRequest()
 
     def call(engine: TrainingEngine, tokens: torch.Tensor, *rest: Any) -> Any:
         loss, health = plain(engine, tokens, *rest)
@@ -29,12 +32,14 @@ def train_with_spikes(config: Config, calls_with_a_spike: list[int]) -> tuple[st
             seen.append(tokens.tolist())
             if len(seen) in calls_with_a_spike:
                 loss = 3 * loss
+            if len(seen) == stop_at:
+                stop.signal_name = "a test"
         return loss, health
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingEngine, "__call__", call)
         try:
-            return str(run_training(config)), seen
+            return str(train(config, torch.device("cpu"), stop)), seen
         except TrainingError as error:
             return str(error), seen
 
@@ -85,3 +90,22 @@ def test_too_many_spikes_end_the_run(two_ranks: RankPool, tiny_data: Path, tmp_p
     assert ends[0][0] == ends[1][0]
     assert "the loss has spiked again after 1 rewinds (train.max_rewinds); last checkpoint: " in ends[0][0]
     assert f"step_{SAVED:08d}" in ends[0][0]
+
+
+def test_a_run_that_is_stopped_at_a_spike_has_gone_back_before_it_saves(
+    two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    options = {"train__spike_rewind": True, "checkpoint__mode": "sync"}
+    straight = configuration(tiny_data, tmp_path / "straight", **options)
+    expected = two_ranks.run(train_with_spikes, straight, [SPIKE])
+    config = configuration(tiny_data, tmp_path / "run", **options)
+    first = two_ranks.run(train_with_spikes, config, [SPIKE], SPIKE)
+    assert [how for how, _ in first] == ["85", "85"]
+    second = two_ranks.run(train_with_spikes, config, [])
+    assert [how for how, _ in second] == ["0", "0"]
+    for rank in range(2):
+        assert first[rank][1] + second[rank][1] == expected[rank][1], "the same sequences, the spike's left out"
+    lines, as_expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "straight")
+    for name in ("train/loss", "train/rewinds", "train/tokens"):
+        found = [(line["step"], line[name]) for line in lines if name in line]
+        assert found == [(line["step"], line[name]) for line in as_expected if name in line], name

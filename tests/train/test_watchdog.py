@@ -1,6 +1,7 @@
 """The watchdog and the log where the disk or the network, too, is in trouble."""
 
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -64,3 +65,52 @@ def test_a_closed_console_ends_nothing() -> None:
     finally:
         os.close(writer)
     assert (done.returncode, done.stdout) == (0, "still here\n")
+
+
+FROZEN = """
+    import ctypes, os, time
+    from mythos.metrics.console import start_logging
+    from mythos.train import distributed
+    from mythos.train.watchdog import Watchdog
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    distributed.start("cpu")
+    start_logging(None, 0)
+
+    def library_that_never_lets_go():
+        ctypes.PyDLL(None).sleep(600)
+
+    with Watchdog(1.0) as watchdog:
+        watchdog.started()
+        time.sleep(1)  # so that the watchdog has looked again
+        library_that_never_lets_go()
+"""
+
+
+def test_a_process_whose_interpreter_is_frozen_ends_with_its_stacks(tmp_path: Path) -> None:
+    with open(tmp_path / "errors", "w") as errors:
+        done = python(FROZEN, stderr=errors)
+    assert done.returncode == 1
+    assert "in library_that_never_lets_go" in (tmp_path / "errors").read_text()
+
+
+START = """
+    import os, sys
+    from mythos.errors import UserError
+    from mythos.train import distributed
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+    try:
+        distributed.start("cpu")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        done = python(START.replace("sys.argv[1]", f"'{port}'"))
+    assert done.stdout == (
+        f"MASTER_PORT = {port}: taken on this host: set MASTER_PORT to a free one, the same for all ranks\n"
+    )

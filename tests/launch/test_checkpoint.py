@@ -1,0 +1,105 @@
+"""`mythos checkpoint list|verify`: what they say is what a start does."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launch.checkpoint import add_parser
+from mythos.checkpoint import layout
+from tests.checkpoint.test_layout import write
+
+
+def command(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    arguments = parser.parse_args(["checkpoint", name, str(run)])
+    exit_code = arguments.run(arguments)
+    return exit_code, capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    for step in (3, 6, 9):
+        write(tmp_path / "run" / layout.DIRECTORY, step)
+    return tmp_path / "run"
+
+
+def states(lines: list[str]) -> list[str]:
+    return [line.split("  ")[-1] for line in lines]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_all_is_well(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("list", run, capsys)[0] == 0
+    assert states(command("list", run, capsys)[1]) == ["would be resumed", "complete", "complete"]
+    exit_code, lines = command("verify", run, capsys)
+    assert (exit_code, states(lines)) == (0, ["whole, would be resumed", "whole, complete", "whole, complete"])
+
+
+def test_a_missing_file_is_seen_without_reading(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / layout.DIRECTORY / layout.tag(9) / layout.optimizer_file(0)).unlink()
+    exit_code, lines = command("list", run, capsys)
+    assert exit_code == 0
+    assert "optimizer_00000.safetensors: No such file" in lines[0]
+    assert states(lines[1:3]) == ["would be resumed", "complete"]
+    assert lines[3] == f"{run}: the next start sets aside what is newer than step_00000006, and goes on there"
+
+
+def test_only_what_lies_in_the_way_of_a_start_is_said_to_be_set_aside(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(run / layout.DIRECTORY / layout.tag(3) / layout.weights_file(0))
+    exit_code, lines = command("verify", run, capsys)
+    assert exit_code == 2
+    assert states(lines[:3]) == ["whole, would be resumed", "whole, complete", "damaged"]
+    assert "its content does not fit the hash" in lines[3]
+    assert len(lines) == 4, "the start does not look at it"
+
+
+def test_nothing_whole_is_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (3, 6, 9):
+        flip(run / layout.DIRECTORY / layout.tag(step) / layout.MANIFEST_FILE)
+    for name, code in (("list", 0), ("verify", 2)):
+        exit_code, lines = command(name, run, capsys)
+        assert exit_code == code
+        assert lines[-1] == (
+            f"{run}: no whole checkpoint that counts: a start is refused until one is restored or all are moved away"
+        )
+
+
+def test_an_older_one_that_the_user_has_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / layout.DIRECTORY / layout.POINTER).write_text(layout.tag(6))
+    assert states(command("list", run, capsys)[1]) == [
+        "newer than latest, does not count",
+        "would be resumed",
+        "complete",
+    ]
+
+
+def test_what_vanishes_meanwhile_is_no_error(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = layout.complete
+
+    def then_remove(directory: Path) -> list[Path]:
+        found = complete(directory)
+        shutil.rmtree(directory / layout.tag(3), ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(layout, "complete", then_remove)
+    for name in ("list", "verify"):
+        lines = command(name, run, capsys)[1]
+        assert "would be resumed" in lines[0]
+
+
+def test_a_run_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / layout.DIRECTORY).mkdir()
+    assert command("list", tmp_path, capsys) == (0, [f"{tmp_path}: no complete checkpoint: a start begins at step 0"])
