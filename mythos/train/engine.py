@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mythos.config.derive import micro_steps
 from mythos.config.schema import Config
+from mythos.errors import UserError
 from mythos.model import build_model, build_structure
 from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
@@ -48,6 +49,7 @@ class TrainingEngine:
         self.expert_parallel_size = config.parallel.expert_parallel_size
         self.clip = config.optim.gradient_clip
         self.precision = precision(config, device)
+        _check_clipping(config, self.precision)
         sections = deepspeed_config(config, dist.get_world_size(), device)
         model = _build_model(config, sections)
         moe_names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
@@ -218,6 +220,17 @@ def precision(config: Config, device: torch.device) -> str:
     if config.precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     return config.precision
+
+
+def _check_clipping(config: Config, precision: str) -> None:
+    """UserError where the norm that DeepSpeed clips by (FP16_UnfusedOptimizer) leaves the experts' gradients out."""
+    experts = getattr(config.model, "core_experts", None)
+    if config.parallel.zero_stage == 0 and precision == "bf16" and experts:
+        error = UserError(
+            "parallel.zero_stage = 0: in bf16 DeepSpeed clips by a norm without the experts' gradients: set 1, 2 or 3"
+        )
+        error.agreed = True
+        raise error
 
 
 def _build_model(config: Config, sections: dict[str, Any]) -> nn.Module:

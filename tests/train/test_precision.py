@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mythos.config.schema import Config
+from mythos.errors import UserError
 from mythos.model.depth import fixed
 from mythos.model.moe import expert_load, moe_layers
 from mythos.train.engine import TrainingEngine
@@ -46,3 +47,19 @@ def test_counters_and_balance_biases_stay_in_fp32(two_ranks: RankPool, tiny_data
     for types, load in two_ranks.run(count_tokens, config):
         assert types == [torch.float32, torch.float32]
         assert load == [20 * 4 * SEQUENCE_LENGTH * 2] * 2, "bf16 could not count beyond 256"
+
+
+def refusal(config: Config) -> str:
+    try:
+        TrainingEngine(config, torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_stage_that_clips_without_the_experts_is_refused(
+    two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny_config("looped-moe", tiny_data, tmp_path, ranks=2, precision="bf16", parallel__zero_stage=0)
+    for message in two_ranks.run(refusal, config):
+        assert message.startswith("parallel.zero_stage = 0: in bf16 DeepSpeed clips by a norm without the experts'")
