@@ -1,6 +1,7 @@
 """Where all ranks meet: one (address, port), the same on every rank, without torch.
 
-MASTER_ADDR and MASTER_PORT win where the user set them. Otherwise every launcher has its own way to agree.
+MASTER_ADDR and MASTER_PORT win where the user set them. Otherwise every launcher has its own way to agree. The batch
+scripts set MASTER_ADDR (slurm/tasks.sh), for there may be no scontrol inside a container.
 """
 
 import contextlib
@@ -23,7 +24,20 @@ _mpi_is_ours = False
 def meet(
     environ: Mapping[str, str], launcher: str, rank: int, world_size: int, local_rank: int, local_world_size: int
 ) -> tuple[str, int]:
-    """The address and port for this launcher, with the user's own in place of what would be computed."""
+    """The address and port for this launcher, with the user's own in place of what would be computed.
+
+    Raises:
+        UserError: a variable is missing or odd, or the port is not free on rank 0's host.
+    """
+    address, port = _agreed(environ, launcher, rank, world_size, local_rank, local_world_size)
+    if rank == 0 and launcher != "torchrun":  # which may hold the port itself, for its workers
+        _check_free(port)
+    return address, port
+
+
+def _agreed(
+    environ: Mapping[str, str], launcher: str, rank: int, world_size: int, local_rank: int, local_world_size: int
+) -> tuple[str, int]:
     address, port = environ.get("MASTER_ADDR"), _users_port(environ)
     if address and port:
         # The way out where MPI_Init fails; but with MPI closed, MPICH's mpiexec lets the others run on when one dies.
@@ -59,15 +73,30 @@ def _free_port() -> int:
         return port
 
 
+def _check_free(port: int) -> None:
+    """Another process's port would end in a traceback of torch's, or, where that process answers, in a hang."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise UserError(
+            f"port {port}, where the ranks are to meet, cannot be opened on {socket.gethostname()} "
+            f"({os.strerror(error.errno or 0)}): set MASTER_PORT to a free one"
+        ) from None
+
+
 # ---- Slurm
 
 
 def _by_slurm(environ: Mapping[str, str], rank: int, users_address: str | None) -> tuple[str, int]:
-    """The step's first node, and a port that differs between the jobs and the steps of a job."""
+    """The step's first node, and a port that differs between jobs, the steps of a job and its starts.
+
+    A process that a lost node's Slurm has forgotten may hold the port of the start before.
+    """
     job, step = environ.get("SLURM_JOB_ID", ""), environ["SLURM_STEP_ID"]
     if not job.isdecimal():
         raise UserError(f"SLURM_JOB_ID={job!r} is not a job's number: start with srun, or set MASTER_PORT")
-    port = FIRST_PORT + (int(job) + 131 * int(step)) % PORTS
+    restarts = environ.get("SLURM_RESTART_COUNT", "")
+    port = FIRST_PORT + (int(job) + 131 * int(step) + 1009 * int(restarts if restarts.isdecimal() else 0)) % PORTS
     if users_address:
         return users_address, port
     # srun --distribution=arbitrary may put rank 0 elsewhere; the others would wait at the first node for ever.

@@ -1,6 +1,7 @@
 """launch.env reads every launcher's variables, and names the bad one in one line."""
 
 import dataclasses
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -153,6 +154,8 @@ def test_srun_takes_the_name_if_it_resolves(scontrol: list[tuple[str, ...]], mon
     assert read_world({**SRUN, "SLURM_STEP_NODELIST": "node7"}).address == "node7"
     assert read_world({**SRUN, "SLURM_STEP_ID": "3"}).port != world.port
     assert read_world({**SRUN, "SLURM_JOB_ID": "99999999"}).port < 30000
+    ports = {read_world({**SRUN, "SLURM_RESTART_COUNT": count}).port for count in ("", "0", "1", "2")}
+    assert len(ports) == 3, "a process of the start before may hold its port"
 
 
 def test_srun_takes_the_node_address_if_the_name_does_not_resolve(scontrol: list[tuple[str, ...]]) -> None:
@@ -180,6 +183,21 @@ def test_the_users_address_and_port_win_one_by_one(scontrol: list[tuple[str, ...
     assert scontrol == []
     assert read_world({"MASTER_ADDR": "login"}).address == "login"
     assert read_world({"MASTER_PORT": "4000"}).port == 4000
+
+
+@pytest.mark.parametrize("environ", [SRUN, MPICH, OPEN_MPI, {}])
+def test_a_port_that_rank_0_finds_taken_is_named(environ: dict[str, str]) -> None:
+    first = dict.fromkeys(("SLURM_PROCID", "SLURM_NODEID", "PMI_RANK", "OMPI_COMM_WORLD_RANK"), "0")
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        meet = {"MASTER_ADDR": "host", "MASTER_PORT": str(port)}
+        _fails(
+            {**environ, **{name: value for name, value in first.items() if name in environ}, **meet},
+            rf"^port {port}, .* cannot be opened on \S+ \(Address already in use\): set MASTER_PORT to a free one",
+        )
+        if environ:
+            assert read_world({**environ, **meet}).port == port, "the others do not open it"
+        assert read_world({**TORCHRUN, "RANK": "0", **meet}).port == port, "torchrun itself may hold it"
 
 
 def test_a_failing_scontrol_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
