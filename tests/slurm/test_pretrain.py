@@ -120,8 +120,7 @@ def test_requeued_by_others_and_nodes_lost_the_run_finishes_all_the_same(
 ) -> None:
     directory, environ = tmp_path / "run", nodes_come_back
     words = options(tiny_data, directory, checkpoint__every=3)
-    soon = {"SLURM_WAIT": "10"}  # srun gives a lost rank up before Slurm finds the node down
-    job = pretrain(environ | soon, tmp_path, TWO_BY_ONE, *words)
+    job = pretrain(environ, tmp_path, TWO_BY_ONE, *words)
     job.wait_for_step(directory, 3)
     scontrol(environ, "requeue", job.number)
     job.wait_until("the second start", lambda: "start 2, " in job.log())
@@ -133,7 +132,6 @@ def test_requeued_by_others_and_nodes_lost_the_run_finishes_all_the_same(
     assert run([SCRIPT, "kill-node", lost], 20, environ).returncode == 0
     assert job.end() == "COMPLETED", job.log()
     assert job.show("Restarts") == "3"
-    assert "a node does not answer: waiting for Slurm to requeue the job" in job.log()
     # Two ranks in place of four add in another order.
     assert losses(directory) == [(step, pytest.approx(loss, rel=1e-3)) for step, loss in undisturbed]
     assert read_status(directory).lives == 4
