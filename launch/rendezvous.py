@@ -24,20 +24,7 @@ _mpi_is_ours = False
 def meet(
     environ: Mapping[str, str], launcher: str, rank: int, world_size: int, local_rank: int, local_world_size: int
 ) -> tuple[str, int]:
-    """The address and port for this launcher, with the user's own in place of what would be computed.
-
-    Raises:
-        UserError: a variable is missing or odd, or the port is not free on rank 0's host.
-    """
-    address, port = _agreed(environ, launcher, rank, world_size, local_rank, local_world_size)
-    if rank == 0 and launcher != "torchrun":  # which may hold the port itself, for its workers
-        _check_free(port)
-    return address, port
-
-
-def _agreed(
-    environ: Mapping[str, str], launcher: str, rank: int, world_size: int, local_rank: int, local_world_size: int
-) -> tuple[str, int]:
+    """The address and port for this launcher, with the user's own in place of what would be computed."""
     address, port = environ.get("MASTER_ADDR"), _users_port(environ)
     if address and port:
         # The way out where MPI_Init fails; but with MPI closed, MPICH's mpiexec lets the others run on when one dies.
@@ -71,17 +58,6 @@ def _free_port() -> int:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _check_free(port: int) -> None:
-    """Another process's port would end in a traceback of torch's, or, where that process answers, in a hang."""
-    try:
-        socket.create_server(("", port)).close()
-    except OSError as error:
-        raise UserError(
-            f"port {port}, where the ranks are to meet, cannot be opened on {socket.gethostname()} "
-            f"({os.strerror(error.errno or 0)}): set MASTER_PORT to a free one"
-        ) from None
 
 
 # ---- Slurm

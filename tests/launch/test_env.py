@@ -1,7 +1,6 @@
 """launch.env reads every launcher's variables, and names the bad one in one line."""
 
 import dataclasses
-import socket
 from collections.abc import Callable
 
 import pytest
@@ -183,21 +182,6 @@ def test_the_users_address_and_port_win_one_by_one(scontrol: list[tuple[str, ...
     assert scontrol == []
     assert read_world({"MASTER_ADDR": "login"}).address == "login"
     assert read_world({"MASTER_PORT": "4000"}).port == 4000
-
-
-@pytest.mark.parametrize("environ", [SRUN, MPICH, OPEN_MPI, {}])
-def test_a_port_that_rank_0_finds_taken_is_named(environ: dict[str, str]) -> None:
-    first = dict.fromkeys(("SLURM_PROCID", "SLURM_NODEID", "PMI_RANK", "OMPI_COMM_WORLD_RANK"), "0")
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
-        meet = {"MASTER_ADDR": "host", "MASTER_PORT": str(port)}
-        _fails(
-            {**environ, **{name: value for name, value in first.items() if name in environ}, **meet},
-            rf"^port {port}, .* cannot be opened on \S+ \(Address already in use\): set MASTER_PORT to a free one",
-        )
-        if environ:
-            assert read_world({**environ, **meet}).port == port, "the others do not open it"
-        assert read_world({**TORCHRUN, "RANK": "0", **meet}).port == port, "torchrun itself may hold it"
 
 
 def test_a_failing_scontrol_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
