@@ -17,6 +17,7 @@ def add_parser(subparsers: Any) -> None:
     add_config_arguments(parser)
     parser.add_argument("--nodes", type=positive, required=True, metavar="N", help="nodes of the job")
     parser.add_argument("--tasks-per-node", type=positive, required=True, metavar="N", help="processes on each")
+    parser.add_argument("--accept-changes", action="store_true", help="for `mythos train`, which gets the same words")
     parser.set_defaults(run=run)
 
 

@@ -1,6 +1,7 @@
 """Where all ranks meet: one (address, port), the same on every rank, without torch.
 
-MASTER_ADDR and MASTER_PORT win where the user set them. Otherwise every launcher has its own way to agree.
+MASTER_ADDR and MASTER_PORT win where the user set them. Otherwise every launcher has its own way to agree. The batch
+scripts set MASTER_ADDR (slurm/tasks.sh), for there may be no scontrol inside a container.
 """
 
 import contextlib
@@ -63,11 +64,15 @@ def _free_port() -> int:
 
 
 def _by_slurm(environ: Mapping[str, str], rank: int, users_address: str | None) -> tuple[str, int]:
-    """The step's first node, and a port that differs between the jobs and the steps of a job."""
+    """The step's first node, and a port that differs between jobs, the steps of a job and its starts.
+
+    A process that a lost node's Slurm has forgotten may hold the port of the start before.
+    """
     job, step = environ.get("SLURM_JOB_ID", ""), environ["SLURM_STEP_ID"]
     if not job.isdecimal():
         raise UserError(f"SLURM_JOB_ID={job!r} is not a job's number: start with srun, or set MASTER_PORT")
-    port = FIRST_PORT + (int(job) + 131 * int(step)) % PORTS
+    restarts = environ.get("SLURM_RESTART_COUNT", "")
+    port = FIRST_PORT + (int(job) + 131 * int(step) + 1009 * int(restarts if restarts.isdecimal() else 0)) % PORTS
     if users_address:
         return users_address, port
     # srun --distribution=arbitrary may put rank 0 elsewhere; the others would wait at the first node for ever.

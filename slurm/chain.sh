@@ -11,7 +11,7 @@ if [ $# -lt 2 ] || [[ ! $1 =~ ^[1-9][0-9]*$ ]]; then
   exit 2
 fi
 [ -f slurm/env.sh ] || { echo "chain.sh: no slurm/env.sh in $PWD: call it in the repository's root" >&2; exit 2; }
-. slurm/env.sh
+. slurm/env.sh || exit 2
 set -euo pipefail # not before: modules may lean on unset variables
 count=$1
 shift

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Text to shards on several nodes, one process a core. Give it what `mythos data` takes:
+# Text to shards on several nodes, one process a core. Give it what `mythos data` takes, from the repository's root:
 #   sbatch --nodes=4 slurm/data_prep.sh prepare /data/fineweb-edu/sample/10BT/*.parquet \
 #       --tokenizer my/tokenizer.json --sequence-length 2048 --output /data/fineweb-edu-10bt
 # `import` and `verify` run the same way. Stopped or requeued, it goes on with the parts that were finished; submit it
@@ -17,12 +17,10 @@ if [ $# -eq 0 ]; then
   echo "usage: sbatch [--nodes=N] slurm/data_prep.sh prepare|import|verify ..." >&2
   exit 2
 fi
-# What the site needs (modules, the environment with `mythos` on its path), for all scripts here. In a job $0 is a copy.
-site="${SLURM_SUBMIT_DIR:-.}/slurm/env.sh"
-if [ -f "$site" ]; then
-  # shellcheck source=/dev/null
-  source "$site"
-fi
-set -euo pipefail # not before: modules may lean on unset variables
-# srun does not take over --cpus-per-task by itself.
-exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 "${MYTHOS[@]-mythos}" data "$@"
+[ -f slurm/env.sh ] || { echo "data_prep.sh: no slurm/env.sh in $PWD: submit from the repository's root" >&2; exit 2; }
+. slurm/env.sh || exit 2
+. slurm/tasks.sh
+set -uo pipefail # not before: modules may lean on unset variables
+
+exec srun --kill-on-bad-exit=1 --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --ntasks-per-node="$per_node" \
+  --cpus-per-task="$cpus" "${MYTHOS[@]}" data "$@"

@@ -1,50 +1,54 @@
 # shellcheck shell=bash
-# The only file that depends on the site. Every job sources it on its first node; source it also in the shell that you
-# submit from (`. slurm/env.sh`), for sbatch reads the partition and the account there. It may be left as it is.
+# The only file that depends on the site, for bash and zsh. Every job sources it on its first node; source it also in
+# the shell that you submit from (`. slurm/env.sh`), for sbatch reads the partition and the account there. It may be left
+# as it is.
 
-# Partition and account of the jobs, for example partition=gpu. Empty: the cluster's defaults.
-partition=
-account=
+# Partition and account of the jobs, for example site_partition=gpu. Empty: the cluster's defaults.
+site_partition=
+site_account=
 
-# Environment modules to load, for example modules="cuda/12.8 python/3.12". Empty: none.
-modules=
+# Environment modules to load, for example site_modules=(cuda/12.8 python/3.12).
+site_modules=()
 
 # The command that the jobs run, a word a line. In a container, for example:
 # MYTHOS=(apptainer exec --nv /shared/mythos.sif mythos)
 MYTHOS=(mythos)
 
 # Virtual environment to use where there is no `mythos` on the path yet; .venv is what `make setup` makes.
-venv=.venv
+site_venv=.venv
 
 # Network interface between the nodes, for example ib0 (`ip -brief address` lists them). Empty: NCCL and gloo choose.
-interface=
+site_interface=
 
 # Large shared directory below which configs/run/pretrain.yaml finds data/ and makes runs/. Empty: the repository.
-scratch=
+site_scratch=
 
 # Directory on each node's own disk for what Triton and PyTorch compile; a shared home is slow. Empty: their defaults.
-compile_cache=
+site_compile_cache=
 
-# How often a job may requeue itself after a preemption or its time limit.
+# How often a job may requeue itself after a preemption, its time limit or the loss of a node.
 : "${MAX_REQUEUES:=100}"
 
 # ---- nothing below needs a change; what is set already wins
 
-[ -z "$partition" ] || export SBATCH_PARTITION="${SBATCH_PARTITION:-$partition}"
-[ -z "$account" ] || export SBATCH_ACCOUNT="${SBATCH_ACCOUNT:-$account}"
-# shellcheck disable=SC2086  # one word a module
-[ -z "$modules" ] || module load $modules
-if ! command -v "${MYTHOS[0]}" >/dev/null && [ -f "$venv/bin/activate" ]; then
+[ -z "$site_partition" ] || export SBATCH_PARTITION="${SBATCH_PARTITION:-$site_partition}"
+[ -z "$site_account" ] || export SBATCH_ACCOUNT="${SBATCH_ACCOUNT:-$site_account}"
+if [ ${#site_modules[@]} -gt 0 ] && ! module load "${site_modules[@]}"; then
+  echo "slurm/env.sh: module load ${site_modules[*]} failed: see site_modules there" >&2
+  return 1
+fi
+if ! command -v "${MYTHOS[@]:0:1}" >/dev/null && [ -f "$site_venv/bin/activate" ]; then
   # shellcheck source=/dev/null
-  . "$venv/bin/activate"
+  . "$site_venv/bin/activate"
 fi
-if [ -n "$interface" ]; then
-  export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}" GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
+if [ -n "$site_interface" ]; then
+  export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$site_interface}"
+  export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$site_interface}"
 fi
-[ -z "$scratch" ] || export MYTHOS_SCRATCH="${MYTHOS_SCRATCH:-$scratch}"
-if [ -n "$compile_cache" ]; then
-  export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$compile_cache/triton}"
-  export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$compile_cache/inductor}"
-  export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$compile_cache/extensions}"
+[ -z "$site_scratch" ] || export MYTHOS_SCRATCH="${MYTHOS_SCRATCH:-$site_scratch}"
+if [ -n "$site_compile_cache" ]; then
+  export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$site_compile_cache/triton}"
+  export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$site_compile_cache/inductor}"
+  export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$site_compile_cache/extensions}"
 fi
-unset partition account modules venv interface scratch compile_cache
+unset site_partition site_account site_modules site_venv site_interface site_scratch site_compile_cache

@@ -5,7 +5,8 @@
 #   sbatch --array=0-2 slurm/eval.sh RUN step_00001000 step_00002000 step_00003000
 #   sbatch --array=0-9%2 slurm/eval.sh RUN all eval.sequences=1024       every checkpoint, two at a time
 #
-# The results lie in RUN/evaluations/. An array index without a checkpoint has nothing to do.
+# The array's first index takes the first checkpoint, and one for which none is left has nothing to do. The results lie
+# in RUN/evaluations/.
 #SBATCH --job-name=mythos-eval
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -17,7 +18,7 @@
 say() { echo "eval.sh: $*" >&2; }
 
 [ -f slurm/env.sh ] || { say "no slurm/env.sh in $PWD: submit from the repository's root"; exit 2; }
-. slurm/env.sh
+. slurm/env.sh || exit 2
 . slurm/tasks.sh
 set -uo pipefail # not before: modules may lean on unset variables
 [ $# -gt 0 ] || { say "give a run directory"; exit 2; }
@@ -37,11 +38,11 @@ if [ ${#checkpoints[@]} -eq 0 ]; then
   newest=$(cat "$run/checkpoints/latest") || { say "$run: no complete checkpoint yet"; exit 2; }
   checkpoints=("$newest")
 fi
-index=${SLURM_ARRAY_TASK_ID:-0}
+index=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))
 if [ "$index" -ge ${#checkpoints[@]} ]; then
-  say "nothing to do for index $index: ${#checkpoints[@]} checkpoints"
+  say "nothing to do for index ${SLURM_ARRAY_TASK_ID:-0}: ${#checkpoints[@]} checkpoints"
   exit 0
 fi
 
-exec srun --kill-on-bad-exit=1 --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --ntasks-per-node="$per_node" \
-  --cpus-per-task="$cpus" "${MYTHOS[@]}" eval "$run" "${checkpoints[$index]}" "${overrides[@]+"${overrides[@]}"}"
+exec srun --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" \
+  --ntasks-per-node="$per_node" --cpus-per-task="$cpus" "${MYTHOS[@]}" eval "$run" "${checkpoints[$index]}" "${overrides[@]+"${overrides[@]}"}"

@@ -5,7 +5,8 @@
 # Where Linux namespaces may be used, every node has its own hostname and loopback address
 # and the nodes' names resolve in jobs (and only there), as on a real cluster.
 #
-#   local_cluster.sh up [N]            start (does nothing if it is up already)
+#   local_cluster.sh up [N]            start (does nothing if it is up already; with another N than it has, it is taken
+#                                      down first, which ends its jobs)
 #   local_cluster.sh down              kill the jobs, stop everything, delete the directory
 #   local_cluster.sh status            nodes and queue; fails if the cluster is not up
 #   local_cluster.sh env               prints: export SLURM_CONF=...   (for eval)

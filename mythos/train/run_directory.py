@@ -23,6 +23,7 @@ from mythos.config.schema import Config
 from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError
 from mythos.files import write_atomically
+from mythos.metrics.console import log
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
@@ -31,6 +32,8 @@ LOG_DIRECTORY = "log"
 ENVIRONMENT_FILE = "environment.json"
 LOCK_PATIENCE_S = 1.0
 """For a life that is just ending, and for a reader that looks whether the directory is locked."""
+LOCK_PATIENCE_AFTER_RESTART_S = 300.0
+"""For the life before a restart by Slurm: a file server keeps the locks of a lost node for a while."""
 JOB_VARIABLES = ("SLURM_JOB", "SLURM_RESTART_COUNT", "SLURM_ARRAY_")
 NEVER_CHANGEABLE = ("model.", "data.sequence_length")
 """Options without which the saved weights and the position in the data mean nothing."""
@@ -87,23 +90,34 @@ def lock(directory: Path) -> TextIO | None:
         UserError: another process does already.
     """
     file = open(directory / LOCK_FILE, "a+")  # noqa: SIM115 - open for the whole run
-    until = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > until:
-                file.seek(0)
-                raise UserError(f"{directory}: {file.read().strip()} trains here: wait for it, or stop it") from None
-            time.sleep(0.05)
-        except OSError:  # a file system without locks
-            file.close()
-            return None
+    try:
+        taken = _take(file, LOCK_PATIENCE_S, every_s=0.05)
+        file.seek(0)
+        holder = file.read().strip()
+        if not taken and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            log.warning(f"{directory}: locked by {holder}: waiting up to {LOCK_PATIENCE_AFTER_RESTART_S:g} s")
+            taken = _take(file, LOCK_PATIENCE_AFTER_RESTART_S, every_s=1.0)
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    if not taken:
+        raise UserError(f"{directory}: {holder} trains here: wait for it, or stop it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {host_name()}")
     file.flush()
     return file
+
+
+def _take(file: TextIO, patience_s: float, every_s: float) -> bool:
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+        time.sleep(every_s)
 
 
 def is_locked(directory: Path) -> bool:

@@ -42,6 +42,8 @@ class Status:
     lives: int
     slurm_jobs: list[str]
     slurm_restarts: int
+    slurm_job: str | None
+    """The job of the last life, if it ran in one."""
 
     def to_json(self) -> str:
         """One JSON object, for scripts."""
@@ -87,6 +89,7 @@ def read_status(directory: Path) -> Status:
         lives=len(lives),
         slurm_jobs=list(dict.fromkeys(job["SLURM_JOB_ID"] for job in jobs if "SLURM_JOB_ID" in job)),
         slurm_restarts=_restarts(jobs),
+        slurm_job=(lives[-1].get("slurm") or {}).get("SLURM_JOB_ID") if lives else None,
     )
 
 
@@ -94,12 +97,16 @@ def describe(status: Status) -> str:
     """The status for a person, a fact a line."""
     age = None if status.seconds_since_sign_of_life is None else _duration(status.seconds_since_sign_of_life)
     where = f" on {status.host}" if status.host else ""
+    go_on, slurm = "start it again to go on", ""
+    if status.slurm_job:  # it may have requeued itself; a second job would be refused while the first one trains
+        slurm = f"`squeue --job={status.slurm_job}` tells whether Slurm starts it again"
+        go_on = f"{slurm}, else start it to go on"
     state = {
         "running": f"running{where}, last sign of life {age} ago",
-        "preempted": "preempted, saved: start it again to go on",
+        "preempted": f"preempted, {status.cause or 'saved'}: {go_on}",
         "finished": "finished",
-        "failed": f"failed: {status.cause}",
-        "killed": f"killed without a word{where}, last sign of life {age} ago: start it again to go on",
+        "failed": "; ".join(filter(None, (f"failed: {status.cause}", slurm))),
+        "killed": f"killed without a word{where}, last sign of life {age} ago: {go_on}",
         "silent": f"no sign of life since {age} (started{where}): running, or killed without a word",
         "not started": "not started yet",
     }[status.state]
@@ -151,7 +158,11 @@ def _state(directory: Path) -> tuple[str, str | None, str | None]:
     if not events:
         return "not started", None, None
     if events[-1]["event"] == FAILED:
-        return "failed", _first_cause(events), host
+        cause = _first_cause(events)
+        if cause.get("exit_code") == PREEMPTED:  # asked to stop, and no time to save
+            return "preempted", str(cause.get("message")), host
+        place = f"rank {cause.get('rank')} on {cause.get('host')}, exit code {cause.get('exit_code')}"
+        return "failed", f"{cause.get('message')} ({place})", host
     if events[-1]["event"] == STARTED:
         # The lock is free. On another host it may be one that this host cannot see.
         return ("killed" if host == socket.gethostname() else "silent"), None, host
@@ -159,15 +170,12 @@ def _state(directory: Path) -> tuple[str, str | None, str | None]:
     return state, None, host
 
 
-def _first_cause(events: list[dict[str, Any]]) -> str:
+def _first_cause(events: list[dict[str, Any]]) -> dict[str, Any]:
     """When a rank fails the others follow with errors of their own: the first one is the cause."""
     first = len(events) - 1
     while first > 0 and events[first - 1]["event"] == FAILED:
         first -= 1
-    event = events[first]
-    return (
-        f"{event.get('message')} (rank {event.get('rank')} on {event.get('host')}, exit code {event.get('exit_code')})"
-    )
+    return events[first]
 
 
 def _last_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -153,6 +153,8 @@ def test_srun_takes_the_name_if_it_resolves(scontrol: list[tuple[str, ...]], mon
     assert read_world({**SRUN, "SLURM_STEP_NODELIST": "node7"}).address == "node7"
     assert read_world({**SRUN, "SLURM_STEP_ID": "3"}).port != world.port
     assert read_world({**SRUN, "SLURM_JOB_ID": "99999999"}).port < 30000
+    ports = {read_world({**SRUN, "SLURM_RESTART_COUNT": count}).port for count in ("", "0", "1", "2")}
+    assert len(ports) == 3, "a process of the start before may hold its port"
 
 
 def test_srun_takes_the_node_address_if_the_name_does_not_resolve(scontrol: list[tuple[str, ...]]) -> None:

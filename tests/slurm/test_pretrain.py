@@ -5,15 +5,13 @@ import os
 import re
 import signal
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mythos.train.status import read_status
-from tests.cluster import NODES, REPO, SCRIPT, run
+from tests.cluster import REPO, SCRIPT, run
 from tests.slurm.jobs import LIMIT_S, TWO_BY_ONE, TWO_BY_TWO, Job, losses, submit
 from tests.tiny import SEQUENCE_LENGTH
 
@@ -62,21 +60,6 @@ def scontrol(environ: dict[str, str], *words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture
-def nodes_come_back(slurm_cluster: dict[str, str]) -> Iterator[dict[str, str]]:
-    """The cluster, all of whose nodes are up again afterwards."""
-    yield slurm_cluster
-    until = time.monotonic() + 60
-    while run([SCRIPT, "status"], 20, slurm_cluster).returncode:
-        assert time.monotonic() < until, "the nodes are not up again"
-        for number in range(1, NODES + 1):
-            shown = run(["scontrol", "show", "node", f"node{number}", "-o"], 20, slurm_cluster).stdout
-            if re.search(r"State=\S*(DOWN|NOT_RESPONDING|\*)", shown):
-                run([SCRIPT, "start-node", f"node{number}"], 20, slurm_cluster)
-                run(["scontrol", "update", f"NodeName=node{number}", "State=RESUME"], 20, slurm_cluster)
-        time.sleep(1)
-
-
 def test_two_nodes_give_torchruns_curve_and_the_checkpoints_are_evaluated_in_an_array(
     undisturbed: list[tuple[int, float]], tiny_data: Path, tmp_path: Path, slurm_cluster: dict[str, str]
 ) -> None:
@@ -93,12 +76,12 @@ def test_two_nodes_give_torchruns_curve_and_the_checkpoints_are_evaluated_in_an_
 
     output = tmp_path / "eval-%a.out"
     array = submit(
-        slurm_cluster, output, *TWO_BY_ONE, "--array=0-2", "slurm/eval.sh", str(directory), "all", "eval.sequences=4"
+        slurm_cluster, output, *TWO_BY_ONE, "--array=1-3", "slurm/eval.sh", str(directory), "all", "eval.sequences=4"
     )
-    for index in range(3):
+    for index in (1, 2, 3):
         part = Job(f"{array.number}_{index}", slurm_cluster, tmp_path / f"eval-{index}.out")
         assert part.end() == "COMPLETED", part.log()
-    assert "nothing to do for index 2: 2 checkpoints" in part.log()
+    assert "nothing to do for index 3: 2 checkpoints" in part.log()
     found = {path.stem: json.loads(path.read_text()) for path in (directory / "evaluations").glob("*.json")}
     assert sorted(found) == ["step_00000016", "step_00000024"]
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -149,7 +132,6 @@ def test_requeued_by_others_and_nodes_lost_the_run_finishes_all_the_same(
     assert run([SCRIPT, "kill-node", lost], 20, environ).returncode == 0
     assert job.end() == "COMPLETED", job.log()
     assert job.show("Restarts") == "3"
-    assert "a node does not answer: waiting for Slurm to requeue the job" in job.log()
     # Two ranks in place of four add in another order.
     assert losses(directory) == [(step, pytest.approx(loss, rel=1e-3)) for step, loss in undisturbed]
     assert read_status(directory).lives == 4

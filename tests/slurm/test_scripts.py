@@ -1,6 +1,8 @@
 """What the batch scripts decide, on the real Slurm, with a stand-in for `mythos` that ends as it is told."""
 
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -8,34 +10,56 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import REPO, run
+from tests.cluster import REPO, SCRIPT, run
 from tests.require import require
 from tests.slurm.jobs import TWO_BY_ONE, Job, submit
 
 STAND_IN = """\
 #!{python}
-import os, pathlib, signal, sys, time
+import os, pathlib, signal, subprocess, sys, time
 
 run = pathlib.Path({run!r})
+restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 if sys.argv[1] == "job":
+    if "occupy" in sys.argv and restart == 0:  # another step has all that the job has
+        subprocess.Popen(["srun", "sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while "sleep" not in os.popen("squeue -hs -j $SLURM_JOB_ID").read():
+            time.sleep(0.1)
     print(2, run)
     sys.exit(0)
-latest = run / "checkpoints" / "latest"
-if "slow" in sys.argv:  # hears no signal at first, as a rank that still imports
+rank = int(os.environ["SLURM_PROCID"])
+if "world" in sys.argv:
+    from launch.env import read_world
+    shares = [os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")]
+    print(read_world().describe(), "GPUs", shares[0], "CPUs", shares[1])
+if "slow" in sys.argv and restart == 0:  # hears no signal at first, as a rank that still imports
     time.sleep(3)
     heard = []
-    signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    signal.signal(signal.SIGUSR1, lambda *_: heard.append(time.monotonic()))
     while not heard:
         time.sleep(0.05)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    with open(run / "events.jsonl", "a") as file:
+        print('{{"event": "started"}}', file=file)
+    started = time.monotonic()
+    while time.monotonic() < started + 6.5:
+        time.sleep(0.1)
+    print("signals long after the start:", sum(at > started + 2.5 for at in heard))
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank that leaves; the other one may still start
+if "watch" in sys.argv and restart == 0:
+    other = run / "rank_1"
+    if rank == 1:
+        other.write_text(os.environ["SLURMD_NODENAME"] + " " + str(os.getpid()))
+        time.sleep(120)
+    while not other.exists() or pathlib.Path("/proc", other.read_text().split()[1]).exists():
+        time.sleep(0.1)
 time.sleep(1)
-restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-if "gain" in sys.argv and os.environ["SLURM_PROCID"] == "0":
+latest = run / "checkpoints" / "latest"
+if "gain" in sys.argv and rank == 0:
     latest.parent.mkdir(exist_ok=True)
-    latest.write_text("step_0000000" + restart)
+    latest.write_text(f"step_{{restart:08d}}")
 codes = [word for word in sys.argv if word.isdecimal()]
-sys.exit(int(codes[min(int(restart), len(codes) - 1)]))
+sys.exit(int(codes[min(restart, len(codes) - 1)]))
 """
 
 
@@ -72,10 +96,68 @@ def test_a_signal_before_the_ranks_can_hear_it_is_not_lost(stand_in: dict[str, s
     job.wait_until("the start", lambda: "start 1" in job.log())
     job.scancel("--batch", "--signal=USR1")
     job.wait_until("the second life", lambda: "start 2" in job.log())
-    assert "saved at step_00000000, requeued" in job.log()
-    job.scancel("--batch", "--signal=USR1")
+    assert "saved; requeued, to go on from checkpoint step_00000000" in job.log()
+    assert job.log().count("signals long after the start: 0") == 2
     assert job.end(60) == "COMPLETED"
     assert job.show("Restarts") == "1"
+
+
+def test_a_signal_while_another_step_has_the_nodes_is_not_lost(stand_in: dict[str, str], tmp_path: Path) -> None:
+    job = pretrain(stand_in, tmp_path / "out", "occupy", "0")
+    steps = ["scontrol", "show", "step", job.number, "-o"]
+    job.wait_until("the wait", lambda: "State=PENDING" in run(steps, 20, stand_in).stdout)
+    job.scancel("--batch", "--signal=USR1")
+    assert job.end(60) == "COMPLETED"
+    assert "asked to stop before the ranks had started; requeued" in job.log()
+    assert job.show("Restarts") == "1"
+
+
+def test_a_node_that_loses_its_ranks_but_answers_is_a_lost_node(
+    stand_in: dict[str, str], tmp_path: Path, nodes_come_back: dict[str, str]
+) -> None:
+    job = pretrain(stand_in | {"SLURM_WAIT": "1"}, tmp_path / "out", "watch", "gain", "1", "0")
+    job.wait_until("the ranks", (tmp_path / "run" / "rank_1").exists)
+    node = (tmp_path / "run" / "rank_1").read_text().split()[0]
+    for command in ("kill-node", "start-node"):
+        assert run([SCRIPT, command, node], 20, nodes_come_back).returncode == 0
+    assert job.end(90) == "COMPLETED", job.log()
+    why = "exit code 1, and a node has lost its ranks without a word"
+    assert f"{why}; requeued, to go on from checkpoint step_00000000" in job.log()
+    assert job.show("Restarts") == "1"
+
+
+def test_a_node_that_answers_again_while_slurm_is_waited_for(tmp_path: Path) -> None:
+    """With stand-ins, for the real Slurm loses its patience with a node at about the same time as the script."""
+    state, asked = tmp_path / "state", tmp_path / "asked"
+    state.write_text("State=MIXED+NOT_RESPONDING\n")
+    stand_ins = {
+        "mythos": f"echo 2 {tmp_path}/run",
+        "srun": 'case "$*" in *" train "*) exit 1 ;; esac',
+        "scontrol": f"""case "$1 $2" in
+            "show hostnames") printf 'node1\nnode2\n' ;;
+            "show node") cat {state}; echo State=MIXED >{state} ;;
+            *) echo "$@" >{asked} ;;
+            esac""",
+    }
+    for name, script in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"JOB_ID": "7", "JOB_NUM_NODES": "2", "JOB_NODELIST": "node[1-2]", "JOB_CPUS_PER_NODE": "1(x2)"}
+    environ = {f"SLURM_{name}": value for name, value in {**job, "CPUS_ON_NODE": "1"}.items()}
+    environ |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "MASTER_ADDR": "node1"}
+    done = run(["bash", "slurm/pretrain.sh", "MODEL.yaml", "0"], 30, environ, REPO)
+    assert done.returncode == 0, done.stderr
+    assert "exit code 1, and a node does not answer: waiting for Slurm to requeue the job" in done.stderr
+    assert "exit code 1 after the loss of a node; requeued" in done.stderr
+    assert asked.read_text() == "requeue 7\n"
+
+
+def test_a_step_that_cannot_start_is_no_lost_node(stand_in: dict[str, str], tmp_path: Path) -> None:
+    job = pretrain(stand_in | {"SLURM_DISTRIBUTION": "nonsense"}, tmp_path / "out", "0")
+    assert job.end(20) == "FAILED"
+    assert "Invalid --distribution specification" in job.log()
+    assert "does not answer" not in job.log()
+    assert job.show("Restarts") == "0"
 
 
 @pytest.mark.parametrize("code", ["1", "7"])
@@ -113,6 +195,68 @@ def test_nodes_without_gpus(stand_in: dict[str, str], tmp_path: Path) -> None:
     assert "2 nodes x 2 tasks" in job.log()
 
 
+@pytest.mark.parametrize(
+    ("shape", "tasks", "gpus"),
+    [
+        (("--gpus-per-node=2", "--gres=gpu:1"), 1, 1),
+        (("--gpus-per-node=2", "--ntasks-per-gpu=1"), 2, 2),
+        (("--gpus-per-node=1", "--exclusive"), 1, 1),
+    ],
+)
+def test_one_process_a_gpu_however_they_are_asked_for(
+    shape: tuple[str, ...], tasks: int, gpus: int, stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    job = submit(stand_in, tmp_path / "out", "--nodes=2", "--cpus-per-gpu=3", *shape, "slurm/pretrain.sh", "world", "0")
+    assert job.end(60) == "COMPLETED", job.log()
+    cpus = 256 if "--exclusive" in shape else 3
+    found = re.findall(r"by srun: rank (\d) of \d, local rank \d of (\d), .* GPUs (\S+) CPUs (\d+)", job.log())
+    shares = [(int(rank), int(of), len(which.split(",")), int(each)) for rank, of, which, each in sorted(found)]
+    assert shares == [(rank, tasks, gpus, cpus) for rank in range(2 * tasks)]
+
+
+def test_in_a_container_without_slurm_and_with_nothing_exported(stand_in: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "mythos").symlink_to(tmp_path / "bin" / "mythos")
+    site = shutil.copytree(REPO / "slurm", tmp_path / "slurm") / "env.sh"
+    container = f"MYTHOS=(env PATH={tmp_path}/image PYTHONPATH={REPO} mythos)"
+    site.write_text(site.read_text().replace("\nMYTHOS=(mythos)\n", f"\n{container}\n"))
+    options = (*TWO_BY_ONE, f"--chdir={tmp_path}", "--export=NONE")
+    job = submit(stand_in, tmp_path / "out", *options, "slurm/pretrain.sh", "world", "0")
+    assert job.end(60) == "COMPLETED", job.log()
+    nodes = run(["scontrol", "show", "hostnames", job.show("NodeList")], 20, stand_in).stdout.split()
+    port = 20000 + int(job.number) % 10000
+    assert re.findall(r"rank (\d) of 2, .*, rendezvous (\S+:\d+) ", job.log())[0][1] in (
+        f"{nodes[0]}:{port}",
+        f"127.0.1.{nodes[0][-1]}:{port}",  # without namespaces the nodes' names do not resolve
+    )
+
+    site.write_text(site.read_text().replace("\nsite_modules=()\n", "\nsite_modules=(cuda/99)\n"))
+    job = submit(stand_in, tmp_path / "out", *options, "slurm/pretrain.sh", "world", "0")
+    assert (job.end(60), job.show("ExitCode")) == ("FAILED", "2:0")
+    assert "slurm/env.sh: module load cuda/99 failed: see site_modules there" in job.log()
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS_PER_NODE": "8"}, "8 per node, 8 CPUs"),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS_PER_NODE": "a100:3"}, "3 per node, 21 CPUs"),
+        ({"SLURM_GPUS_ON_NODE": "2", "SLURM_GPUS_PER_NODE": "8"}, "2 per node, 32 CPUs"),
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_NODE": "a100:2,h100:2"}, "4 per node, 16 CPUs"),
+        ({"SLURM_GPUS_PER_NODE": "4"}, "4 per node, 16 CPUs"),
+        ({"SLURM_GPUS_PER_NODE": "0", "SLURM_NTASKS_PER_NODE": "2"}, "2 per node, 32 CPUs"),
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_CPUS_PER_NODE": "64(x2),48,96(x3)"}, "2 per node, 24 CPUs"),
+        ({"SLURM_NTASKS_PER_NODE": "99"}, "99 per node, 1 CPUs"),
+        ({}, "1 per node, 64 CPUs"),
+    ],
+)
+def test_how_processes_lie_on_nodes(environ: dict[str, str], expected: str) -> None:
+    slurm = {"PATH": os.environ["PATH"], "MASTER_ADDR": "here"}
+    slurm |= {"SLURM_CPUS_ON_NODE": "64", "SLURM_JOB_CPUS_PER_NODE": "64"}
+    show = '. slurm/tasks.sh; echo "$per_node per node, $cpus CPUs"'
+    assert run(["bash", "-uc", show], 20, slurm | environ, REPO).stdout.strip() == expected
+
+
 def test_a_directory_of_something_else_is_not_written_into(stand_in: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")
@@ -138,8 +282,9 @@ def test_shellcheck() -> None:
 def test_env_sets_only_what_is_unset(tmp_path: Path) -> None:
     text = (REPO / "slurm" / "env.sh").read_text()
     site = tmp_path / "env.sh"
-    site.write_text(text.replace("\npartition=\n", "\npartition=gpu\n").replace("\ninterface=\n", "\ninterface=ib0\n"))
-    show = f". {site}; echo $SBATCH_PARTITION $NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME ${{MYTHOS[*]}} [$partition]"
+    changed = {"site_partition=": "site_partition=gpu", "site_interface=": "site_interface=ib0"}
+    site.write_text("\n".join(changed.get(line, line) for line in text.splitlines()))
+    show = f". {site}; echo $SBATCH_PARTITION $NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME ${{MYTHOS[*]}} [$site_partition]"
     environ = {"PATH": os.environ["PATH"]}
     assert run(["bash", "-c", show], 20, environ).stdout.split() == ["gpu", "ib0", "ib0", "mythos", "[]"]
     environ |= {"SBATCH_PARTITION": "mine", "NCCL_SOCKET_IFNAME": "eth9"}
@@ -147,3 +292,5 @@ def test_env_sets_only_what_is_unset(tmp_path: Path) -> None:
     site.write_text(text)
     untouched = run(["bash", "-c", f"env | sort >a; . {site}; env | sort >b; diff a b"], 20, environ, tmp_path)
     assert untouched.stdout == "", "as it is it exports nothing"
+    own = f"partition=p account=a modules=m; . {site}; echo $partition $account $modules"
+    assert run(["bash", "-c", own], 20, environ).stdout == "p a m\n", "the user's own variables stay"

@@ -1,11 +1,14 @@
 import json
 import os
+import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mythos.errors import UserError
+from mythos.train import run_directory
 from mythos.train.run_directory import lock, prepare, record_environment, write_config
 from tests.tiny import tiny_config
 
@@ -76,6 +79,25 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     held.close()
     again = lock(tmp_path)
     assert again is not None
+    again.close()
+
+
+def test_a_job_that_slurm_has_started_again_waits_for_the_lock_of_its_life_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(run_directory, "LOCK_PATIENCE_S", 0.1)
+    held = lock(tmp_path)
+    assert held is not None
+    threading.Timer(0.5, held.close).start()
+    with caplog.at_level("WARNING", "mythos"):
+        again = lock(tmp_path)
+    assert again is not None
+    assert re.search(rf"locked by process {os.getpid()} on .*: waiting up to 300 s", caplog.text)
+
+    monkeypatch.setattr(run_directory, "LOCK_PATIENCE_AFTER_RESTART_S", 0.1)
+    with pytest.raises(UserError, match="trains here: wait for it, or stop it"):
+        lock(tmp_path)
     again.close()
 
 

@@ -66,6 +66,15 @@ def test_a_run_that_goes_on(directory: Path) -> None:
         (
             [
                 (STARTED, {}),
+                (FAILED, {"rank": 1, "exit_code": 85, "message": "not saved within 50 s"}),
+                (FAILED, {"rank": 0, "exit_code": 85, "message": "rank 1 failed: not saved within 50 s"}),
+            ],
+            "preempted",
+            "not saved within 50 s",
+        ),
+        (
+            [
+                (STARTED, {}),
                 (FAILED, {"rank": 3, "host": "node2", "exit_code": 1, "message": "disk on fire"}),
                 (FAILED, {"rank": 0, "host": "node1", "exit_code": 1, "message": "connection closed"}),
             ],
@@ -101,6 +110,21 @@ def test_jobs_and_restarts_are_counted(directory: Path) -> None:
     status = read_status(directory)
     assert (status.lives, status.slurm_jobs, status.slurm_restarts) == (5, ["7", "9"], 2)
     assert "slurm jobs  7, 9 (2 restarts)" in describe(status)
+
+
+def test_a_run_that_slurm_may_start_again_invites_no_second_job(directory: Path) -> None:
+    environment = directory / "environment.json"
+    append_event(directory, ENDED, exit_code=85)
+    assert "preempted, saved: start it again to go on" in describe(read_status(directory))
+    environment.write_text(json.dumps([{"slurm": {}}, {"slurm": {"SLURM_JOB_ID": "7"}}]))
+    squeue = "`squeue --job=7` tells whether Slurm starts it again"
+    assert f"preempted, saved: {squeue}, else start it to go on" in describe(read_status(directory))
+    append_event(directory, FAILED, rank=0, host="node1", exit_code=1, message="rank 1 died without a word")
+    assert f"rank 1 died without a word (rank 0 on node1, exit code 1); {squeue}" in describe(read_status(directory))
+    append_event(directory, STARTED)
+    assert re.search(rf"killed without a word on .*: {squeue}, else", describe(read_status(directory)))
+    environment.write_text(json.dumps([{"slurm": {"SLURM_JOB_ID": "7"}}, {"slurm": {}}]))
+    assert "squeue" not in describe(read_status(directory)), "the last life was no job"
 
 
 def test_only_the_end_of_long_metrics_is_read(directory: Path) -> None:
