@@ -25,8 +25,6 @@ from data_prep.durable import is_temporary, publish, publishing, wait_to_see, wr
 from data_prep.lock import locked_directory
 from data_prep.packing import packer
 from data_prep.parts import (
-    HashSource,
-    InspectSource,
     MakePart,
     PartRecord,
     PartSettings,
@@ -36,6 +34,7 @@ from data_prep.parts import (
 )
 from data_prep.progress import Progress
 from data_prep.shards import LARGEST_SHARD_MIB, ShardFormat, write_index
+from data_prep.sources import hashed, row_ranges_of, stamp
 from data_prep.tokenizer_file import TokenizerFile, agreed_validation_percent, load_tokenizer
 from data_prep.verify import structure
 from data_prep.workers import Workers
@@ -45,7 +44,6 @@ from mythos.data.format import (
     TOKENIZER_FILE,
     Manifest,
     Settings,
-    Source,
     SplitCounts,
     token_dtype,
 )
@@ -76,13 +74,13 @@ def prepare(
         raise UserError(f"{output}: is a mount point; name a directory below it as --output")
     sources = [Path(os.path.abspath(source)) for source in sources]
     encoder = load_tokenizer(tokenizer)
-    ranges = _inspect(sources, settings, workers)
-    stamps = {source: _stamp(source) for source in sources}
+    ranges = row_ranges_of(sources, settings, workers)
+    stamps = {source: stamp(source) for source in sources}
     plan = Manifest(
         sequence_length=sequence_length,
         vocabulary_size=encoder.vocabulary_size,
         tokenizer_sha256=encoder.sha256,
-        sources=tuple(_hash(sources, workers)),
+        sources=tuple(hashed(sources, workers)),
         settings=settings,
         splits={},
     )
@@ -181,8 +179,8 @@ class _Run:
         with Progress("tokenising" if settings.content == "text" else "importing", total, total - left) as progress:
             for _ in self._workers.run(missing, progress):
                 pass
-        for source, stamp in self._stamps.items():
-            if _stamp(source) != stamp:
+        for source, before in self._stamps.items():
+            if stamp(source) != before:
                 raise UserError(f"{source}: was written to while it was read; run again once it is complete")
         return [part.name for part in parts]
 
@@ -305,28 +303,6 @@ def _check(sequence_length: int, settings: Settings) -> None:
     if not 1 <= settings.shard_size_mib <= LARGEST_SHARD_MIB:
         raise UserError(f"shard-size-mib {settings.shard_size_mib}: give 1 to {LARGEST_SHARD_MIB}")
     check_validation_percent(settings.validation_percent)
-
-
-def _inspect(sources: list[Path], settings: Settings, workers: Workers) -> list[list[RowRange]]:
-    """Each source's row ranges. All are looked at before any long work: a wrong one is not found out after hours."""
-    items = [InspectSource(str(source), settings.column, settings.content) for source in sources]
-    results = dict(workers.run(items, lambda done_bytes: None))
-    return [[RowRange(**rows) for rows in results[number]] for number in range(len(items))]
-
-
-def _stamp(source: Path) -> tuple[int, int]:
-    """What tells that a file was written to."""
-    status = source.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _hash(sources: list[Path], workers: Workers) -> Iterator[Source]:
-    total = sum(source.stat().st_size for source in sources)
-    with Progress("hashing the sources", total) as progress:
-        results = dict(workers.run([HashSource(str(source)) for source in sources], progress))
-    for number, source in enumerate(sources):
-        size, digest = results[number]
-        yield Source(name=source.name, bytes=size, xxh3_64=digest)
 
 
 def _is_occupied(output: Path) -> bool:

@@ -301,31 +301,8 @@ def _verify(arguments: argparse.Namespace, workers: "Workers") -> int:
 
 def run_show(arguments: argparse.Namespace) -> int:
     """Handle `mythos data show`."""
-    from mythos.data.dataset import TokenDataset
-    from mythos.data.format import TOKENIZER_FILE
-    from mythos.errors import UserError
+    from data_prep.show import rows_as_text
 
-    dataset = TokenDataset(arguments.directory, arguments.split)
-    if not 0 <= arguments.row < len(dataset):
-        raise UserError(f"row {arguments.row}: the {arguments.split} split has rows 0 to {len(dataset) - 1}")
-    if arguments.count < 1:
-        raise UserError(f"count {arguments.count}: give at least 1")
-    show = _as_ids if arguments.ids else _decoder(arguments.directory / TOKENIZER_FILE, dataset.manifest)
-    for number in range(arguments.row, min(arguments.row + arguments.count, len(dataset))):
-        ids = dataset[number].tolist()
-        print(f"--- {arguments.split} row {number} of {len(dataset)}, {len(ids)} tokens\n{show(ids)}")
+    for row in rows_as_text(arguments.directory, arguments.split, arguments.row, arguments.count, arguments.ids):
+        print(row)
     return 0
-
-
-def _as_ids(ids: list[int]) -> str:
-    return " ".join(map(str, ids))
-
-
-def _decoder(path: Path, manifest: "Manifest") -> Callable[[list[int]], str]:
-    from data_prep.tokenizer_file import load_tokenizer
-    from mythos.errors import UserError
-
-    tokenizer = load_tokenizer(path)
-    if tokenizer.sha256 != manifest.tokenizer_sha256:
-        raise UserError(f"{path}: not the tokenizer that made the ids; put that one there, or show the ids: --ids")
-    return lambda ids: tokenizer.encoder.decode(ids, skip_special_tokens=False)

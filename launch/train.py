@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # neither is imported before it is needed: a mistake in the c
 
     from mythos.config.schema import Config
 
-LAUNCHER_GRACE_S = 10
+LAUNCHER_GRACE_S = 3
 DESCRIPTION = """\
 Train a model, or go on where its run directory's newest checkpoint stands.
 

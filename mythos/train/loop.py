@@ -56,7 +56,8 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
     with Life(Path(config.run.directory)) as life:
         reports = preflight.check_ranks(config, device)
     stop.has_begun = True
-    with Watchdog(config.train.watchdog_s) as watchdog, life, ExitStack() as cleanup:
+    # The life outside: where a rank fails because another one has died, the watchdog's verdict is the cause to note.
+    with life, Watchdog(config.train.watchdog_s) as watchdog, ExitStack() as cleanup:
         data = open_data_everywhere(config)
         changed, lock = _open_run_directory(config, accept_changes, device, reports)
         cleanup.enter_context(lock or nullcontext())
