@@ -4,13 +4,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from typing import TYPE_CHECKING, Any
 
 from mythos.files import write_atomically
 from mythos.metrics.console import log
+
+if TYPE_CHECKING:  # half a second that rank 0 alone has to spend
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -75,13 +75,17 @@ class MetricsWriter:
         while line:  # a disk that fills up takes a part and says so at the next attempt
             line = line[self._file.write(line) :]
 
-    def _open_tensorboard(self, last_step: int) -> SummaryWriter:
+    def _open_tensorboard(self, last_step: int) -> "SummaryWriter":
+        from torch.utils.tensorboard import SummaryWriter
+
         return SummaryWriter(str(self._directory / "tensorboard"), purge_step=last_step + 1, flush_secs=10)
 
     def write_config(self, config_yaml: str, options: Mapping[str, Any]) -> None:
         """The configuration as text, and as hparams for TensorBoard's comparison of runs."""
         if self._tensorboard is None:
             return
+        from torch.utils.tensorboard.summary import hparams
+
         values = {
             name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()
         }

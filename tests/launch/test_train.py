@@ -135,7 +135,7 @@ class Job:
         self.process.wait(timeout=30)
 
 
-STEPS = 60
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(
 ) -> None:
     config = write_config(tmp_path / "c.yaml", tiny_data, train__steps=STEPS, checkpoint__every=10)
     job = Job(config)
-    job.wait_for_step(23)
+    job.wait_for_step(13)
     os.kill(job.rank_process(1), signal.SIGKILL)
     code, output = job.finish()
     assert code not in (0, 2, 85), output
@@ -218,14 +218,14 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(
     again = Job(config)
     code, output = again.finish()
     assert code == 0, output
-    assert "at step 20 of 60" in output
+    assert "at step 10 of 30" in output
     assert losses(tmp_path / "run") == undisturbed
     lives = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert len(lives) == 2
 
     code, output = Job(config).finish()
     assert code == 0, output
-    assert "the run is finished at step 60" in output
+    assert "the run is finished at step 30" in output
 
 
 def test_bad_input_ends_with_code_2_and_is_told_once(tiny_data: Path, tmp_path: Path) -> None:

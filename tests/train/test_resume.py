@@ -22,7 +22,8 @@ from tests.tiny import VOCABULARY, tiny_config
 from tests.train.runs import curve, run_training
 
 EXACT = ("train/loss", "train/gradient_norm", "loop/state_norm", "moe/load_max_over_mean", "val/loss_depth_3")
-MOE: dict[str, Any] = {"checkpoint__every": 10, "eval__every": 5, "parallel__expert_parallel_size": 2}
+STEPS, SAVED = 12, 6
+MOE: dict[str, Any] = {"checkpoint__every": SAVED, "eval__every": 3, "parallel__expert_parallel_size": 2}
 
 
 def as_if_killed_after(config: Config, step: int, directory: Path) -> Config:
@@ -33,7 +34,7 @@ def as_if_killed_after(config: Config, step: int, directory: Path) -> Config:
     shutil.rmtree(directory / "checkpoints" / layout.tag(config.train.steps))
     lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= step + 3]
-    (directory / "metrics.jsonl").write_text("".join(kept) + '{"step": 14, "train/lo')
+    (directory / "metrics.jsonl").write_text("".join(kept) + '{"step": 10, "train/lo')
     (directory / "config.yaml").write_text((source / "config.yaml").read_text().replace(str(source), str(directory)))
     return tiny_config_in(config, directory)
 
@@ -54,29 +55,29 @@ def tiny_config_in(config: Config, directory: Path) -> Config:
         ("looped-moe", MOE | {"parallel__zero_stage": 0}),
         ("mythos", MOE),
         ("looped-moe", MOE | {"precision": "bf16"}),
-        ("published", {"checkpoint__every": 10}),
-        ("dense", {"checkpoint__every": 10, "parallel__zero_stage": 0}),
+        ("published", {"checkpoint__every": SAVED}),
+        ("dense", {"checkpoint__every": SAVED, "parallel__zero_stage": 0}),
     ],
 )
 def test_resumed_equals_uninterrupted_to_the_last_bit(
     model: str, overrides: dict[str, Any], two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
-    straight = tiny_config(model, tiny_data, tmp_path / "straight", ranks=2, train__steps=20, **overrides)
+    straight = tiny_config(model, tiny_data, tmp_path / "straight", ranks=2, train__steps=STEPS, **overrides)
     assert two_ranks.run(run_training, straight) == [0, 0]
-    resumed = as_if_killed_after(straight, 10, tmp_path / "resumed")
+    resumed = as_if_killed_after(straight, SAVED, tmp_path / "resumed")
     assert two_ranks.run(run_training, resumed) == [0, 0]
     for name in EXACT:
         assert curve(resumed, name) == curve(straight, name), name
     steps = [line["step"] for line in read_metrics(Path(resumed.run.directory)) if "train/loss" in line]
-    assert steps == list(range(1, 21)), "no step is missing or doubled"
+    assert steps == list(range(1, STEPS + 1)), "no step is missing or doubled"
 
 
 def test_tensorboard_shows_one_curve_under_the_names_of_metrics_jsonl(
     two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
-    straight = tiny_config("looped-moe", tiny_data, tmp_path / "straight", ranks=2, train__steps=20, **MOE)
+    straight = tiny_config("looped-moe", tiny_data, tmp_path / "straight", ranks=2, train__steps=STEPS, **MOE)
     assert two_ranks.run(run_training, straight) == [0, 0]
-    resumed = as_if_killed_after(straight, 10, tmp_path / "resumed")
+    resumed = as_if_killed_after(straight, SAVED, tmp_path / "resumed")
     assert two_ranks.run(run_training, resumed) == [0, 0]
     events = EventAccumulator(str(tmp_path / "resumed" / "tensorboard"))
     events.Reload()
