@@ -9,10 +9,11 @@ DEMO_RUN := runs/demo
 # Threads of each process: two processes share the cores of a small machine.
 export OMP_NUM_THREADS ?= 1
 
-# Tests that start whole jobs mostly wait for processes to start and to end: they run beside the others.
-TESTS_OF_JOBS := tests/faults tests/launch tests/slurm
+# Tests that start whole jobs mostly wait, for processes to start and to end and for Slurm: they run beside the others.
+TESTS_OF_JOBS := tests/faults tests/launch
+TESTS_OF_SLURM := tests/slurm
 
-.PHONY: setup demo test test-jobs test-rest lint
+.PHONY: setup demo test test-jobs test-slurm test-rest lint
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,13 +37,16 @@ demo: setup $(DEMO_DATA)/manifest.json
 		data.directory=$(DEMO_DATA) run.directory=$(DEMO_RUN)
 
 test: setup
-	@$(MAKE) --no-print-directory --jobs=2 test-jobs test-rest
+	@$(MAKE) --no-print-directory --jobs=3 test-jobs test-slurm test-rest
 
 test-jobs: setup
 	$(BIN)/python -m pytest $(TESTS_OF_JOBS)
 
+test-slurm: setup
+	$(BIN)/python -m pytest $(TESTS_OF_SLURM)
+
 test-rest: setup
-	$(BIN)/python -m pytest $(TESTS_OF_JOBS:%=--ignore=%)
+	$(BIN)/python -m pytest $(patsubst %,--ignore=%,$(TESTS_OF_JOBS) $(TESTS_OF_SLURM))
 
 lint: setup
 	$(BIN)/ruff check .
