@@ -15,6 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 SECOND_CTRL_C_S = 3.0
 LEAVE_S = 5.0
+START_GRACE_S = 10.0
 
 
 class StopRequest:
@@ -50,8 +51,8 @@ class StopRequest:
         return self.signal_name is not None
 
     def leave_after(self, grace_s: float) -> None:
-        """From now on: the process ends with PREEMPTED ``grace_s`` after the first signal, saved or not; at once where
-        the run has not begun.
+        """From now on: the process ends with PREEMPTED ``grace_s`` after the first signal, saved or not; where the run
+        has not begun at once, or START_GRACE_S after a SIGTERM.
 
         The interpreter handles a signal only between two instructions of the main thread, which may wait in a
         collective or a slow write; so the time runs in a thread, which hears of the signal through a pipe.
@@ -64,13 +65,18 @@ class StopRequest:
             os.write(writer, bytes([signal.Signals[self.signal_name]]))
 
     def _leave_after(self, reader: int, grace_s: float) -> None:
-        received = os.read(reader, 1)
+        received = signal.Signals(os.read(reader, 1)[0])
+        # A launcher, too, sends SIGTERM, when another rank has failed: this one may be about to find the same mistake,
+        # and its exit code, which says more.
+        until = time.monotonic() + (START_GRACE_S if received == signal.SIGTERM else 0)
+        while not self.has_begun and time.monotonic() < until:
+            time.sleep(0.1)
         if self.has_begun:
             time.sleep(grace_s)
             outcome = "everything is saved, but the run was not over" if self.saved else "not saved"
             message = f"{outcome} within {grace_s:g} s of the signal (preemption.grace_s)"
         else:
-            message = f"asked to stop ({signal.Signals(received[0]).name}) before the run began"
+            message = f"asked to stop ({received.name}) before the run began"
         leave_in_any_case(PREEMPTED)
         self.before_leaving(message, PREEMPTED)
         log.error(f"mythos: {message}: leaving; the last complete checkpoint stands: start again to go on")

@@ -171,9 +171,9 @@ def test_a_signal_saves_and_exits_85_and_the_next_start_goes_on(
     assert losses(tmp_path / "run") == undisturbed
 
 
-@pytest.mark.parametrize("early", [True, False])
-def test_a_signal_before_the_ranks_have_met_ends_the_process_at_once(
-    early: bool, tiny_data: Path, tmp_path: Path
+@pytest.mark.parametrize(("name", "early"), [("SIGUSR1", True), ("SIGUSR1", False), ("SIGTERM", False)])
+def test_a_signal_before_the_ranks_have_met_ends_the_process_soon(
+    name: str, early: bool, tiny_data: Path, tmp_path: Path
 ) -> None:
     """Rank 0 waits for rank 1, which never comes; or it has not even imported torch."""
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -188,12 +188,12 @@ def test_a_signal_before_the_ranks_have_met_ends_the_process_at_once(
             assert time.monotonic() < until
             time.sleep(0.005)
         assert ("libtorch" in (proc / "maps").read_text()) != early
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.Signals[name])
         _, told = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 85, told
-    assert "asked to stop (SIGUSR1) before the run began" in told
+    assert f"asked to stop ({name}) before the run began" in told
 
 
 def catches(proc: Path, number: signal.Signals) -> bool:
