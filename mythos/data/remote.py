@@ -12,6 +12,7 @@ import time
 import types
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -21,8 +22,8 @@ from mythos.errors import UserError
 SILENCE_S = 15.0
 """A download that brings nothing for so long is given up: it must not look like a run that hangs. The libraries have
 time limits of their own, of many minutes in all."""
-GIVE_UP_AFTER_S = 20.0
-"""No further attempt after this."""
+GIVE_UP_AFTER_S = 10.0
+"""No further attempt after this: none after a silence."""
 LOOK_EVERY_S = 0.2
 RETRY_PAUSES_S = (1.0, 4.0)
 """Before the second and the third attempt at an object store."""
@@ -97,13 +98,21 @@ def _download(origin: str, target: Path) -> None:
     outcome = worker.begin(origin, target)
     received, heard_at = -1, time.monotonic()
     while not wait([outcome], timeout=LOOK_EVERY_S).done:
-        now = sum(path.stat().st_size for path in target.parent.rglob("*") if path.is_file())
+        now = _bytes_below(target.parent)
         if now != received:
             received, heard_at = now, time.monotonic()
         elif time.monotonic() > heard_at + SILENCE_S:
             del _threads.worker  # it may wait for ever
             raise TimeoutError(f"nothing has come for {SILENCE_S:g} s")
     outcome.result()
+
+
+def _bytes_below(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        with suppress(FileNotFoundError):  # it has just got its final name
+            total += path.stat().st_size
+    return total
 
 
 class _Worker:

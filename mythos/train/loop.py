@@ -88,7 +88,7 @@ def _train(
         watchdog.progress("reading the checkpoint")
         saved = checkpoint.load(engine, found)
         for change in distributed.agree(lambda: check_data_unchanged(saved["data"], data.identity, accept_changes)):
-            log.warning(f"data changed: {change}; going on at sample {saved['samples']} of the new order")
+            log.warning(f"data changed: {change}; going on at sample {saved['samples']}")
         state, first_step = saved | {"data": data.identity}, saved["step"]
         log.info(f"resumed from {found} at step {first_step} of {config.train.steps}")
     unvalidated = found is None or distributed.from_rank_0(lambda: lacks_validation(config, first_step))
