@@ -26,8 +26,8 @@ from pydantic import Field, TypeAdapter
 
 from data_prep.parts import HashSource, InspectSource, MakePart, WriteShard
 from data_prep.verify_shard import VerifyShard
-from launch.env import World
 from mythos.errors import DONE, FAILED, UserError
+from mythos.ranks.world import World
 
 Item = InspectSource | HashSource | MakePart | WriteShard | VerifyShard
 _ITEM: TypeAdapter[Item] = TypeAdapter(Annotated[Item, Field(discriminator="kind")])

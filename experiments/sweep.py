@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mythos.metrics.writer import read_metrics
+from mythos.run.metrics import read_metrics
 
 
 def train_all(runs: Mapping[str, Sequence[str]], files: Sequence[str], directory: Path, processes: int) -> None:
@@ -31,7 +31,7 @@ def last(directory: Path, name: str) -> float | None:
 
 def _join_group() -> None:
     """A process group of one, as `mythos train` has without a launcher."""
-    from mythos.train import distributed
+    from mythos.ranks import group
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -41,7 +41,7 @@ def _join_group() -> None:
     import torch
 
     torch.set_num_threads(1)
-    distributed.start("cpu")
+    group.start("cpu")
 
 
 def _train(job: tuple[list[str], list[str]]) -> str:
@@ -49,9 +49,9 @@ def _train(job: tuple[list[str], list[str]]) -> str:
 
     from mythos.config.load import load
     from mythos.errors import TrainingError
-    from mythos.metrics.console import log
+    from mythos.ranks.preemption import SIGNALS, StopRequest
+    from mythos.run.console import log
     from mythos.train.loop import train
-    from mythos.train.preemption import SIGNALS, StopRequest
 
     files, overrides = job
     config = load(files, overrides)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_prep.workers import Workers
-    from launch.env import World
     from mythos.data.format import Manifest
+    from mythos.ranks.world import World
 
 # Kept here and not in data_prep: the help must not wait for pyarrow.
 _DEFAULT_VALIDATION_PERCENT = 1.0
@@ -214,7 +214,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def _lead_or_serve(arguments: argparse.Namespace, lead: Callable[[argparse.Namespace, "Workers"], int]) -> int:
     """Rank 0 leads; the other ranks do what it hands out, and end with its exit code."""
-    from launch.env import read_world
+    from mythos.ranks.world import read_world
 
     with read_world() as world:
         _check_launcher(world, arguments.processes)

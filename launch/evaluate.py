@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def work(config: "Config", device: "torch.device") -> int:
         from mythos.errors import DONE
-        from mythos.train.checkpoint_losses import checkpoint_losses, find_checkpoint  # imports DeepSpeed
+        from mythos.eval.checkpoint_losses import checkpoint_losses, find_checkpoint  # imports DeepSpeed
 
         checkpoint_losses(config, device, find_checkpoint(arguments.directory, names))
         return DONE

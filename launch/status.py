@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the status."""
     from mythos.errors import DONE
-    from mythos.train.status import describe, read_status
+    from mythos.run.status import describe, read_status
 
     status = read_status(arguments.directory)
     print(status.to_json() if arguments.json else describe(status))

@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Find this process's place among the others, load the configuration and train."""
-    from mythos.train.preemption import StopRequest
+    from mythos.ranks.preemption import StopRequest
 
     stop = StopRequest()  # before anything slow, so that a signal at any time ends in a saved run
     from mythos.config.load import load
@@ -72,9 +72,9 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
 
     An error is told once, by the rank that knows, and ends the process at once: see ``World`` for what follows.
     """
-    from launch.env import read_world
     from mythos.errors import FAILED, UserError
-    from mythos.metrics.console import log, start_logging
+    from mythos.ranks.world import read_world
+    from mythos.run.console import log, start_logging
 
     with read_world() as world:
         start_logging(None, world.rank)
@@ -88,13 +88,13 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
             raise
         log.info(world.describe())
         world.export()
-        from mythos.train import distributed
-        from mythos.train.watchdog import PATIENCE_S
+        from mythos.ranks import group
+        from mythos.ranks.watchdog import PATIENCE_S
 
         try:  # the watchdog knows more to tell than a collective that gives up: it comes first
-            timeout = distributed.TIMEOUT + timedelta(seconds=max(config.train.watchdog_s, PATIENCE_S))
-            exit_code = work(config, distributed.start(config.device, timeout))
-            distributed.finish()
+            timeout = group.TIMEOUT + timedelta(seconds=max(config.train.watchdog_s, PATIENCE_S))
+            exit_code = work(config, group.start(config.device, timeout))
+            group.finish()
             return exit_code
         except UserError as error:
             if world.rank > 0 and error.agreed:

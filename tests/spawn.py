@@ -93,10 +93,10 @@ def _work(pipe: Connection, rank: int, ranks: int, port: int) -> None:
     }
     import torch
 
-    from mythos.train import distributed
+    from mythos.ranks import group
 
     torch.set_num_threads(1)
-    distributed.start("cpu")
+    group.start("cpu")
     while True:
         try:
             function, arguments = pipe.recv()

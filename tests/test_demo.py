@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mythos.metrics.writer import read_metrics
+from mythos.run.metrics import read_metrics
 from tests.cluster import REPO, clean_environment, run
 from tests.require import lacking
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from mythos.checkpoint import layout
+from mythos.checkpoint import restore as checkpoint
 from mythos.config.schema import Config
+from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
 from mythos.export import INDEX_FILE, export, load_exported
 from mythos.model import build_model
 from mythos.model.depth import fixed
-from mythos.train import checkpoint
-from mythos.train.engine import TrainingEngine
 from tests.cluster import clean_environment, run
 from tests.spawn import RankPool
 from tests.tiny import tiny_config

@@ -17,8 +17,6 @@ from mythos.checkpoint import layout
 
 OPEN_FILES = 64
 """Files kept open at once: below the usual limit of a process, whatever the number of ranks that wrote."""
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
-"""State tensors of the shape of their parameter; Muon keeps the first alone."""
 BUFFER = "buffer:"
 """Begins the names of the model's buffers, which lie whole in the first weights file."""
 
@@ -34,7 +32,7 @@ class PieceReader:
         self.checkpoint = checkpoint
         self.manifest = layout.Manifest.load(checkpoint)
         self._open = lru_cache(OPEN_FILES)(lambda name: safe_open(str(checkpoint / name), "pt"))
-        self._names = lru_cache(OPEN_FILES)(lambda number: set(self._open(layout.optimizer_file(number)).keys()))
+        self._states = lru_cache(OPEN_FILES)(self._read_states)
 
     def weights(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """Fill ``out`` (stop - start) with elements of a flattened parameter."""
@@ -52,11 +50,10 @@ class PieceReader:
         for number, first, last, here, steps in self._overlaps(name, start, stop):
             if steps:
                 file = self._open(layout.optimizer_file(number))
-                for state in OPTIMIZER_STATES:
-                    if f"{name}.{state}" in self._names(number):
-                        part = file.get_slice(f"{name}.{state}")
-                        whole = found.setdefault(state, torch.zeros(stop - start))
-                        whole[first - start : last - start] = part[first - here : last - here]
+                for state in self._states(number).get(name, ()):
+                    part = file.get_slice(f"{name}.{state}")
+                    whole = found.setdefault(state, torch.zeros(stop - start))
+                    whole[first - start : last - start] = part[first - here : last - here]
         return found
 
     def buffers(self) -> dict[str, Tensor]:
@@ -70,6 +67,14 @@ class PieceReader:
         flat = torch.empty(shape.numel())
         self.weights(name, 0, shape.numel(), flat)
         return flat.view(shape)
+
+    def _read_states(self, number: int) -> dict[str, list[str]]:
+        """The names of the state tensors of each parameter in an optimizer file, where they are PARAMETER.STATE."""
+        states: dict[str, list[str]] = {}
+        for key in self._open(layout.optimizer_file(number)).keys():  # noqa: SIM118 - not a dictionary
+            name, _, state = key.rpartition(".")
+            states.setdefault(name, []).append(state)
+        return states
 
     def _overlaps(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int, int, float]]:
         """(file, first element wanted from it, last + 1, where its piece starts, its optimizer steps)."""

@@ -6,10 +6,9 @@ from torch import Tensor, nn
 
 from mythos.config.model_schema import Dense, Looped
 from mythos.config.schema import Config
-from mythos.model.dense import DenseTransformer
 from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
-from mythos.model.looped import LoopedTransformer
+from mythos.model.transformer import DenseTransformer, LoopedTransformer
 
 Forward = Callable[[Tensor, Tensor | None, DepthPlan | None], tuple[Tensor, dict[str, Tensor]]]
 """(tokens (B, S), targets (B, S) or None, plan) -> (loss or logits, diagnostics)."""

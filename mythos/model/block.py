@@ -1,9 +1,14 @@
-"""One transformer block, the same in prelude, core, coda and in the dense baseline."""
+"""Transformer blocks: the plain one of prelude, coda and dense baseline, and that of the recurrent core."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from mythos.config.model_schema import Dense, Looped
 from mythos.model.attention import build_attention
+from mythos.model.layers import feed_forward
+from mythos.model.moe import MoE, Routing, observe_routing, routing_penalty
 
 
 class Block(nn.Module):
@@ -19,3 +24,62 @@ class Block(nn.Module):
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None = None) -> Tensor:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, value_embedding)
         return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
+
+
+class Adapter(nn.Module):
+    """U_t V_t x: a low-rank difference between the loop steps that share weights otherwise.
+
+    One pair for each of the first ``loops`` steps, later steps use the last one (relaxed recursive transformers, Bae
+    et al. 2024, arXiv 2410.20672). U starts at zero.
+    """
+
+    def __init__(self, width: int, rank: int, loops: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(loops, rank, width))
+        self.up = nn.Parameter(torch.empty(loops, width, rank))
+
+    def forward(self, x_BSD: Tensor, loop_step_B: Tensor) -> Tensor:
+        """``loop_step_B`` is each sequence's own loop step, from 0."""
+        which_B = loop_step_B.clamp(max=len(self.down) - 1)
+        return torch.einsum("bdr,bsr->bsd", self.up[which_B], torch.einsum("brd,bsd->bsr", self.down[which_B], x_BSD))
+
+
+class CoreOutput(NamedTuple):
+    """What a core block gives: the stream (B, S, D), its routing penalty (B,) and, when asked for, its routing."""
+
+    x_BSD: Tensor
+    penalty_B: Tensor | None
+    routing: Routing | None
+
+
+class CoreBlock(Block):
+    """A block whose feed-forward layer may be a mixture-of-experts, with an adapter beside it for each loop step."""
+
+    def __init__(self, config: Looped, value_gate: bool) -> None:
+        experts = config.core_experts
+        layer = MoE(config.width, experts) if experts else feed_forward(config.width, config.feed_forward)
+        super().__init__(config, layer, value_gate)
+        self.expert_config = experts
+        self.penalised = experts is not None and (experts.balance_loss > 0 or experts.router_z_loss > 0)
+        self.adapter = Adapter(config.width, config.adapter_rank, config.adapter_loops) if config.adapter_rank else None
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        value_embedding: Tensor | None,
+        loop_step_B: Tensor,
+        observe: bool,
+    ) -> CoreOutput:
+        """One pass; ``observe`` asks for the routing."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, value_embedding)
+        normed_BSD = self.feed_forward_norm(x_BSD)
+        x_BSD = x_BSD + self.feed_forward(normed_BSD)
+        if self.adapter is not None:
+            x_BSD = x_BSD + self.adapter(normed_BSD, loop_step_B)
+        if self.expert_config is None or not (self.penalised or observe):
+            return CoreOutput(x_BSD, None, None)
+        with torch.set_grad_enabled(self.penalised and torch.is_grad_enabled()):
+            routing = observe_routing(self.feed_forward, normed_BSD, self.expert_config)
+            penalty_B = routing_penalty(routing, self.expert_config) if self.penalised else None
+        return CoreOutput(x_BSD, penalty_B, routing if observe else None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos.model.attention import GroupedQueryAttention, LatentAttention
-from mythos.model.core import Adapter
+from mythos.model.block import Adapter
 from mythos.model.halting import ACTHalting
 from mythos.model.injection import LinearInjection, LTIInjection
 from mythos.model.layers import SquaredReLU, SwiGLU, initial_deviation

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mythos.config.model_schema import Looped
 from mythos.model.attention import has_value_embedding
-from mythos.model.core import CoreBlock
+from mythos.model.block import CoreBlock
 from mythos.model.depth import DepthPlan, due
 from mythos.model.halting import ACTHalting
 from mythos.model.injection import build_injection

@@ -13,27 +13,30 @@ import torch.distributed as dist
 import yaml
 
 from mythos.checkpoint import layout
+from mythos.checkpoint import restore as checkpoint
+from mythos.checkpoint.saver import Saver
+from mythos.checkpoint.snapshot import world_shape
 from mythos.config.derive import global_batch_sequences, tokens_per_step
 from mythos.config.load import flatten, to_dict
 from mythos.config.schema import Config
+from mythos.data.open import RunData, check_data_unchanged
+from mythos.engine.engine import TrainingEngine, precision
+from mythos.engine.schedule import learning_rate, muon_step
 from mythos.errors import DONE, PREEMPTED
-from mythos.metrics.console import Progress, log, start_logging
-from mythos.metrics.health import depth_metrics, expert_metrics, model_metrics
-from mythos.metrics.throughput import StepClock, peak_memory_gib
-from mythos.metrics.watch import CollapseWatch, LossWatch
-from mythos.metrics.writer import MetricsWriter, read_metrics
+from mythos.eval.validation import sample_text, validate
 from mythos.model.moe import balance, expert_load
-from mythos.train import checkpoint, distributed, preflight, run_directory
+from mythos.ranks import group, preflight
+from mythos.ranks.preemption import StopRequest
+from mythos.ranks.watchdog import Watchdog
+from mythos.run import directory as run_directory
+from mythos.run.anomalies import CollapseWatch, LossWatch
+from mythos.run.console import Progress, log, start_logging
+from mythos.run.health import depth_metrics, expert_metrics, model_metrics
+from mythos.run.life import Life
+from mythos.run.metrics import MetricsWriter, read_metrics
+from mythos.run.throughput import StepClock, peak_memory_gib
 from mythos.train.batch import StepBatches, draw_depths, micro_batch_plan, tokens_and_targets
-from mythos.train.data import RunData, check_data_unchanged, open_data_everywhere
-from mythos.train.engine import TrainingEngine, precision
-from mythos.train.evaluate import sample_text, validate
-from mythos.train.life import Life
-from mythos.train.preemption import StopRequest
 from mythos.train.recovery import report_bad_step, report_spike, rewind
-from mythos.train.saver import Saver
-from mythos.train.schedule import learning_rate, muon_step
-from mythos.train.watchdog import Watchdog
 
 FRESH = {"samples": 0, "tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0, "rewinds": 0, "loss": {}}
 """What a run that begins has to remember, besides its weights."""
@@ -43,7 +46,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
     """Train to ``train.steps``, resuming from the run directory's newest checkpoint; returns the exit code. Collective.
 
     Args:
-        device: this rank's, from ``distributed.start``.
+        device: this rank's, from ``group.start``.
         stop: asks for a save and an early return.
         accept_changes: go on with a run although options that define it, or its data, have changed.
 
@@ -58,7 +61,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
     stop.has_begun = True
     # The life outside: where a rank fails because another one has died, the watchdog's verdict is the cause to note.
     with life, Watchdog(config.train.watchdog_s) as watchdog, ExitStack() as cleanup:
-        data = open_data_everywhere(config)
+        data = preflight.open_data_everywhere(config)
         changed, lock = _open_run_directory(config, accept_changes, device, reports)
         cleanup.enter_context(lock or nullcontext())
         life.begin()
@@ -87,11 +90,11 @@ def _train(
     if found is not None:
         watchdog.progress("reading the checkpoint")
         saved = checkpoint.load(engine, found)
-        for change in distributed.agree(lambda: check_data_unchanged(saved["data"], data.identity, accept_changes)):
+        for change in group.agree(lambda: check_data_unchanged(saved["data"], data.identity, accept_changes)):
             log.warning(f"data changed: {change}; going on at sample {saved['samples']}")
         state, first_step = saved | {"data": data.identity}, saved["step"]
         log.info(f"resumed from {found} at step {first_step} of {config.train.steps}")
-    unvalidated = found is None or distributed.from_rank_0(lambda: lacks_validation(config, first_step))
+    unvalidated = found is None or group.from_rank_0(lambda: lacks_validation(config, first_step))
     if first_step >= config.train.steps and not unvalidated:
         log.info(f"the run is finished at step {first_step}: raise train.steps (now {config.train.steps}) to go on")
         _say_where(directory)
@@ -109,7 +112,7 @@ def _train(
     stopping = unvalidated and validate(config, engine, data.validation, first_step, writer, watchdog, stop) is None
     stream = data.stream(config)
     batches = cleanup.enter_context(closing(StepBatches(config, stream, first_step + 1, state["samples"])))
-    distributed.agree(batches.check)
+    group.agree(batches.check)
     saver = Saver(directory / layout.DIRECTORY, config.checkpoint, engine, found, watchdog.patience)
     progress = Progress(first_step, config.train.steps, rank)
     loss_watch = LossWatch(**state["loss"])
@@ -152,7 +155,7 @@ def _train(
             "perf/data_wait_seconds": clock.data_wait_seconds,
             "perf/peak_memory_gib": peak_memory_gib(device),
         }
-        rows = distributed.gather([*local.values(), *worst.values()], device)
+        rows = group.gather([*local.values(), *worst.values()], device)
         agreed = dict(zip(local, rows.mean(dim=0).tolist(), strict=False))
         agreed |= dict(zip(worst, rows.amax(dim=0)[len(local) :].tolist(), strict=True))
         seconds = clock.seconds()
@@ -210,7 +213,7 @@ def _train(
         elif due(step, config.checkpoint.every) and not last and rewound is None:
             save(saver, step, state)
         if data_failed or rewound is not None:
-            distributed.agree(batches.check)
+            group.agree(batches.check)
         if not stopping and rewound is None and (due(step, config.eval.every) or last):
             stopping = validate(config, engine, data.validation, step, writer, watchdog, stop) is None
             # The last one afterwards, for with it the run is finished.
@@ -248,7 +251,7 @@ def lacks_validation(config: Config, step: int) -> bool:
 
 def save(saver: Saver, step: int, state: Mapping[str, Any]) -> None:
     """Begin a checkpoint."""
-    saver.start(step, {**state, "step": step, "world": checkpoint.world_shape(saver.engine)})
+    saver.start(step, {**state, "step": step, "world": world_shape(saver.engine)})
 
 
 def _open_run_directory(
@@ -256,8 +259,8 @@ def _open_run_directory(
 ) -> tuple[dict[str, tuple[Any, Any]], TextIO | None]:
     """The options that changed since the last start, and the lock on the directory (rank 0)."""
     rank, directory = dist.get_rank(), Path(config.run.directory)
-    changed = distributed.agree(lambda: run_directory.prepare(config, accept_changes) if rank == 0 else {})
-    lock = distributed.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
+    changed = group.agree(lambda: run_directory.prepare(config, accept_changes) if rank == 0 else {})
+    lock = group.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
     preflight.check_run_directory(config)
     start_logging(directory, rank)
     log.info(f"rank {rank} of {dist.get_world_size()} on {reports[0].host}, process {os.getpid()}, device {device}")

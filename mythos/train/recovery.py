@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mythos.checkpoint import layout
+from mythos.checkpoint import restore as checkpoint
+from mythos.checkpoint.saver import Saver
 from mythos.config.schema import Config
+from mythos.engine.engine import TrainingEngine
 from mythos.errors import TrainingError
-from mythos.metrics.console import log
-from mythos.metrics.watch import LossWatch
-from mythos.train import checkpoint
-from mythos.train.engine import TrainingEngine
-from mythos.train.saver import Saver
+from mythos.run.anomalies import LossWatch
+from mythos.run.console import log
 
 
 def rewind(

@@ -14,8 +14,8 @@ import pytest
 from mythos.config.schema import Config
 from mythos.data import remote
 from mythos.data.dataset import TokenDataset
+from mythos.data.open import open_data
 from mythos.errors import UserError
-from mythos.train.data import open_data
 from tests.data.conftest import ROWS
 from tests.data.object_store import object_store
 from tests.data.test_dataset import flip_byte

@@ -12,8 +12,8 @@ from data_prep.documents import split_of
 from data_prep.prepare import prepare
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.workers import Workers
-from launch.env import World
 from mythos.data.format import Manifest, Settings
+from mythos.ranks.world import World
 
 DEMO = Path(__file__).parents[2] / "demo" / "sotu.parquet"
 VALIDATION_PERCENT = 5.0

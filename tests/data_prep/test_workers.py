@@ -17,8 +17,8 @@ import pytest
 
 from data_prep.parts import HashSource
 from data_prep.workers import WorkerLost, Workers, serve
-from launch.env import World
 from mythos.errors import UserError
+from mythos.ranks.world import World
 from tests.cluster import clean_environment
 from tests.cluster import run as run_command
 from tests.data_prep.conftest import VALIDATION_PERCENT, content_of, run
@@ -71,7 +71,7 @@ def world() -> World:
 
 def start_rank_1(world: World) -> subprocess.Popen[str]:
     code = (
-        "import sys; from data_prep.workers import serve; from launch.env import World; "
+        "import sys; from data_prep.workers import serve; from mythos.ranks.world import World; "
         f"sys.exit(serve(World('mpich', 1, 2, 1, 2, '127.0.0.1', {world.port})))"
     )
     return subprocess.Popen([sys.executable, "-c", code], env=clean_environment(), stderr=subprocess.PIPE, text=True)

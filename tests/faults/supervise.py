@@ -14,7 +14,7 @@ import yaml
 from mythos.checkpoint import layout
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
-from mythos.metrics.writer import read_metrics
+from mythos.run.metrics import read_metrics
 from tests.cluster import clean_environment, run
 from tests.faults.victim import sequences
 from tests.tiny import tiny_config

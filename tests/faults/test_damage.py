@@ -18,10 +18,10 @@ import yaml
 from mythos.checkpoint import layout
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
+from mythos.engine.engine import TrainingEngine
 from mythos.errors import FAILED_TO_SAVE, UserError
-from mythos.metrics.console import log
-from mythos.metrics.writer import read_metrics
-from mythos.train.engine import TrainingEngine
+from mythos.run.console import log
+from mythos.run.metrics import read_metrics
 from tests.cluster import clean_environment, run
 from tests.faults.supervise import BIN, SAVE_EVERY, STEPS, TABLE, Row, configuration, consumed, losses
 from tests.faults.victim import recording, sequences

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mythos.errors import PREEMPTED
-from mythos.metrics.writer import read_metrics
+from mythos.run.metrics import read_metrics
 from tests.faults.conftest import NO_FAULT
 from tests.faults.supervise import STEPS, TABLE, Row, configuration, consumed, live, losses, lost_steps
 

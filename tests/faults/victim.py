@@ -60,10 +60,9 @@ def arm(fault: Fault) -> None:
     """Put the fault in its place."""
     import torch
 
-    from mythos.checkpoint import layout, pieces, tensors
+    from mythos.checkpoint import layout, pieces, saver, tensors
+    from mythos.engine.engine import TrainingEngine
     from mythos.model.loop import Loop
-    from mythos.train import saver
-    from mythos.train.engine import TrainingEngine
 
     def strike_at(where: str) -> Callable[[], None]:
         return lambda: fault.strike() if fault.reached(where) else None
@@ -100,8 +99,8 @@ def arm(fault: Fault) -> None:
 @contextmanager
 def recording(directory: Path) -> Iterator[None]:
     """Append to sequences_RANK.jsonl, step by step, a hash of each sequence that this rank trains on."""
+    from mythos.engine.engine import TrainingEngine
     from mythos.train import loop
-    from mythos.train.engine import TrainingEngine
 
     draw_depths, call = loop.draw_depths, TrainingEngine.__call__
     life, step = uuid.uuid4().hex, 0

@@ -1,4 +1,4 @@
-"""launch.env under the real launchers: all ranks meet, exit codes come through, and a dead rank ends the job."""
+"""The place of each process under the real launchers: ranks meet, exit codes come through, a dead rank ends the job."""
 
 import os
 import re
@@ -16,7 +16,7 @@ BIN = Path(sys.executable).parent
 ALL_REDUCE = r"""
 import sys
 
-from launch.env import read_world
+from mythos.ranks.world import read_world
 
 with read_world() as world:
     world.export()
@@ -41,7 +41,7 @@ import signal
 import sys
 import time
 
-from launch.env import read_world
+from mythos.ranks.world import read_world
 
 with read_world() as world:
     sys.stdout.write(f"{world.describe()}\n")

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from mythos.config.load import to_dict
-from mythos.metrics.writer import read_metrics
+from mythos.run.metrics import read_metrics
 from tests.cluster import clean_environment, run
 from tests.data.conftest import write_data_set
 from tests.require import lacking, require

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mythos.train.status import read_status
+from mythos.run.status import read_status
 from tests.cluster import REPO, SCRIPT, run
 from tests.slurm.jobs import LIMIT_S, TWO_BY_ONE, TWO_BY_TWO, Job, losses, submit
 from tests.tiny import SEQUENCE_LENGTH

@@ -29,7 +29,7 @@ if sys.argv[1] == "job":
     sys.exit(0)
 rank = int(os.environ["SLURM_PROCID"])
 if "world" in sys.argv:
-    from launch.env import read_world
+    from mythos.ranks.world import read_world
     shares = [os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")]
     print(read_world().describe(), "GPUs", shares[0], "CPUs", shares[1])
 if "slow" in sys.argv and restart == 0:  # hears no signal at first, as a rank that still imports

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mythos.config.schema import Config
-from mythos.metrics.writer import read_metrics
-from mythos.train.engine import TrainingEngine
+from mythos.engine.engine import TrainingEngine
+from mythos.ranks.preemption import StopRequest
+from mythos.run.metrics import read_metrics
 from mythos.train.loop import train
-from mythos.train.preemption import StopRequest
 from tests.faults.victim import recording
 
 

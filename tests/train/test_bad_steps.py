@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from mythos.checkpoint import layout
 from mythos.config.schema import Config
+from mythos.engine.engine import TrainingEngine
 from mythos.errors import TrainingError
-from mythos.metrics.writer import read_metrics
-from mythos.train.engine import TrainingEngine
+from mythos.run.metrics import read_metrics
 from tests.reference.plain_training import train_plainly
 from tests.spawn import RankPool
 from tests.tiny import tiny_config

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mythos.checkpoint import layout
+from mythos.checkpoint import restore as checkpoint
 from mythos.checkpoint.pieces import PieceReader
 from mythos.config.schema import Config
+from mythos.engine.engine import TrainingEngine
 from mythos.errors import PREEMPTED, UserError
-from mythos.metrics.writer import read_metrics
-from mythos.train import checkpoint
-from mythos.train.engine import TrainingEngine
+from mythos.run.metrics import read_metrics
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
 from tests.train.runs import curve, run_some_steps, run_training

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mythos.config.schema import Config
+from mythos.engine.engine import TrainingEngine
 from mythos.model import build_model
 from mythos.model.depth import plan
-from mythos.train.engine import TrainingEngine
 from tests.spawn import RankPool
 from tests.tiny import SEQUENCE_LENGTH, VOCABULARY, tiny_config
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mythos.config.schema import Config
+from mythos.engine.engine import TrainingEngine
 from mythos.model import build_model
-from mythos.train.engine import TrainingEngine
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
 

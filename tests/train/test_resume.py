@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mythos.checkpoint import layout
 from mythos.config.schema import Config
+from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
-from mythos.metrics.writer import read_metrics
-from mythos.train.engine import TrainingEngine
+from mythos.run.metrics import read_metrics
 from tests.data.conftest import write_data_set
 from tests.spawn import RankPool
 from tests.tiny import VOCABULARY, tiny_config

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from mythos.config.schema import Config
+from mythos.data.open import open_data
+from mythos.engine.engine import TrainingEngine
 from mythos.errors import TrainingError
-from mythos.metrics.watch import FIRST_STEPS
-from mythos.metrics.writer import read_metrics
-from mythos.train.data import open_data
-from mythos.train.engine import TrainingEngine
+from mythos.ranks.preemption import StopRequest
+from mythos.run.anomalies import FIRST_STEPS
+from mythos.run.metrics import read_metrics
 from mythos.train.loop import train
-from mythos.train.preemption import StopRequest
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
 

@@ -16,12 +16,12 @@ from tokenizers.models import WordLevel
 from mythos.checkpoint import layout
 from mythos.config.schema import Config
 from mythos.data.format import BOS, Manifest
+from mythos.engine.engine import TrainingEngine
 from mythos.errors import DONE, PREEMPTED
-from mythos.metrics.writer import read_metrics
-from mythos.train.engine import TrainingEngine
+from mythos.ranks.preemption import StopRequest
+from mythos.run.metrics import read_metrics
+from mythos.run.status import read_status
 from mythos.train.loop import train
-from mythos.train.preemption import StopRequest
-from mythos.train.status import read_status
 from tests.faults.victim import sequences
 from tests.spawn import RankPool
 from tests.tiny import tiny_config

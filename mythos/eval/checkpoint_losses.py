@@ -1,0 +1,74 @@
+"""Validation losses of a saved checkpoint, written beside the run as JSON."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mythos.checkpoint import layout
+from mythos.checkpoint import restore as checkpoint
+from mythos.config.schema import Config
+from mythos.engine.engine import TrainingEngine
+from mythos.errors import UserError
+from mythos.eval.validation import validate
+from mythos.files import write_atomically
+from mythos.ranks import group, preflight
+from mythos.ranks.watchdog import Watchdog
+
+EVALUATIONS = "evaluations"
+
+
+def checkpoint_losses(config: Config, device: torch.device, found: Path) -> dict[str, Any]:
+    """Load the checkpoint ``found`` and measure the loss at each of ``eval.depths``. Collective.
+
+    Rank 0 writes the result to RUN/evaluations/step_XXXXXXXX.json; one that is there is replaced.
+
+    Raises:
+        UserError: the checkpoint or the data do not fit the configuration, or cannot be read.
+    """
+    preflight.check_ranks(config, device)
+    with Watchdog(config.train.watchdog_s) as watchdog:
+        data = preflight.open_data_everywhere(config)
+        checkpoint.check(found)
+        engine = TrainingEngine(config, device)
+        state = checkpoint.load(engine, found)
+        losses = validate(config, engine, data.validation, state["step"], None, watchdog) or {}
+    result = {
+        "checkpoint": found.name,
+        "step": state["step"],
+        **losses,
+        "sequences": config.eval.sequences,
+        "data": data.identity["sources"],
+        "ranks": dist.get_world_size(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    if dist.get_rank() == 0:
+        directory = found.parent.parent / EVALUATIONS
+        directory.mkdir(exist_ok=True)
+        write_atomically(directory / f"{found.name}.json", json.dumps(result, indent=2))
+    return result
+
+
+def find_checkpoint(directory: Path, names: Sequence[str]) -> Path:
+    """The checkpoint of that name, by default the newest. Collective.
+
+    Raises:
+        UserError: it is not there or not complete, or more than one is named.
+    """
+    return group.agree(lambda: _find(directory / layout.DIRECTORY, names))
+
+
+def _find(directory: Path, names: Sequence[str]) -> Path:
+    there = sorted(path.name for path in layout.complete(directory))
+    if len(names) > 1:
+        raise UserError(f"{' '.join(names)}: give one checkpoint: {', '.join(there)}")
+    newest = layout.latest(directory)
+    name = names[0] if names else (newest.name if newest else "")
+    if name not in there:
+        what = f"no complete checkpoint {name!r}" if name else "no checkpoint yet"
+        raise UserError(f"{directory}: {what}" + (f": there are {', '.join(there)}" if there else ""))
+    return directory / name

@@ -1,0 +1,205 @@
+"""Before the first step: do all ranks run the same code on the same configuration, and can each of them do its work?
+
+Every finding names the rank and its host, and all ranks end with it at once.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import mythos
+from mythos.config.load import differences, flatten, to_dict
+from mythos.config.schema import Config
+from mythos.data.open import RunData, open_data
+from mythos.errors import UserError
+from mythos.plan.params import count_parameters
+from mythos.ranks import group
+from mythos.ranks.group import agree
+from mythos.run.console import log
+from mythos.run.directory import PACKAGES, host_name
+
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+"""fp32 weights and AdamW's two moments; with Muon it is less."""
+CHECKPOINTS_TO_COME = 2
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank says of itself."""
+
+    rank: int
+    host: str
+    device: str
+    gpu: str | None
+    """What tells this GPU from every other one; None on a CPU."""
+    versions: Mapping[str, str]
+    options: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"rank {self.rank} on {self.host}: {self.device}, {versions}"
+
+    @property
+    def place(self) -> str:
+        """For findings."""
+        return f"rank {self.rank} on {self.host}"
+
+
+def check_ranks(config: Config, device: torch.device) -> list[Report]:
+    """Compare the ranks' reports, before their first collective; returns this rank's, on rank 0 then all others'.
+
+    Raises:
+        UserError: the ranks differ in code, versions or configuration, or two of them were given one GPU.
+    """
+    own = own_report(config, device)
+    reports = [own]
+
+    def compare(said: list[str]) -> str:
+        reports[:] = [Report(**json.loads(text)) for text in said]
+        return "\n".join(f"  {finding}" for finding in (*differing(reports), *shared_gpus(reports)))
+
+    if findings := group.decide(json.dumps(asdict(own)), compare):
+        raise UserError(f"the ranks do not fit together:\n{findings}", agreed=True)
+    if warning := expert_groups_across_hosts(config.parallel.expert_parallel_size, [r.host for r in reports]):
+        log.warning(warning)
+    return reports
+
+
+def check_run_directory(config: Config) -> None:
+    """Every rank can write there, and the next checkpoints fit. Collective; rank 0 has made the directory.
+
+    Raises:
+        UserError: a rank cannot write there, or the disk is too full.
+    """
+    agree(lambda: _check_writable(config))
+    agree(lambda: _check_space(config) if dist.get_rank() == 0 else None)
+
+
+def open_data_everywhere(config: Config) -> RunData:
+    """``open_data`` on every rank, which must all find the same. Collective.
+
+    Raises:
+        UserError: as ``open_data``; or the directories of two nodes hold different data.
+    """
+    data = agree(lambda: open_data(config))
+    identities: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(identities, (host_name(), data.identity))
+    first_host, first = identities[0]
+    for rank, (host, identity) in enumerate(identities):
+        for name, (here, there) in differences(first, identity).items():
+            raise UserError(
+                f"data: {name} is {here!r} for rank 0 on {first_host}, {there!r} for rank {rank} on {host}: "
+                "copy the same data set to every node",
+                agreed=True,
+            )
+    return data
+
+
+def own_report(config: Config, device: torch.device) -> Report:
+    """This rank's report."""
+    name, gpu = "cpu", None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = f"{device} {properties.name} {properties.total_memory / GIB:.0f} GiB"
+        gpu = str(getattr(properties, "uuid", None) or device)
+    options = flatten(to_dict(config))
+    return Report(dist.get_rank(), host_name(), name, gpu, versions(), options)
+
+
+def versions() -> dict[str, str]:
+    """Of everything whose mixture would train something else or not at all."""
+    found = {"python": platform.python_version(), "code": code_version()}
+    found |= {name: importlib.metadata.version(name) for name in PACKAGES if name != "mythos"}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+@functools.cache
+def code_version() -> str:
+    """A digest of this package's source files: also without git it tells one checkout or installation from another."""
+    root = Path(mythos.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def differing(reports: Sequence[Report]) -> list[str]:
+    """A line for each rank and each version or option that it does not share with most of the others."""
+    findings = []
+    for kind, tables in (("", [r.versions for r in reports]), ("option ", [r.options for r in reports])):
+        for name in sorted({name for table in tables for name in table}):
+            values = [repr(table.get(name)) for table in tables]
+            usual = Counter(values).most_common(1)[0][0]  # of equally common ones the first rank's
+            findings += [
+                f"{report.place}: {kind}{name} {value}, elsewhere {usual}: "
+                + ("give every rank the same configuration" if kind else "run the same environment on every node")
+                for report, value in zip(reports, values, strict=True)
+                if value != usual
+            ]
+    return findings
+
+
+def shared_gpus(reports: Sequence[Report]) -> list[str]:
+    """A line for each rank whose GPU another rank before it has."""
+    first: dict[tuple[str, str], int] = {}
+    findings = []
+    for report in reports:
+        if report.gpu is not None:
+            other = first.setdefault((report.host, report.gpu), report.rank)
+            if other != report.rank:
+                findings.append(
+                    f"{report.place}: has the same GPU as rank {other} ({report.device}): start one process a GPU"
+                )
+    return findings
+
+
+def expert_groups_across_hosts(size: int, hosts: Sequence[str]) -> str | None:
+    """A warning where the ``size`` neighbouring ranks that share a set of experts are not all on one host."""
+    for first in range(0, len(hosts), size):
+        among = dict.fromkeys(hosts[first : first + size])
+        if len(among) > 1:
+            return (
+                f"parallel.expert_parallel_size = {size}: ranks {first} to {first + size - 1} share a set of experts "
+                f"across {len(among)} nodes ({', '.join(among)}): every loop step waits for the network; a size that "
+                "divides the processes of a node keeps them inside"
+            )
+    return None
+
+
+def _check_writable(config: Config) -> None:
+    directory = Path(config.run.directory)
+    try:
+        for name in ("log", "checkpoints"):
+            with tempfile.TemporaryFile(dir=directory / name) as file:
+                file.write(b"x")
+                file.flush()
+    except OSError as error:
+        raise UserError(
+            f"run.directory = {config.run.directory!r}: cannot be written: {error.strerror}: choose a directory that "
+            "every node sees and can write"
+        ) from error
+
+
+def _check_space(config: Config) -> None:
+    needed = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config.model).total * CHECKPOINTS_TO_COME
+    free = shutil.disk_usage(config.run.directory).free
+    if free < needed:
+        raise UserError(
+            f"run.directory = {config.run.directory!r}: {free / GIB:.3g} GiB free, the next {CHECKPOINTS_TO_COME} "
+            f"checkpoints need about {needed / GIB:.3g} GiB: make room, or choose another directory"
+        )

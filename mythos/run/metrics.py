@@ -1,0 +1,123 @@
+"""metrics.jsonl and TensorBoard, under the same names, without doubled steps after a resume."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mythos.files import write_atomically
+from mythos.run.console import log
+
+if TYPE_CHECKING:  # half a second that rank 0 alone has to spend
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes scalars of a step to both places; used by rank 0 alone.
+
+    A disk that is full or gone does not end the training: the error is told once, and what could not be written to
+    metrics.jsonl is written when there is space again. TensorBoard's curves then have a gap.
+
+    Args:
+        directory: the run directory.
+        resumed_step: what was written for later steps (by a life that was killed) is dropped; -1: everything.
+    """
+
+    def __init__(self, directory: Path, resumed_step: int) -> None:
+        self._directory = directory
+        self._unwritten: list[tuple[int, bytes]] = []
+        self._failing = False
+        self._open(resumed_step)
+
+    def _open(self, last_step: int) -> None:
+        path = self._directory / METRICS_FILE
+        _truncate(path, last_step)
+        self._file = path.open("ab", buffering=0)  # nothing may be written later, on its own, that a failure left
+        self._tensorboard: SummaryWriter | None = self._open_tensorboard(last_step)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was written for steps after this one."""
+        self._unwritten = [(of, line) for of, line in self._unwritten if of <= step]
+        self.close()
+        try:
+            self._open(step)
+        except OSError as error:
+            log.error(f"metrics of the steps after {step} were not taken back ({error}): training goes on")
+            self._failing, self._tensorboard = True, None
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line in metrics.jsonl (a non-finite value as null, which JSON can hold) and one point in each curve."""
+        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._unwritten.append((step, json.dumps(line).encode() + b"\n"))
+        try:
+            if self._failing:  # the directory may be another one, and the last line there in part
+                self._file.close()
+                self._file = (self._directory / METRICS_FILE).open("ab", buffering=0)
+                self._write(b"\n")
+            while self._unwritten:
+                self._write(self._unwritten[0][1])
+                del self._unwritten[0]
+            if self._tensorboard is None:
+                self._tensorboard = self._open_tensorboard(step - 1)
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                log.error(f"metrics of step {step} not written ({error}): training goes on")
+            self._failing, self._tensorboard = True, None
+
+    def _write(self, line: bytes) -> None:
+        """All of it, or OSError."""
+        while line:  # a disk that fills up takes a part and says so at the next attempt
+            line = line[self._file.write(line) :]
+
+    def _open_tensorboard(self, last_step: int) -> "SummaryWriter":
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._directory / "tensorboard"), purge_step=last_step + 1, flush_secs=10)
+
+    def write_config(self, config_yaml: str, options: Mapping[str, Any]) -> None:
+        """The configuration as text, and as hparams for TensorBoard's comparison of runs."""
+        if self._tensorboard is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {
+            name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()
+        }
+        self._tensorboard.add_text("config", f"```yaml\n{config_yaml}\n```")
+        for summary in hparams(values, {"train/loss": 0.0}):
+            self._tensorboard._get_file_writer().add_summary(summary)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        try:
+            self._file.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        except OSError as error:
+            log.error(f"the last metrics were not written ({error})")
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl that can be read; one that was cut by a kill is left out."""
+    path = directory / METRICS_FILE
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    if path.exists():
+        kept = [line for line in read_metrics(path.parent) if line["step"] <= last_step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

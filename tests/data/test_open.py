@@ -1,0 +1,315 @@
+"""The data of a run: what a resumed run accepts, what bad input ends with, on every rank."""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+import yaml
+
+from mythos.config.load import to_dict, validate
+from mythos.config.schema import Config
+from mythos.config.show import documented_yaml
+from mythos.data.dataset import TokenDataset
+from mythos.data.open import check_data_unchanged, open_data
+from mythos.data.stream import Source, TokenStream
+from mythos.errors import UserError
+from mythos.ranks.preflight import open_data_everywhere
+from mythos.run.metrics import read_metrics
+from mythos.train.batch import StepBatches
+from tests.data.conftest import SEQUENCE_LENGTH, write_data_set
+from tests.data.test_dataset import flip_byte
+from tests.spawn import RankPool
+from tests.tiny import VOCABULARY, tiny_config
+from tests.train.runs import curve, run_training
+
+
+def failure(config: Config, accept_changes: bool = False) -> tuple[str, bool]:
+    """The one line that this rank ends with, and whether every rank has it."""
+    try:
+        run_training(config, accept_changes)
+    except UserError as error:
+        return str(error), error.agreed
+    return "no error", False
+
+
+def mixed(config: Config, sources: dict[str, tuple[Path, float]]) -> Config:
+    """The configuration with several sources in place of its data set."""
+    tree = to_dict(config)
+    tree["data"] |= {
+        "directory": None,
+        "sources": {name: {"directory": str(path), "weight": weight} for name, (path, weight) in sources.items()},
+    }
+    return validate(tree, 8 // config.train.micro_batch_sequences)
+
+
+def rows_of_steps(config: Config, first_step: int, steps: int) -> np.ndarray:
+    """What this rank gets, (steps, micro-steps, micro batch, tokens)."""
+    batches = StepBatches(config, open_data(config).stream(config), first_step, (first_step - 1) * 8)
+    rows = np.stack([batches.take(step) for step in range(first_step, first_step + steps)])
+    batches.close()
+    return rows
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_two_ranks_get_the_rows_of_one(micro_batch: int, two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config("dense", tiny_data, tmp_path, ranks=2, train__micro_batch_sequences=micro_batch)
+    by_rank = two_ranks.run(rows_of_steps, config, 12, 5)
+    # (steps, micro-steps, ranks, micro batch, tokens): the global batch in its order
+    found = np.stack(by_rank, axis=2).reshape(5 * 8, SEQUENCE_LENGTH + 1)
+    stream = TokenStream([Source("data", 1.0, TokenDataset(tiny_data, "train"))], 42, config.data.shuffle_shards)
+    np.testing.assert_array_equal(found, stream.rows(11 * 8, 5 * 8))
+
+
+class SlowStream:
+    """Rows come when they are let through."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.gate = threading.Semaphore(0)
+        self.error: Exception | None = None
+
+    def rows(self, first_sample: int, count: int) -> np.ndarray:
+        self.gate.acquire()
+        self.asked.append(first_sample)
+        if self.error is not None:
+            raise self.error
+        return np.full((count, 3), first_sample)
+
+    def close(self) -> None:
+        self.gate.release(100)
+
+
+def test_the_next_step_is_read_while_this_one_runs_and_its_error_reaches_the_caller(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mythos.train.batch.dist.get_rank", lambda: 0)
+    monkeypatch.setattr("mythos.train.batch.dist.get_world_size", lambda: 1)
+    stream = SlowStream()
+    batches = StepBatches(tiny_config("dense", tiny_data, tmp_path, train__steps=3), stream, 1, 0)  # type: ignore[arg-type]
+    stream.gate.release()
+    assert batches.take(1).shape == (1, 8, 3)
+    stream.gate.release()  # nobody has asked for step 2
+    until = time.monotonic() + 30
+    while stream.asked != [0, 8]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    batches.take(2)
+    stream.error = UserError("shard 7 is damaged")
+    stream.gate.release()
+    assert batches.failed()
+    with pytest.raises(UserError, match="shard 7"):
+        batches.check()
+    with pytest.raises(UserError, match="shard 7"):
+        batches.take(3)
+    batches.close()
+
+
+def test_after_the_last_step_nothing_is_read(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mythos.train.batch.dist.get_rank", lambda: 0)
+    monkeypatch.setattr("mythos.train.batch.dist.get_world_size", lambda: 1)
+    stream = SlowStream()
+    batches = StepBatches(tiny_config("dense", tiny_data, tmp_path, train__steps=3), stream, 3, 16)  # type: ignore[arg-type]
+    stream.gate.release(5)
+    batches.take(3)
+    assert not batches.failed()
+    batches.check()
+    assert stream.asked == [16]
+    batches.close()
+
+
+def test_a_mixture_trains_resumes_and_tells_its_position(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    other = write_data_set(tmp_path / "other", VOCABULARY, seed=1, rows=31)
+    sources = {"web": (tiny_data, 3.0), "code": (other, 1.0)}
+    options = {"train__steps": 6, "checkpoint__every": 3, "eval__every": 3, "optim__cooldown": "constant"}
+    straight = mixed(tiny_config("dense", tiny_data, tmp_path / "straight", ranks=2, **options), sources)
+    assert two_ranks.run(run_training, straight) == [0, 0]
+    state = json.loads((tmp_path / "straight" / "checkpoints" / "step_00000006" / "state.json").read_text())
+    assert state["samples"] == 48
+    assert state["epochs"] == {"code": 12 / 31, "web": 36 / 103}
+    assert set(state["data"]["sources"]) == {"code", "web"}
+    assert state["data"]["sources"]["web"]["weight"] == 3
+    last = next(line for line in reversed(read_metrics(tmp_path / "straight")) if "val/loss" in line)
+    assert last["val/loss"] == pytest.approx((3 * last["val/web/loss"] + last["val/code/loss"]) / 4)
+
+    moved = {"web": (Path(shutil.copytree(tiny_data, tmp_path / "moved")), 3.0), "code": (other, 1.0)}
+    resumed = mixed(
+        tiny_config("dense", tiny_data, tmp_path / "run", ranks=2, **(options | {"train__steps": 3})), sources
+    )
+    assert two_ranks.run(run_training, resumed) == [0, 0]
+    resumed = mixed(tiny_config("dense", tiny_data, tmp_path / "run", ranks=2, **options), moved)
+    assert two_ranks.run(run_training, resumed) == [0, 0]
+    assert curve(resumed, "train/loss") == curve(straight, "train/loss")
+
+    heavier = {"web": (tiny_data, 2.0), "code": (other, 1.0)}
+    changed = mixed(
+        tiny_config("dense", tiny_data, tmp_path / "run", ranks=2, **(options | {"train__steps": 7})), heavier
+    )
+    messages = two_ranks.run(failure, changed)
+    assert messages[0] == messages[1]
+    assert (
+        "(sources.web.weight: 3.0 -> 2.0): give the data of before, or go on with the new: --accept-changes"
+        in (messages[0][0])
+    )
+    assert two_ranks.run(run_training, changed, True) == [0, 0]
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    assert "data changed: sources.web.weight: 3.0 -> 2.0; going on at sample 48" in log
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000007" / "state.json").read_text())
+    assert state["data"]["sources"]["web"]["weight"] == 2
+
+
+def test_which_changes_of_the_data_may_be_accepted() -> None:
+    before = {"seed": 1, "global_batch_sequences": 8, "shuffle_shards": 4, "sources": {"a": {"weight": 1.0}}}
+    assert check_data_unchanged(before, dict(before), accept_changes=False) == []
+    accepted = check_data_unchanged(before, before | {"shuffle_shards": 5}, accept_changes=True)
+    assert accepted == ["shuffle_shards: 4 -> 5"]
+    with pytest.raises(UserError, match=r"shuffle_shards: 4 -> 5\): give .*--accept-changes"):
+        check_data_unchanged(before, before | {"shuffle_shards": 5}, accept_changes=False)
+    for name in ("seed", "global_batch_sequences"):
+        with pytest.raises(UserError, match=f"{name}: .* -> 77.*--accept-changes"):
+            check_data_unchanged(before, before | {name: 77}, accept_changes=False)
+        assert check_data_unchanged(before, before | {name: 77}, accept_changes=True)
+
+
+def damage_late_shard(data: Path, config: Config) -> tuple[Path, int]:
+    """Flip a byte in the shard that a run of one shard at a time needs last; the step that first needs it."""
+    dataset = TokenDataset(data, "train")
+    ends = np.cumsum([shard.rows for shard in dataset.shards])
+    stream = TokenStream([Source("data", 1.0, dataset)], config.seed, config.data.shuffle_shards)
+    _, rows = stream.samples(0, len(dataset))
+    shards = np.searchsorted(ends, rows, side="right")
+    first_use = [int(np.argmax(shards == number)) for number in range(len(ends))]
+    last = int(np.argmax(first_use))
+    shard = data / "train" / dataset.shards[last].raw.name
+    flip_byte(shard, -1)
+    return shard, first_use[last] // 8 + 1
+
+
+def test_a_shard_found_damaged_in_mid_run_ends_all_ranks_and_loses_nothing(
+    two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    options = {"train__steps": 12, "data__shuffle_shards": 1}
+    undisturbed = tiny_config("dense", tiny_data, tmp_path / "undisturbed", ranks=2, **options)
+    assert two_ranks.run(run_training, undisturbed) == [0, 0]
+
+    config = tiny_config("dense", data, tmp_path / "run", ranks=2, **options)
+    shard, step = damage_late_shard(data, config)
+    assert step > 5
+    messages = two_ranks.run(failure, config)
+    assert messages[0] == messages[1]
+    text, agreed = messages[0]
+    assert text.startswith(f"{shard}: damaged, its hash differs from the index; ")
+    assert agreed
+    assert "\n" not in text
+    flip_byte(shard, -1)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{step - 1:08d}"
+    assert two_ranks.run(run_training, config) == [0, 0]
+    assert curve(config, "train/loss") == curve(undisturbed, "train/loss")
+
+
+def remove_a_shard(data: Path) -> str:
+    (data / "train" / "shard.00002.mds").unlink()
+    return "train/shard.00002.mds: the index names it"
+
+
+def cut_the_index(data: Path) -> str:
+    os.truncate(data / "train" / "index.json", 300)
+    return "train/index.json: damaged, not valid JSON"
+
+
+def change_the_tokenizer(data: Path) -> str:
+    (data / "tokenizer.json").write_text("another")
+    return "tokenizer.json: not the tokenizer that made the shards"
+
+
+def damage_a_validation_shard(data: Path) -> str:
+    flip_byte(data / "validation" / "shard.00000.mds", -1)
+    return "validation/shard.00000.mds: damaged"
+
+
+def test_bad_data_is_one_line_on_every_rank(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    for damage in (remove_a_shard, cut_the_index, change_the_tokenizer, damage_a_validation_shard):
+        data = Path(shutil.copytree(tiny_data, tmp_path / damage.__name__))
+        expected = damage(data)
+        messages = two_ranks.run(failure, tiny_config("dense", data, tmp_path / "run", ranks=2))
+        assert messages[0] == messages[1]
+        assert f"{data}/{expected}" in messages[0][0]
+        assert "mythos data prepare" in messages[0][0] or "prepare the data again" in messages[0][0]
+        assert "\n" not in messages[0][0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"data__sequence_length": 31}, "data.sequence_length = 31: {data} was prepared with 15: set that"),
+        ({"model__vocabulary_size": 95}, "model.vocabulary_size = 95: the tokenizer of {data} has 96 tokens"),
+        ({"data__cache_directory": "{tmp}", "data__cache_gib": 1e-6}, "data.cache_gib = 1e-06: the shards in use"),
+    ],
+)
+def test_data_that_does_not_fit_the_configuration(
+    overrides: dict[str, Any], complaint: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    overrides = {
+        name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in overrides.items()
+    }
+    with pytest.raises(UserError) as caught:
+        open_data(tiny_config("dense", tiny_data, tmp_path / "run", **overrides))
+    assert str(caught.value).startswith(complaint.format(data=tiny_data))
+
+
+def test_sources_with_different_tokenizers_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+    other = write_data_set(tmp_path / "other", VOCABULARY)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "tokenizer.json").write_text("another")
+    manifest["tokenizer_sha256"] = hashlib.sha256(b"another").hexdigest()
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    config = mixed(tiny_config("dense", tiny_data, tmp_path), {"a": (tiny_data, 1.0), "b": (other, 1.0)})
+    with pytest.raises(UserError, match="data.sources: a and b were made by different tokenizers"):
+        open_data(config)
+
+
+def test_what_is_wrong_with_the_options_is_told_at_once(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config("dense", tiny_data, tmp_path)
+    with pytest.raises(UserError, match="data.directory = 'both given'"):
+        tiny_config("dense", tiny_data, tmp_path, data__sources={"a": {"directory": "x", "weight": 1.0}})
+    with pytest.raises(UserError) as caught:
+        mixed(config, {"a b": (tiny_data, 1.0), "c": (Path("x"), -1.0)})
+    assert "data.sources.c.weight = -1.0: input should be greater than 0" in str(caught.value)
+    with pytest.raises(UserError, match="data.sources.a b = 'a b': a name has letters"):
+        mixed(config, {"a b": (tiny_data, 1.0)})
+    with pytest.raises(UserError, match="data.cache_directory = None: s3://bucket needs one"):
+        tiny_config("dense", "s3://bucket", tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_mixture_survives_the_printed_configuration(tiny_data: Path, tmp_path: Path) -> None:
+    config = mixed(tiny_config("dense", tiny_data, tmp_path), {"web" * 30: (tiny_data, 0.25), "code": (tiny_data, 1.0)})
+    assert yaml.safe_load(documented_yaml(config)) == to_dict(config)
+
+
+def open_own(config: Config, places: list[Path]) -> str:
+    """Each rank finds another data set at what should be one place."""
+    own = replace(config, data=replace(config.data, directory=str(places[dist.get_rank()])))
+    try:
+        open_data_everywhere(own)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_find_different_data_say_so(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    other = write_data_set(tmp_path / "other", VOCABULARY, seed=1)
+    config = tiny_config("dense", tiny_data, tmp_path / "run", ranks=2)
+    assert two_ranks.run(open_own, config, [tiny_data, tiny_data]) == ["no error"] * 2
+    messages = two_ranks.run(open_own, config, [tiny_data, other])
+    assert messages[0] == messages[1]
+    assert "data: sources.data.fingerprint is " in messages[0]
+    assert "copy the same data set to every node" in messages[0]

@@ -1,0 +1,44 @@
+import torch
+
+from mythos.eval.generate import sample_tokens
+from mythos.model import build_model
+from tests.model.helpers import randomise
+from tests.tiny import tiny_config
+
+CPU = torch.device("cpu")
+OPTIONS = {"longest": 8, "loop_depth": 2, "seed": 0, "device": CPU}
+
+
+def model() -> torch.nn.Module:
+    return randomise(build_model(tiny_config("looped-moe", "data", "run")), deviation=0.3)
+
+
+def test_temperature_zero_takes_the_likeliest_token_of_the_last_window() -> None:
+    net = model()
+    ids = sample_tokens(net, [1, 2], 12, 0.0, **OPTIONS)
+    assert ids[:2] == [1, 2]
+    assert len(ids) == 14
+    from mythos.model.depth import fixed
+
+    for end in range(2, 14):
+        window = torch.tensor([ids[max(0, end - 8) : end]])
+        assert ids[end] == net(window, None, fixed(2, 1))[0][0, -1].argmax().item()
+
+
+def test_sampling_follows_the_seed() -> None:
+    net = model()
+    first, again = (sample_tokens(net, [1], 20, 1.0, **OPTIONS) for _ in range(2))
+    other = sample_tokens(net, [1], 20, 1.0, **(OPTIONS | {"seed": 1}))
+    assert first == again
+    assert first != other
+
+
+def test_the_number_of_forward_passes_is_fixed() -> None:
+    calls = []
+
+    def forward(tokens, targets, plan):
+        calls.append(tokens.shape[1])
+        return torch.zeros(1, tokens.shape[1], 5), {}
+
+    sample_tokens(forward, [0], 6, 1.0, **(OPTIONS | {"longest": 4}))
+    assert calls == [1, 2, 3, 4, 4, 4]

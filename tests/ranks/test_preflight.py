@@ -1,0 +1,270 @@
+"""Ranks that differ, lack something or are badly placed are named before the first step."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.utils import groups
+
+from mythos.config.schema import Config
+from mythos.errors import UserError
+from mythos.ranks import group, preflight
+from mythos.run import directory as run_directory
+from tests.spawn import RankPool
+from tests.tiny import tiny_config
+from tests.train.runs import run_training
+
+CPU = torch.device("cpu")
+
+
+def on_rank_1(change: Callable[[preflight.Report], preflight.Report], config: Config) -> str:
+    """What all ranks are told when rank 1 reports something else."""
+    honest = preflight.own_report
+    if group.dist.get_rank() == 1:
+        preflight.own_report = lambda *arguments: change(honest(*arguments))
+    try:
+        preflight.check_ranks(config, CPU)
+    except UserError as error:
+        return str(error) if error.agreed else f"on rank {group.dist.get_rank()} alone: {error}"
+    finally:
+        preflight.own_report = honest
+    return "no error"
+
+
+def other_torch(report: preflight.Report) -> preflight.Report:
+    return replace(report, host="node7", versions=dict(report.versions) | {"torch": "1.13.0"})
+
+
+def other_code(report: preflight.Report) -> preflight.Report:
+    return replace(report, versions=dict(report.versions) | {"code": "000000000000"})
+
+
+def other_seed(report: preflight.Report) -> preflight.Report:
+    return replace(report, options=dict(report.options) | {"seed": 7})
+
+
+def same(report: preflight.Report) -> preflight.Report:
+    return report
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_torch, f"rank 1 on node7: torch '1.13.0', elsewhere '{torch.__version__.split('+')[0]}"),
+        (other_code, f"code '000000000000', elsewhere '{preflight.code_version()}': run the same environment"),
+        (other_seed, "option seed 7, elsewhere 42: give every rank the same configuration"),
+        (same, "no error"),
+    ],
+)
+def test_every_rank_is_told_which_rank_differs_and_how(
+    change: Callable[[preflight.Report], preflight.Report], message: str, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    told = two_ranks.run(on_rank_1, change, tiny_config("looped", tmp_path, tmp_path / "run", ranks=2))
+    assert told[0] == told[1]
+    assert message in told[0]
+
+
+def test_the_odd_one_out_is_the_one_that_differs_from_most() -> None:
+    report = preflight.Report(0, "a", "cpu", None, {"torch": "2"}, {})
+    reports = [replace(report, versions={"torch": "1"}), replace(report, rank=1), replace(report, rank=2)]
+    assert preflight.differing(reports) == [
+        "rank 0 on a: torch '1', elsewhere '2': run the same environment on every node"
+    ]
+
+
+def test_the_code_version_changes_with_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = preflight.code_version()
+    copy = shutil.copytree(Path(preflight.mythos.__file__).parent, tmp_path / "mythos")
+    monkeypatch.setattr(preflight.mythos, "__file__", str(copy / "__init__.py"))
+    assert preflight.code_version.__wrapped__() == before, "wherever it lies"
+    with (copy / "errors.py").open("a") as file:
+        file.write("\n")
+    assert preflight.code_version.__wrapped__() != before
+
+
+def test_two_ranks_with_one_gpu_are_named() -> None:
+    report = preflight.Report(0, "a", "cuda:0 H100", "GPU-1", {}, {})
+    good = [report, replace(report, rank=1, gpu="GPU-2"), replace(report, rank=2, host="b")]
+    assert preflight.shared_gpus(good) == []
+    (line,) = preflight.shared_gpus([*good, replace(report, rank=3, host="b")])
+    assert line.startswith("rank 3 on b: has the same GPU as rank 2")
+
+
+def test_experts_across_nodes_are_warned_of() -> None:
+    across = preflight.expert_groups_across_hosts
+    assert across(1, ["a", "b"]) is None
+    assert across(2, ["a", "a", "b", "b"]) is None
+    assert "ranks 0 to 3 share a set of experts across 2 nodes (a, b)" in str(across(4, ["a", "a", "b", "b"]))
+    assert "ranks 2 to 3" in str(across(2, ["a", "a", "a", "b", "b", "b"]))
+
+
+def test_deepspeed_gives_a_set_of_experts_to_neighbouring_ranks() -> None:
+    found, _ = groups._get_expert_parallel_ranks(world_size=8, tensor_parallel_size_=1, expert_parallel_size_=4)
+    assert found == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def failure(config: Config, break_rank_1: Callable[[], None] | None = None) -> str:
+    if break_rank_1 is not None and group.dist.get_rank() == 1:
+        break_rank_1()
+    try:
+        run_training(config)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def no_data_here() -> None:
+    """As on a node where the file system is not mounted."""
+    honest = preflight.open_data
+
+    def open_data(config: Config) -> object:
+        preflight.open_data = honest
+        return honest(replace(config, data=replace(config.data, directory="/not/mounted")))
+
+    preflight.open_data = open_data  # type: ignore[assignment]
+
+
+def no_run_directory_here() -> None:
+    honest = preflight._check_writable
+
+    def check(config: Config) -> None:
+        preflight._check_writable = honest
+        honest(replace(config, run=replace(config.run, directory="/not/mounted")))
+
+    preflight._check_writable = check
+
+
+def test_what_one_rank_alone_lacks_is_told_with_its_place(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    host = run_directory.host_name()
+    config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, train__steps=1)
+    for told in two_ranks.run(failure, config, no_data_here):
+        assert told.startswith("/not/mounted/manifest.json: no such file")
+        assert told.endswith(f"(rank 1 on {host})")
+    for told in two_ranks.run(failure, config, no_run_directory_here):
+        assert told.startswith("run.directory = '/not/mounted': cannot be written: No such file or directory")
+        assert told.endswith(f"(rank 1 on {host})")
+
+
+def test_too_little_disk_is_told_before_the_first_step(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2)
+    for told in two_ranks.run(failure_with_bytes_free, config, 1 << 18):
+        assert re.search(r"0.000244 GiB free, the next 2 checkpoints need about 0.000\d+ GiB: make room", told)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def failure_with_bytes_free(config: Config, free: int) -> str:
+    honest = shutil.disk_usage
+    shutil.disk_usage = lambda path: honest(path)._replace(free=free)  # type: ignore[assignment]
+    try:
+        return failure(config)
+    finally:
+        shutil.disk_usage = honest
+
+
+def test_an_address_that_does_not_resolve_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    with pytest.raises(UserError, match="MASTER_ADDR = 'no-such-host.invalid' does not resolve here"):
+        group.start("cpu")
+
+
+# ---- GPUs, without one
+
+
+@pytest.fixture
+def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for name in ("SLURM_STEP_ID", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_the_local_rank_chooses_the_gpu(eight_gpus: pytest.MonkeyPatch) -> None:
+    eight_gpus.setenv("LOCAL_RANK", "5")
+    assert group._choose_device("auto") == torch.device("cuda", 5)
+    assert group._choose_device("cpu") == CPU
+    eight_gpus.setenv("LOCAL_RANK", "8")
+    with pytest.raises(UserError, match="needs GPU 8 of its node, which has 8"):
+        group._choose_device("cuda")
+
+
+def test_srun_may_show_each_process_its_own_gpu_alone(eight_gpus: pytest.MonkeyPatch) -> None:
+    eight_gpus.setattr(torch.cuda, "device_count", lambda: 1)
+    eight_gpus.setenv("LOCAL_RANK", "3")
+    eight_gpus.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="needs GPU 3"):
+        group._choose_device("auto")
+    eight_gpus.setenv("SLURM_STEP_ID", "0")
+    assert group._choose_device("auto") == torch.device("cuda", 0)
+
+
+def test_gpus_talk_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mythos.engine.engine import deepspeed_config, precision
+
+    chosen: dict[str, object] = {}
+    place = {"LOCAL_RANK": "2", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    eight_gpus.setattr(os, "environ", place)
+    eight_gpus.setattr(group, "_meeting", None)
+    eight_gpus.setattr(torch.cuda, "set_device", lambda device: chosen.update(device=device))
+    eight_gpus.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
+    eight_gpus.setattr(group.dist, "init_process_group", lambda backend, **__: chosen.update(backend=backend))
+    device = group.start("auto")
+    assert chosen == {"device": torch.device("cuda", 2), "backend": "nccl"}
+    assert os.environ["DS_ACCELERATOR"] == "cuda"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+    config = tiny_config("looped-moe", tmp_path, tmp_path / "run")
+    assert precision(config, device) == "bf16"
+    assert precision(config, CPU) == "fp32"
+    assert deepspeed_config(config, 1, device)["bf16"] == {"enabled": True}
+    assert deepspeed_config(config, 1, device)["zero_optimization"]["overlap_comm"]
+
+
+def test_batches_reach_a_gpu_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mythos.train.batch import tokens_and_targets
+
+    calls: list[object] = []
+
+    class Rows(torch.Tensor):
+        def pin_memory(self, *_: object) -> "Rows":  # type: ignore[override]
+            calls.append("pinned")
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool = False) -> torch.Tensor:  # type: ignore[override]
+            calls.append((device, non_blocking))
+            return self.as_subclass(torch.Tensor)
+
+    monkeypatch.setattr(torch, "from_numpy", lambda array: torch.as_tensor(array).as_subclass(Rows))
+    gpu = torch.device("cuda", 0)
+    tokens, targets = tokens_and_targets(np.arange(12).reshape(3, 4), gpu)
+    assert calls == ["pinned", (gpu, True)]
+    assert tokens.tolist() == [[0, 1, 2], [4, 5, 6], [8, 9, 10]]
+    assert targets.tolist() == [[1, 2, 3], [5, 6, 7], [9, 10, 11]]
+    calls.clear()
+    tokens_and_targets(np.arange(12).reshape(3, 4), CPU)
+    assert calls == []
+
+
+def test_variables_are_set_only_where_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mythos.ranks import variables
+
+    told: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    environ = {"NCCL_DEBUG": "INFO", "LOCAL_WORLD_SIZE": "4"}
+    variables.set_variables(torch.device("cuda", 0), environ)
+    assert environ["NCCL_DEBUG"] == "INFO"
+    assert (environ["DS_ACCELERATOR"], environ["OMP_NUM_THREADS"], told) == ("cuda", "4", [4])
+
+    environ = {"OMP_NUM_THREADS": "3"}
+    variables.set_variables(CPU, environ)
+    assert environ == {"OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}
+    assert told == [4], "a number that the user has set is the library's to read"
+    assert variables.threads_per_process({"SLURM_CPUS_PER_TASK": "8", "LOCAL_WORLD_SIZE": "8"}) == 8
+    assert variables.threads_per_process({"LOCAL_WORLD_SIZE": "99"}) == 1

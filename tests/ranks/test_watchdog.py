@@ -1,0 +1,116 @@
+"""The watchdog and the log where the disk or the network, too, is in trouble."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from tests.cluster import REPO, clean_environment
+from tests.require import lacking
+
+STUCK_DISK = """
+    import logging, time
+    from mythos.run.console import log
+    from mythos.ranks import preemption
+
+    class Stuck(logging.Handler):
+        def emit(self, record):
+            time.sleep(3600)
+
+    log.addHandler(Stuck())
+    log.setLevel(logging.INFO)
+    preemption.leave_in_any_case(85, after_s=1.0)
+    log.error("this line is never written")
+"""
+FULL_CONSOLE = """
+    from mythos.run.console import log, start_logging
+
+    start_logging(None, 0)
+    log.error("nobody reads this")
+    print("still here")
+"""
+
+
+def python(program: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=100,
+        env=clean_environment(),
+        cwd=REPO,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def test_a_process_whose_log_is_stuck_ends_all_the_same() -> None:
+    assert python(STUCK_DISK).returncode == 85
+
+
+def test_a_console_on_a_full_disk_ends_nothing() -> None:
+    if not Path("/dev/full").is_char_device():
+        lacking("no /dev/full on this machine")
+    with open("/dev/full", "w") as full:
+        done = python(FULL_CONSOLE, stderr=full)
+    assert (done.returncode, done.stdout) == (0, "still here\n")
+
+
+def test_a_closed_console_ends_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = python(FULL_CONSOLE, stderr=writer)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stdout) == (0, "still here\n")
+
+
+FROZEN = """
+    import ctypes, os, time
+    from mythos.run.console import start_logging
+    from mythos.ranks import group
+    from mythos.ranks.watchdog import Watchdog
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    group.start("cpu")
+    start_logging(None, 0)
+
+    def library_that_never_lets_go():
+        ctypes.PyDLL(None).sleep(600)
+
+    with Watchdog(1.0) as watchdog:
+        watchdog.started()
+        time.sleep(1)  # so that the watchdog has looked again
+        library_that_never_lets_go()
+"""
+
+
+def test_a_process_whose_interpreter_is_frozen_ends_with_its_stacks(tmp_path: Path) -> None:
+    with open(tmp_path / "errors", "w") as errors:
+        done = python(FROZEN, stderr=errors)
+    assert done.returncode == 1
+    assert "in library_that_never_lets_go" in (tmp_path / "errors").read_text()
+
+
+START = """
+    import os, sys
+    from mythos.errors import UserError
+    from mythos.ranks import group
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+    try:
+        group.start("cpu")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        done = python(START.replace("sys.argv[1]", f"'{port}'"))
+    assert done.stdout == (
+        f"MASTER_PORT = {port}: taken on this host: set MASTER_PORT to a free one, the same for all ranks\n"
+    )
