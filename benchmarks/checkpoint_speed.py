@@ -23,6 +23,7 @@ from mythos.checkpoint.snapshot import world_shape
 from mythos.config.load import validate
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
+from mythos.engine.schedule import schedule
 from mythos.ranks import group
 from mythos.ranks.world import read_world
 from mythos.train.batch import draw_depths, micro_batch_plan
@@ -78,7 +79,7 @@ class Training:
             plan = micro_batch_plan(self.config, depths, self.step, 0)
             loss, _ = self.engine(tokens[:, :-1], tokens[:, 1:], plan)
             self.engine.backward(loss)
-            self.engine.step(1e-3)
+            self.engine.step(schedule(self.config.optim, 0, self.config.train.steps))
             pending = bool(self.saver and self.saver.pending)
             rows = group.gather([float(pending)], self.engine.device)
             if self.saver:

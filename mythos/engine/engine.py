@@ -20,7 +20,6 @@ from mythos.config.schema import Config
 from mythos.engine.muon import Exchange, MuonAdamW
 from mythos.engine.optimizer import build_optimizer, stacked_matrices
 from mythos.engine.placement import Piece, Whole, pieces, placement, refresh_weights
-from mythos.engine.schedule import MuonStep
 from mythos.errors import UserError
 from mythos.model import build_model, build_structure
 from mythos.model.depth import DepthPlan
@@ -89,13 +88,13 @@ class TrainingEngine:
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # counts the micro batch
 
-    def step(self, learning_rate: float, muon: MuonStep | None = None) -> Update:
-        """After the last micro batch: clip and update, or skip the update when the gradient norm is not finite."""
+    def step(self, hyperparameters: Mapping[str, Mapping[str, float]]) -> Update:
+        """After the last micro batch: clip and update, or skip the update when the gradient norm is not finite.
+
+        ``hyperparameters`` are those of ``mythos.engine.schedule.schedule``, by parameter group.
+        """
         for group in self.deepspeed.optimizer.param_groups:
-            if muon and group["muon"]:
-                group |= {"lr": muon.learning_rate, "momentum": muon.momentum, "weight_decay": muon.weight_decay}
-            else:
-                group["lr"] = learning_rate
+            group |= hyperparameters[group["role"]]
         if self._plain_optimizer:
             norm = self._clip_plain_gradients()
             self.deepspeed.step()

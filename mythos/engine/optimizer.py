@@ -7,6 +7,7 @@ from torch import nn
 
 from mythos.config.schema import Optim
 from mythos.engine.muon import MuonAdamW
+from mythos.engine.schedule import EXPERTS, MATRICES, OTHERS
 from mythos.model.attention import GroupedQueryAttention
 from mythos.model.block import Block
 from mythos.model.layers import SwiGLU
@@ -24,8 +25,8 @@ def _adamw(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     torch's fused form needs no compiler, and DeepSpeed remaps its groups when experts are spread over ranks.
     """
     groups = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in zip(_split(model), (config.weight_decay, 0.0, config.weight_decay), strict=True)
+        {"params": parameters, "role": role, "weight_decay": 0.0 if role == OTHERS else config.weight_decay}
+        for role, parameters in zip((MATRICES, OTHERS, EXPERTS), _split(model), strict=True)
         if parameters
     ]
     return torch.optim.AdamW(
@@ -46,11 +47,11 @@ def _muon(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     experts = [p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()]
     matrices = list(_block_matrices(model))
     by_muon = {id(parameter) for parameter in (*experts, *matrices)}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in by_muon], "muon": False, "weight_decay": 0.0}]
-    for parameters in (matrices, experts):
+    rest = [p for p in model.parameters() if id(p) not in by_muon]
+    groups = [{"params": rest, "role": OTHERS, "muon": False, "weight_decay": 0.0}]
+    for role, parameters in ((MATRICES, matrices), (EXPERTS, experts)):
         if parameters:
-            of_muon = {"lr": config.muon_learning_rate, "momentum": config.muon_momentum}
-            groups.append({"params": parameters, "muon": True, "weight_decay": config.muon_weight_decay} | of_muon)
+            groups.append({"params": parameters, "role": role, "muon": True})
     return MuonAdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
     )

@@ -1,41 +1,37 @@
-"""Learning rates, momentum and decay as functions of the step."""
+"""Hyperparameters of every update: learning rates, momentum and weight decay as functions of the step."""
 
 import math
-from typing import NamedTuple
 
 from mythos.config.schema import Optim
 
+MATRICES, EXPERTS, OTHERS = "matrices", "experts", "others"
+"""Names of the parameter groups (``group["role"]``): the optimizer's builder and ``schedule`` agree on them."""
+
+
+def schedule(config: Optim, step: int, steps: int) -> dict[str, dict[str, float]]:
+    """What changes in each parameter group at update number ``step`` (from 0) out of ``steps``, by the group's name.
+
+    AdamW's groups get a learning rate. Muon's get a learning rate of the same form; a momentum, which rises linearly
+    during its warm-up and is constant afterwards; and a weight decay, which falls linearly to 0 at the last step.
+    """
+    adamw = {"lr": learning_rate(config, step, steps)}
+    if config.kind == "adamw":
+        return {MATRICES: adamw, EXPERTS: adamw, OTHERS: adamw}
+    warm = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
+    muon = {
+        "lr": _scheduled(config.muon_learning_rate, config, step, steps),
+        "momentum": (1 - warm) * config.muon_momentum_start + warm * config.muon_momentum,
+        "weight_decay": config.muon_weight_decay * (1 - step / steps),
+    }
+    return {MATRICES: muon, EXPERTS: muon, OTHERS: adamw}
+
 
 def learning_rate(config: Optim, step: int, steps: int) -> float:
-    """Learning rate of update number ``step`` (from 0) out of ``steps``.
+    """AdamW's learning rate at update number ``step`` (from 0) out of ``steps``: the one that is reported.
 
     Linear warm-up from 0 to the peak, constant, then the cooldown over the last ``cooldown_fraction`` of the steps.
     """
     return _scheduled(config.learning_rate, config, step, steps)
-
-
-class MuonStep(NamedTuple):
-    """What Muon uses at one step."""
-
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-
-
-def muon_step(config: Optim, step: int, steps: int) -> MuonStep | None:
-    """Muon's numbers for update number ``step`` (from 0) out of ``steps``; None when it is not used.
-
-    The learning rate has the form of AdamW's. The momentum rises linearly over its warm-up and then stays; the decay
-    falls linearly, to 0 where the run ends.
-    """
-    if config.kind != "muon":
-        return None
-    warm = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
-    return MuonStep(
-        _scheduled(config.muon_learning_rate, config, step, steps),
-        (1 - warm) * config.muon_momentum_start + warm * config.muon_momentum,
-        config.muon_weight_decay * (1 - step / steps),
-    )
 
 
 def _scheduled(peak: float, config: Optim, step: int, steps: int) -> float:

@@ -21,7 +21,7 @@ from mythos.config.load import flatten, to_dict
 from mythos.config.schema import Config
 from mythos.data.open import RunData, check_data_unchanged
 from mythos.engine.engine import TrainingEngine, precision
-from mythos.engine.schedule import learning_rate, muon_step
+from mythos.engine.schedule import learning_rate, schedule
 from mythos.errors import DONE, PREEMPTED
 from mythos.eval.validation import sample_text, validate
 from mythos.model.moe import balance, expert_load
@@ -137,8 +137,7 @@ def _train(
             engine.backward(loss)
             losses.append(loss.detach())
             health.append(diagnostics)
-        rate = learning_rate(config.optim, step - 1, config.train.steps)
-        update = engine.step(rate, muon_step(config.optim, step - 1, config.train.steps))
+        update = engine.step(schedule(config.optim, step - 1, config.train.steps))
         if load is not None:
             dist.all_reduce(load)
             if update.applied and experts:
@@ -168,7 +167,7 @@ def _train(
         state["samples"] += global_batch_sequences(config)
         state["tokens"] += tokens_per_step(config)
         metrics = agreed | {
-            "train/learning_rate": rate,
+            "train/learning_rate": learning_rate(config.optim, step - 1, config.train.steps),
             "train/gradient_norm": update.gradient_norm,
             "train/tokens": float(state["tokens"]),
             "train/skipped_steps": float(state["skipped_steps"]),

@@ -12,7 +12,7 @@ from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.engine.muon import Held, _matrices, _owners, orthogonalise
 from mythos.engine.optimizer import build_optimizer
-from mythos.engine.schedule import MuonStep, muon_step
+from mythos.engine.schedule import EXPERTS, MATRICES, OTHERS, learning_rate, schedule
 from mythos.model import build_model
 from mythos.model.depth import fixed
 from tests.reference.muon import newton_schulz
@@ -101,7 +101,7 @@ def good_then_bad_step(config: Config) -> tuple[list[bool], list[bool], int]:
     for factor in (1.0, math.nan):
         loss, _ = engine(tokens, tokens, fixed(2, 4))
         engine.backward(loss * factor)
-        applied.append(engine.step(1e-3, MuonStep(8e-3, 0.9, 0.1)).applied)
+        applied.append(engine.step(schedule(config.optim, 10, STEPS)).applied)
         snapshots.append(snapshot())
     momenta = sum("exp_avg" in state and "exp_avg_sq" not in state for state in inner.state.values())
     return applied, [torch.equal(before, after) for before, after in zip(*snapshots, strict=True)], momenta
@@ -152,9 +152,13 @@ def test_momentum_and_decay_by_hand(tiny_data: Path) -> None:
         999: (1.6e-5, 0.95, 0.0002),
     }
     for step, expected in by_hand.items():
-        assert muon_step(optim, step, 1000) == pytest.approx(expected)
+        by_group = schedule(optim, step, 1000)
+        for name in (MATRICES, EXPERTS):
+            assert [by_group[name][key] for key in ("lr", "momentum", "weight_decay")] == pytest.approx(expected)
+        assert by_group[OTHERS] == {"lr": learning_rate(optim, step, 1000)}
     adamw = tiny_config("dense", tiny_data, Path("unused")).optim
-    assert muon_step(adamw, 0, 1000) is None
+    rate = {"lr": learning_rate(adamw, 0, 1000)}
+    assert schedule(adamw, 0, 1000) == {MATRICES: rate, EXPERTS: rate, OTHERS: rate}
 
 
 def test_what_muon_and_what_adamw_updates(tiny_data: Path) -> None:

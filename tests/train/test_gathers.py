@@ -10,6 +10,7 @@ import torch
 
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
+from mythos.engine.schedule import schedule
 from mythos.model import build_model
 from mythos.model.depth import plan
 from tests.spawn import RankPool
@@ -34,7 +35,7 @@ def gathered_bytes(config: Config, depths: list[int]) -> list[int]:
             tokens = torch.randint(VOCABULARY, (4, SEQUENCE_LENGTH))
             loss, _ = engine(tokens, tokens, plan(np.full(8, depth), max(1, depth // 2), slice(0, 4), range(4)))
             engine.backward(loss)
-            engine.step(1e-3)
+            engine.step(schedule(config.optim, 0, config.train.steps))
             totals.append(counted[0])
         return totals
     finally:
