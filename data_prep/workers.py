@@ -27,6 +27,7 @@ from pydantic import Field, TypeAdapter
 from data_prep.parts import HashSource, InspectSource, MakePart, WriteShard
 from data_prep.verify_shard import VerifyShard
 from mythos.errors import DONE, FAILED, UserError
+from mythos.ranks.variables import set_data_variables
 from mythos.ranks.world import World
 
 Item = InspectSource | HashSource | MakePart | WriteShard | VerifyShard
@@ -67,7 +68,7 @@ class Workers:
         self._ranks_seen = 1
 
     def __enter__(self) -> Self:
-        limit_threads()
+        set_data_variables(os.environ)
         if self._world.world_size > 1:
             self._listener = _listen(self._world)
         if self._world.world_size > 1 or self._processes > 1:
@@ -179,7 +180,7 @@ def serve(world: World) -> int:
 
     Raises WorkerLost when rank 0 cannot be reached or dies.
     """
-    limit_threads()
+    set_data_variables(os.environ)
     connection = _reach(world)
     exit_code = _serve(connection)
     if exit_code is None:
@@ -193,15 +194,9 @@ def serve(world: World) -> int:
     return exit_code
 
 
-def limit_threads() -> None:
-    """One thread of the tokenizer for each process, before its library has started any."""
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
 def _serve_process(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
-    limit_threads()
+    set_data_variables(os.environ)
     sys.exit(_serve(connection) or DONE)
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.config import add_config_arguments, split_configuration
@@ -92,8 +91,8 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
         from mythos.ranks.watchdog import PATIENCE_S
 
         try:  # the watchdog knows more to tell than a collective that gives up: it comes first
-            timeout = group.TIMEOUT + timedelta(seconds=max(config.train.watchdog_s, PATIENCE_S))
-            exit_code = work(config, group.start(config.device, timeout))
+            timeout_s = group.COLLECTIVE_TIMEOUT_S + max(config.train.watchdog_s, PATIENCE_S)
+            exit_code = work(config, group.start(config.device, timeout_s))
             group.finish()
             return exit_code
         except UserError as error:

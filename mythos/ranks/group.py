@@ -1,4 +1,4 @@
-"""The process group, the device, and agreement between ranks. Everything here is collective: call it on all ranks."""
+"""The process group, this rank's device, and agreement between ranks. All functions here are collective."""
 
 import itertools
 import os
@@ -14,94 +14,102 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from mythos.errors import UserError
-from mythos.ranks.variables import set_variables
+from mythos.ranks.variables import set_training_variables
 from mythos.run.console import log
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)
-MEET_TIMEOUT = timedelta(minutes=10)
-NOTICE_S = 30.0
-_meeting: dist.Store | None = None
-_decisions = itertools.count()
+COLLECTIVE_TIMEOUT_S = 600.0
+MEET_TIMEOUT_S = 600.0
+WAITING_NOTICE_S = 30.0
+_store: dist.Store | None = None
+_questions = itertools.count()
 
 
-def start(device_option: str, timeout: timedelta = TIMEOUT) -> torch.device:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name; returns this rank's device.
+def start(device_option: str, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> torch.device:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; returns this rank's device.
 
     Args:
-        timeout: after which a collective that hangs fails by itself; longer than the watchdog's patience, which knows
-            more to tell.
+        collective_timeout_s: a collective that takes longer fails. Choose it longer than the watchdog's limit: the
+            watchdog's report says more about the cause.
 
     Raises:
-        UserError: ``cuda`` was asked for and there is none, this node has fewer GPUs than ranks, MASTER_ADDR does not
-            resolve here, MASTER_PORT is taken, or the ranks do not reach each other within MEET_TIMEOUT.
+        UserError: there is no GPU for this rank, MASTER_ADDR does not resolve on this host, MASTER_PORT is in use, or
+            the ranks do not reach each other within MEET_TIMEOUT_S.
     """
     device = _choose_device(device_option)
     _check_address(os.environ["MASTER_ADDR"])
-    set_variables(device, os.environ)
+    user_sets_threads = "OMP_NUM_THREADS" in os.environ
+    set_training_variables(device.type, os.environ)
+    if not user_sets_threads:  # OpenMP read the variable when torch was imported; child processes will read it
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # The same config, seed and data must give the same losses, bit for bit, on GPUs too.
+        # The same configuration, seed and data must give the same losses, bit for bit, on GPUs, too.
         torch.use_deterministic_algorithms(True, warn_only=True)
-    global _meeting
-    _meeting, rank, ranks = _meet()
-    backend, store = "nccl" if device.type == "cuda" else "gloo", dist.PrefixStore("ranks", _meeting)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    global _store
+    _store, rank, ranks = _meet()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("ranks", _store),
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=collective_timeout_s),
+    )
     return device
 
 
 def _meet() -> tuple[dist.Store, int, int]:
-    """Where the ranks find each other, once all are there; this rank and their number."""
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    notice = threading.Timer(NOTICE_S, log.warning, (f"still waiting for the other ranks at {place}",))
+    """Wait for all ranks; returns the store that they share, this rank, and the number of ranks."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    notice = threading.Timer(WAITING_NOTICE_S, log.warning, (f"still waiting for the other ranks at {address}",))
     notice.daemon = True
     notice.start()
     try:
-        return next(rendezvous("env://", timeout=MEET_TIMEOUT))
+        return next(rendezvous("env://", timeout=timedelta(seconds=MEET_TIMEOUT_S)))
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
-                f"MASTER_PORT = {os.environ['MASTER_PORT']}: taken on this host: set MASTER_PORT to a free one, the "
+                f"MASTER_PORT = {os.environ['MASTER_PORT']}: in use on this host: set MASTER_PORT to a free port, the "
                 "same for all ranks"
             ) from None
         raise UserError(
-            f"{place}: the ranks did not meet ({str(error).splitlines()[0]}): see whether every node has started its "
-            "ranks and whether they reach that address and port (MASTER_ADDR, MASTER_PORT)"
+            f"{address}: the ranks did not meet ({str(error).splitlines()[0]}): check that every node has started its "
+            "ranks and that they reach this address and port (MASTER_ADDR, MASTER_PORT)"
         ) from None
     finally:
         notice.cancel()
 
 
-def decide(own: str, decision: Callable[[list[str]], str]) -> str:
-    """What rank 0 decides on hearing what every rank has to say. All ranks call it.
+def ask_rank_0(own: str, answer: Callable[[list[str]], str]) -> str:
+    """What rank 0 answers to the texts of all ranks, in the order of the ranks; the same on every rank.
 
-    It goes through the store where the ranks have met, and through no collective: that might fail, without a word that
-    helps, where the ranks do not fit together.
+    The texts travel through the store and not by a collective, which may fail without a useful message when the ranks
+    run different code.
 
     Raises:
-        UserError: a rank says nothing within MEET_TIMEOUT.
+        UserError: a rank sends nothing within MEET_TIMEOUT_S.
     """
-    assert _meeting is not None
-    store = dist.PrefixStore(f"decision {next(_decisions)}", _meeting)
+    assert _store is not None
+    store = dist.PrefixStore(f"question {next(_questions)}", _store)
     store.set(f"rank {dist.get_rank()}", own)
     try:
         if dist.get_rank() == 0:
-            said = [store.get(f"rank {rank}").decode() for rank in range(dist.get_world_size())]
-            store.set("decision", decision(said))
-        return store.get("decision").decode()
+            texts = [store.get(f"rank {rank}").decode() for rank in range(dist.get_world_size())]
+            store.set("answer", answer(texts))
+        return store.get("answer").decode()
     except dist.DistError as error:
         raise UserError(
-            f"no word from all ranks ({str(error).splitlines()[0]}): one may have died, see its output"
+            f"not all ranks respond ({str(error).splitlines()[0]}): one may have died: see its output"
         ) from None
 
 
 def finish() -> None:
-    """Leave the process group, after a run that ended well; after a failure the other ranks may be gone."""
+    """Leave the process group after success; after a failure the other ranks may be gone."""
     dist.destroy_process_group()
 
 
 def _check_address(address: str) -> None:
-    """torch would try for ever."""
+    """torch would keep trying to resolve it, without end."""
     try:
         socket.getaddrinfo(address, None)
     except OSError as error:
@@ -116,17 +124,17 @@ def _choose_device(option: str) -> torch.device:
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if count == 1 and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
-        return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each process its own GPU alone, as number 0
+        return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each process only its own GPU, as number 0
     if local_rank >= count:
         raise UserError(
             f"device = {option!r}: this rank needs GPU {local_rank} of its node, which has {count}: "
-            "start one process a GPU, or set device=cpu"
+            "start one process per GPU, or set device=cpu"
         )
     return torch.device("cuda", local_rank)
 
 
 def agree(function: Callable[[], T]) -> T:
-    """Call ``function`` on every rank; if it fails on any of them with a UserError, all ranks raise the first one."""
+    """Call ``function`` on every rank; if it raises a UserError on any rank, all ranks raise the first one."""
     result: T | None = None
     message: str | None = None
     try:
@@ -134,17 +142,17 @@ def agree(function: Callable[[], T]) -> T:
     except UserError as failure:
         message = str(failure)
     place = f"rank {dist.get_rank()} on {socket.gethostname()}"
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (message, place))
-    failed = [(message, place) for message, place in answers if message is not None]
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (message, place))
+    failed = [(message, place) for message, place in outcomes if message is not None]
     if failed:
         message, place = failed[0]
-        raise UserError(message if len(failed) == len(answers) else f"{message} ({place})", agreed=True)
+        raise UserError(message if len(failed) == len(outcomes) else f"{message} ({place})", agreed=True)
     return result  # type: ignore[return-value]
 
 
 def from_rank_0(function: Callable[[], T]) -> T:
-    """What the function returns on rank 0, on every rank; if it fails with an OSError, all ranks raise a UserError."""
+    """Call ``function`` on rank 0 and return its result on every rank; an OSError becomes a UserError on all ranks."""
 
     def guarded() -> T | None:
         try:
@@ -166,7 +174,7 @@ def gather(values: list[float], device: torch.device) -> Tensor:
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether it is set on one of the ranks; the same on all."""
+    """Whether the flag is set on at least one rank; the same on all ranks."""
     flags = torch.tensor([float(flag)], device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())

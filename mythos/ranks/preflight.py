@@ -1,6 +1,6 @@
-"""Before the first step: do all ranks run the same code on the same configuration, and can each of them do its work?
+"""Checks before the first step: all ranks run the same code with the same configuration, and each can do its work.
 
-Every finding names the rank and its host, and all ranks end with it at once.
+Every finding names the rank and its host, and all ranks raise the same error.
 """
 
 import functools
@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 import mythos
 from mythos.config.load import differences, flatten, to_dict
-from mythos.config.schema import Config
+from mythos.config.model_schema import Model
+from mythos.config.schema import Config, Run
 from mythos.data.open import RunData, open_data
 from mythos.errors import UserError
 from mythos.plan.params import count_parameters
@@ -31,20 +32,20 @@ from mythos.run.console import log
 from mythos.run.directory import PACKAGES, host_name
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
-"""fp32 weights and AdamW's two moments; with Muon it is less."""
-CHECKPOINTS_TO_COME = 2
+"""fp32 weights and AdamW's two moments; Muon needs less."""
+CHECKPOINTS_THAT_MUST_FIT = 2
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a rank says of itself."""
+class RankReport:
+    """What the ranks compare: where each one runs, on which device, with which versions and options."""
 
     rank: int
     host: str
     device: str
     gpu: str | None
-    """What tells this GPU from every other one; None on a CPU."""
+    """The GPU's unique identifier; None on a CPU."""
     versions: Mapping[str, str]
     options: Mapping[str, Any]
 
@@ -54,45 +55,46 @@ class Report:
 
     @property
     def place(self) -> str:
-        """For findings."""
+        """Rank and host, for findings."""
         return f"rank {self.rank} on {self.host}"
 
 
-def check_ranks(config: Config, device: torch.device) -> list[Report]:
-    """Compare the ranks' reports, before their first collective; returns this rank's, on rank 0 then all others'.
+def check_ranks(config: Config, device: torch.device) -> list[RankReport]:
+    """Compare the ranks before their first collective; returns the reports of all ranks on rank 0, elsewhere the own.
 
     Raises:
-        UserError: the ranks differ in code, versions or configuration, or two of them were given one GPU.
+        UserError: the ranks differ in code, versions or configuration, or two of them use the same GPU.
     """
     own = own_report(config, device)
     reports = [own]
 
-    def compare(said: list[str]) -> str:
-        reports[:] = [Report(**json.loads(text)) for text in said]
+    def compare(texts: list[str]) -> str:
+        reports[:] = [RankReport(**json.loads(text)) for text in texts]
         return "\n".join(f"  {finding}" for finding in (*differing(reports), *shared_gpus(reports)))
 
-    if findings := group.decide(json.dumps(asdict(own)), compare):
+    if findings := group.ask_rank_0(json.dumps(asdict(own)), compare):
         raise UserError(f"the ranks do not fit together:\n{findings}", agreed=True)
     if warning := expert_groups_across_hosts(config.parallel.expert_parallel_size, [r.host for r in reports]):
         log.warning(warning)
     return reports
 
 
-def check_run_directory(config: Config) -> None:
-    """Every rank can write there, and the next checkpoints fit. Collective; rank 0 has made the directory.
+def check_run_directory(run: Run, model: Model) -> None:
+    """Check that every rank can write to the run directory, which rank 0 has created, and that the next checkpoints
+    fit on the disk. Collective.
 
     Raises:
         UserError: a rank cannot write there, or the disk is too full.
     """
-    agree(lambda: _check_writable(config))
-    agree(lambda: _check_space(config) if dist.get_rank() == 0 else None)
+    agree(lambda: _check_writable(run))
+    agree(lambda: _check_space(run, model) if dist.get_rank() == 0 else None)
 
 
 def open_data_everywhere(config: Config) -> RunData:
-    """``open_data`` on every rank, which must all find the same. Collective.
+    """Call ``open_data`` on every rank and check that all ranks opened the same data. Collective.
 
     Raises:
-        UserError: as ``open_data``; or the directories of two nodes hold different data.
+        UserError: as ``open_data``; or two nodes have different data at the same path.
     """
     data = agree(lambda: open_data(config))
     identities: list[Any] = [None] * dist.get_world_size()
@@ -108,19 +110,19 @@ def open_data_everywhere(config: Config) -> RunData:
     return data
 
 
-def own_report(config: Config, device: torch.device) -> Report:
-    """This rank's report."""
+def own_report(config: Config, device: torch.device) -> RankReport:
+    """The report of this rank."""
     name, gpu = "cpu", None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name = f"{device} {properties.name} {properties.total_memory / GIB:.0f} GiB"
         gpu = str(getattr(properties, "uuid", None) or device)
     options = flatten(to_dict(config))
-    return Report(dist.get_rank(), host_name(), name, gpu, versions(), options)
+    return RankReport(dist.get_rank(), host_name(), name, gpu, versions(), options)
 
 
 def versions() -> dict[str, str]:
-    """Of everything whose mixture would train something else or not at all."""
+    """The version of everything that must be the same on all ranks for the run to be correct."""
     found = {"python": platform.python_version(), "code": code_version()}
     found |= {name: importlib.metadata.version(name) for name in PACKAGES if name != "mythos"}
     if torch.version.cuda:
@@ -130,7 +132,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def code_version() -> str:
-    """A digest of this package's source files: also without git it tells one checkout or installation from another."""
+    """A digest of this package's source files, which identifies the installed code without git."""
     root = Path(mythos.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -138,13 +140,13 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-def differing(reports: Sequence[Report]) -> list[str]:
-    """A line for each rank and each version or option that it does not share with most of the others."""
+def differing(reports: Sequence[RankReport]) -> list[str]:
+    """One line for each rank and each version or option in which it differs from the majority."""
     findings = []
     for kind, tables in (("", [r.versions for r in reports]), ("option ", [r.options for r in reports])):
         for name in sorted({name for table in tables for name in table}):
             values = [repr(table.get(name)) for table in tables]
-            usual = Counter(values).most_common(1)[0][0]  # of equally common ones the first rank's
+            usual = Counter(values).most_common(1)[0][0]  # of equally common values, that of the first rank
             findings += [
                 f"{report.place}: {kind}{name} {value}, elsewhere {usual}: "
                 + ("give every rank the same configuration" if kind else "run the same environment on every node")
@@ -154,8 +156,8 @@ def differing(reports: Sequence[Report]) -> list[str]:
     return findings
 
 
-def shared_gpus(reports: Sequence[Report]) -> list[str]:
-    """A line for each rank whose GPU another rank before it has."""
+def shared_gpus(reports: Sequence[RankReport]) -> list[str]:
+    """One line for each rank whose GPU a lower rank uses already."""
     first: dict[tuple[str, str], int] = {}
     findings = []
     for report in reports:
@@ -163,26 +165,26 @@ def shared_gpus(reports: Sequence[Report]) -> list[str]:
             other = first.setdefault((report.host, report.gpu), report.rank)
             if other != report.rank:
                 findings.append(
-                    f"{report.place}: has the same GPU as rank {other} ({report.device}): start one process a GPU"
+                    f"{report.place}: has the same GPU as rank {other} ({report.device}): start one process per GPU"
                 )
     return findings
 
 
 def expert_groups_across_hosts(size: int, hosts: Sequence[str]) -> str | None:
-    """A warning where the ``size`` neighbouring ranks that share a set of experts are not all on one host."""
+    """A warning if the ``size`` consecutive ranks that share a set of experts are not all on one host."""
     for first in range(0, len(hosts), size):
-        among = dict.fromkeys(hosts[first : first + size])
-        if len(among) > 1:
+        group_hosts = dict.fromkeys(hosts[first : first + size])
+        if len(group_hosts) > 1:
             return (
                 f"parallel.expert_parallel_size = {size}: ranks {first} to {first + size - 1} share a set of experts "
-                f"across {len(among)} nodes ({', '.join(among)}): every loop step waits for the network; a size that "
-                "divides the processes of a node keeps them inside"
+                f"across {len(group_hosts)} nodes ({', '.join(group_hosts)}): every loop step waits for the network; "
+                "choose a size that divides the number of processes of a node"
             )
     return None
 
 
-def _check_writable(config: Config) -> None:
-    directory = Path(config.run.directory)
+def _check_writable(run: Run) -> None:
+    directory = Path(run.directory)
     try:
         for name in ("log", "checkpoints"):
             with tempfile.TemporaryFile(dir=directory / name) as file:
@@ -190,16 +192,16 @@ def _check_writable(config: Config) -> None:
                 file.flush()
     except OSError as error:
         raise UserError(
-            f"run.directory = {config.run.directory!r}: cannot be written: {error.strerror}: choose a directory that "
-            "every node sees and can write"
+            f"run.directory = {run.directory!r}: cannot be written: {error.strerror}: choose a directory that every "
+            "node can read and write"
         ) from error
 
 
-def _check_space(config: Config) -> None:
-    needed = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config.model).total * CHECKPOINTS_TO_COME
-    free = shutil.disk_usage(config.run.directory).free
+def _check_space(run: Run, model: Model) -> None:
+    needed = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(model).total * CHECKPOINTS_THAT_MUST_FIT
+    free = shutil.disk_usage(run.directory).free
     if free < needed:
         raise UserError(
-            f"run.directory = {config.run.directory!r}: {free / GIB:.3g} GiB free, the next {CHECKPOINTS_TO_COME} "
+            f"run.directory = {run.directory!r}: {free / GIB:.3g} GiB free, the next {CHECKPOINTS_THAT_MUST_FIT} "
             f"checkpoints need about {needed / GIB:.3g} GiB: make room, or choose another directory"
         )

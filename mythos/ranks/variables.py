@@ -1,39 +1,39 @@
-"""Every environment variable that Mythos sets for the libraries under it, and only where the user has not.
+"""The environment variables that Mythos sets for the libraries it uses; a value that the user has set is kept.
 
-Sites set what depends on their network (NCCL_SOCKET_IFNAME and the like) in slurm/env.sh.
+What depends on a cluster's network (NCCL_SOCKET_IFNAME and the like) is set in slurm/env.sh. No torch is needed here.
 """
 
 import os
-from collections.abc import MutableMapping
-
-import torch
+from collections.abc import Mapping, MutableMapping
 
 
-def set_variables(device: torch.device, environ: MutableMapping[str, str]) -> None:
-    """Set what this process's libraries read. Called before the first collective and before DeepSpeed is imported."""
-    for name, value in defaults(device).items():
-        environ.setdefault(name, value)
-    if "OMP_NUM_THREADS" not in environ:
-        # OpenMP has read the environment when torch was imported: this process is told by call, its children by name.
-        threads = threads_per_process(environ)
-        environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
+def set_training_variables(device_type: str, environ: MutableMapping[str, str]) -> None:
+    """Set the variables of training and evaluation: before the first collective, before DeepSpeed is imported.
+
+    Args:
+        device_type: cpu or cuda.
+    """
+    environ.setdefault("DS_ACCELERATOR", device_type)
+    environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(environ)))
+    if device_type == "cuda":
+        environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+        environ.setdefault("NCCL_DEBUG", "WARN")  # errors then name the network interface and the peer
+        # A collective that has timed out ends the process instead of blocking it.
+        environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
 
 
-def defaults(device: torch.device) -> dict[str, str]:
-    """Variable -> value for this kind of device."""
-    common = {"DS_ACCELERATOR": device.type}
-    if device.type != "cuda":
-        return common
-    return common | {
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS is not deterministic
-        "NCCL_DEBUG": "WARN",  # an error of the network names the interface and the peer
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a collective that timed out ends the process instead of hanging it
-    }
+def set_data_variables(environ: MutableMapping[str, str]) -> None:
+    """Set the variables of `mythos data`: before the tokenizers library has started any thread.
+
+    There is one process a core, so each tokenizes in one thread.
+    """
+    environ.setdefault("RAYON_NUM_THREADS", "1")
+    environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def threads_per_process(environ: MutableMapping[str, str]) -> int:
-    """This process's share of the cores: what Slurm gave each task, or the node's cores over its processes."""
+def threads_per_process(environ: Mapping[str, str]) -> int:
+    """This process's share of the cores: what Slurm gave each task, or the node's cores divided by its processes."""
+    cores = len(os.sched_getaffinity(0))
     if environ.get("SLURM_CPUS_PER_TASK", "").isdecimal():
-        return max(1, min(int(environ["SLURM_CPUS_PER_TASK"]), len(os.sched_getaffinity(0))))
-    return max(1, len(os.sched_getaffinity(0)) // int(environ.get("LOCAL_WORLD_SIZE", "1")))
+        return max(1, min(int(environ["SLURM_CPUS_PER_TASK"]), cores))
+    return max(1, cores // int(environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -254,13 +254,13 @@ def save(saver: Saver, step: int, state: Mapping[str, Any]) -> None:
 
 
 def _open_run_directory(
-    config: Config, accept_changes: bool, device: torch.device, reports: list[preflight.Report]
+    config: Config, accept_changes: bool, device: torch.device, reports: list[preflight.RankReport]
 ) -> tuple[dict[str, tuple[Any, Any]], TextIO | None]:
     """The options that changed since the last start, and the lock on the directory (rank 0)."""
     rank, directory = dist.get_rank(), Path(config.run.directory)
     changed = group.agree(lambda: run_directory.prepare(config, accept_changes) if rank == 0 else {})
     lock = group.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
-    preflight.check_run_directory(config)
+    preflight.check_run_directory(config.run, config.model)
     start_logging(directory, rank)
     log.info(f"rank {rank} of {dist.get_world_size()} on {reports[0].host}, process {os.getpid()}, device {device}")
     for report in reports:

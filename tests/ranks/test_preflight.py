@@ -1,4 +1,4 @@
-"""Ranks that differ, lack something or are badly placed are named before the first step."""
+"""Ranks that differ, cannot do their work or are badly placed are named before the first step."""
 
 import os
 import re
@@ -12,9 +12,9 @@ import pytest
 import torch
 from deepspeed.utils import groups
 
-from mythos.config.schema import Config
+from mythos.config.schema import Config, Run
 from mythos.errors import UserError
-from mythos.ranks import group, preflight
+from mythos.ranks import group, preflight, variables
 from mythos.run import directory as run_directory
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
@@ -23,33 +23,33 @@ from tests.train.runs import run_training
 CPU = torch.device("cpu")
 
 
-def on_rank_1(change: Callable[[preflight.Report], preflight.Report], config: Config) -> str:
-    """What all ranks are told when rank 1 reports something else."""
-    honest = preflight.own_report
+def on_rank_1(change: Callable[[preflight.RankReport], preflight.RankReport], config: Config) -> str:
+    """The error that all ranks raise when rank 1's report is changed."""
+    original = preflight.own_report
     if group.dist.get_rank() == 1:
-        preflight.own_report = lambda *arguments: change(honest(*arguments))
+        preflight.own_report = lambda *arguments: change(original(*arguments))
     try:
         preflight.check_ranks(config, CPU)
     except UserError as error:
         return str(error) if error.agreed else f"on rank {group.dist.get_rank()} alone: {error}"
     finally:
-        preflight.own_report = honest
+        preflight.own_report = original
     return "no error"
 
 
-def other_torch(report: preflight.Report) -> preflight.Report:
+def other_torch(report: preflight.RankReport) -> preflight.RankReport:
     return replace(report, host="node7", versions=dict(report.versions) | {"torch": "1.13.0"})
 
 
-def other_code(report: preflight.Report) -> preflight.Report:
+def other_code(report: preflight.RankReport) -> preflight.RankReport:
     return replace(report, versions=dict(report.versions) | {"code": "000000000000"})
 
 
-def other_seed(report: preflight.Report) -> preflight.Report:
+def other_seed(report: preflight.RankReport) -> preflight.RankReport:
     return replace(report, options=dict(report.options) | {"seed": 7})
 
 
-def same(report: preflight.Report) -> preflight.Report:
+def unchanged(report: preflight.RankReport) -> preflight.RankReport:
     return report
 
 
@@ -59,19 +59,19 @@ def same(report: preflight.Report) -> preflight.Report:
         (other_torch, f"rank 1 on node7: torch '1.13.0', elsewhere '{torch.__version__.split('+')[0]}"),
         (other_code, f"code '000000000000', elsewhere '{preflight.code_version()}': run the same environment"),
         (other_seed, "option seed 7, elsewhere 42: give every rank the same configuration"),
-        (same, "no error"),
+        (unchanged, "no error"),
     ],
 )
-def test_every_rank_is_told_which_rank_differs_and_how(
-    change: Callable[[preflight.Report], preflight.Report], message: str, two_ranks: RankPool, tmp_path: Path
+def test_every_rank_reports_which_rank_differs_and_how(
+    change: Callable[[preflight.RankReport], preflight.RankReport], message: str, two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    told = two_ranks.run(on_rank_1, change, tiny_config("looped", tmp_path, tmp_path / "run", ranks=2))
-    assert told[0] == told[1]
-    assert message in told[0]
+    errors = two_ranks.run(on_rank_1, change, tiny_config("looped", tmp_path, tmp_path / "run", ranks=2))
+    assert errors[0] == errors[1]
+    assert message in errors[0]
 
 
-def test_the_odd_one_out_is_the_one_that_differs_from_most() -> None:
-    report = preflight.Report(0, "a", "cpu", None, {"torch": "2"}, {})
+def test_the_rank_that_differs_from_the_majority_is_named() -> None:
+    report = preflight.RankReport(0, "a", "cpu", None, {"torch": "2"}, {})
     reports = [replace(report, versions={"torch": "1"}), replace(report, rank=1), replace(report, rank=2)]
     assert preflight.differing(reports) == [
         "rank 0 on a: torch '1', elsewhere '2': run the same environment on every node"
@@ -82,21 +82,21 @@ def test_the_code_version_changes_with_the_code(monkeypatch: pytest.MonkeyPatch,
     before = preflight.code_version()
     copy = shutil.copytree(Path(preflight.mythos.__file__).parent, tmp_path / "mythos")
     monkeypatch.setattr(preflight.mythos, "__file__", str(copy / "__init__.py"))
-    assert preflight.code_version.__wrapped__() == before, "wherever it lies"
+    assert preflight.code_version.__wrapped__() == before, "it does not depend on the path"
     with (copy / "errors.py").open("a") as file:
         file.write("\n")
     assert preflight.code_version.__wrapped__() != before
 
 
-def test_two_ranks_with_one_gpu_are_named() -> None:
-    report = preflight.Report(0, "a", "cuda:0 H100", "GPU-1", {}, {})
+def test_two_ranks_that_share_a_gpu_are_named() -> None:
+    report = preflight.RankReport(0, "a", "cuda:0 H100", "GPU-1", {}, {})
     good = [report, replace(report, rank=1, gpu="GPU-2"), replace(report, rank=2, host="b")]
     assert preflight.shared_gpus(good) == []
     (line,) = preflight.shared_gpus([*good, replace(report, rank=3, host="b")])
     assert line.startswith("rank 3 on b: has the same GPU as rank 2")
 
 
-def test_experts_across_nodes_are_warned_of() -> None:
+def test_a_set_of_experts_across_nodes_gives_a_warning() -> None:
     across = preflight.expert_groups_across_hosts
     assert across(1, ["a", "b"]) is None
     assert across(2, ["a", "a", "b", "b"]) is None
@@ -104,7 +104,7 @@ def test_experts_across_nodes_are_warned_of() -> None:
     assert "ranks 2 to 3" in str(across(2, ["a", "a", "a", "b", "b", "b"]))
 
 
-def test_deepspeed_gives_a_set_of_experts_to_neighbouring_ranks() -> None:
+def test_deepspeed_gives_a_set_of_experts_to_consecutive_ranks() -> None:
     found, _ = groups._get_expert_parallel_ranks(world_size=8, tensor_parallel_size_=1, expert_parallel_size_=4)
     assert found == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
@@ -121,59 +121,61 @@ def failure(config: Config, break_rank_1: Callable[[], None] | None = None) -> s
 
 def no_data_here() -> None:
     """As on a node where the file system is not mounted."""
-    honest = preflight.open_data
+    original = preflight.open_data
 
     def open_data(config: Config) -> object:
-        preflight.open_data = honest
-        return honest(replace(config, data=replace(config.data, directory="/not/mounted")))
+        preflight.open_data = original
+        return original(replace(config, data=replace(config.data, directory="/not/mounted")))
 
     preflight.open_data = open_data  # type: ignore[assignment]
 
 
 def no_run_directory_here() -> None:
-    honest = preflight._check_writable
+    original = preflight._check_writable
 
-    def check(config: Config) -> None:
-        preflight._check_writable = honest
-        honest(replace(config, run=replace(config.run, directory="/not/mounted")))
+    def check(run: Run) -> None:
+        preflight._check_writable = original
+        original(replace(run, directory="/not/mounted"))
 
     preflight._check_writable = check
 
 
-def test_what_one_rank_alone_lacks_is_told_with_its_place(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_path_missing_on_one_rank_is_reported_with_its_place(
+    two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
     host = run_directory.host_name()
     config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, train__steps=1)
-    for told in two_ranks.run(failure, config, no_data_here):
-        assert told.startswith("/not/mounted/manifest.json: no such file")
-        assert told.endswith(f"(rank 1 on {host})")
-    for told in two_ranks.run(failure, config, no_run_directory_here):
-        assert told.startswith("run.directory = '/not/mounted': cannot be written: No such file or directory")
-        assert told.endswith(f"(rank 1 on {host})")
+    for error in two_ranks.run(failure, config, no_data_here):
+        assert error.startswith("/not/mounted/manifest.json: no such file")
+        assert error.endswith(f"(rank 1 on {host})")
+    for error in two_ranks.run(failure, config, no_run_directory_here):
+        assert error.startswith("run.directory = '/not/mounted': cannot be written: No such file or directory")
+        assert error.endswith(f"(rank 1 on {host})")
 
 
-def test_too_little_disk_is_told_before_the_first_step(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_before_the_first_step(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2)
-    for told in two_ranks.run(failure_with_bytes_free, config, 1 << 18):
-        assert re.search(r"0.000244 GiB free, the next 2 checkpoints need about 0.000\d+ GiB: make room", told)
+    for error in two_ranks.run(failure_with_bytes_free, config, 1 << 18):
+        assert re.search(r"0.000244 GiB free, the next 2 checkpoints need about 0.000\d+ GiB: make room", error)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def failure_with_bytes_free(config: Config, free: int) -> str:
-    honest = shutil.disk_usage
-    shutil.disk_usage = lambda path: honest(path)._replace(free=free)  # type: ignore[assignment]
+    original = shutil.disk_usage
+    shutil.disk_usage = lambda path: original(path)._replace(free=free)  # type: ignore[assignment]
     try:
         return failure(config)
     finally:
-        shutil.disk_usage = honest
+        shutil.disk_usage = original
 
 
-def test_an_address_that_does_not_resolve_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_does_not_resolve_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     with pytest.raises(UserError, match="MASTER_ADDR = 'no-such-host.invalid' does not resolve here"):
         group.start("cpu")
 
 
-# ---- GPUs, without one
+# ---- GPUs, simulated
 
 
 @pytest.fixture
@@ -194,7 +196,7 @@ def test_the_local_rank_chooses_the_gpu(eight_gpus: pytest.MonkeyPatch) -> None:
         group._choose_device("cuda")
 
 
-def test_srun_may_show_each_process_its_own_gpu_alone(eight_gpus: pytest.MonkeyPatch) -> None:
+def test_srun_may_show_each_process_only_its_own_gpu(eight_gpus: pytest.MonkeyPatch) -> None:
     eight_gpus.setattr(torch.cuda, "device_count", lambda: 1)
     eight_gpus.setenv("LOCAL_RANK", "3")
     eight_gpus.setenv("LOCAL_WORLD_SIZE", "8")
@@ -204,13 +206,13 @@ def test_srun_may_show_each_process_its_own_gpu_alone(eight_gpus: pytest.MonkeyP
     assert group._choose_device("auto") == torch.device("cuda", 0)
 
 
-def test_gpus_talk_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpus_communicate_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mythos.engine.engine import deepspeed_config, precision
 
     chosen: dict[str, object] = {}
     place = {"LOCAL_RANK": "2", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     eight_gpus.setattr(os, "environ", place)
-    eight_gpus.setattr(group, "_meeting", None)
+    eight_gpus.setattr(group, "_store", None)
     eight_gpus.setattr(torch.cuda, "set_device", lambda device: chosen.update(device=device))
     eight_gpus.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
     eight_gpus.setattr(group.dist, "init_process_group", lambda backend, **__: chosen.update(backend=backend))
@@ -251,20 +253,36 @@ def test_batches_reach_a_gpu_through_pinned_memory(monkeypatch: pytest.MonkeyPat
     assert calls == []
 
 
-def test_variables_are_set_only_where_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mythos.ranks import variables
-
-    told: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", told.append)
+def test_variables_are_set_only_if_the_user_has_not_set_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     environ = {"NCCL_DEBUG": "INFO", "LOCAL_WORLD_SIZE": "4"}
-    variables.set_variables(torch.device("cuda", 0), environ)
+    variables.set_training_variables("cuda", environ)
     assert environ["NCCL_DEBUG"] == "INFO"
-    assert (environ["DS_ACCELERATOR"], environ["OMP_NUM_THREADS"], told) == ("cuda", "4", [4])
+    assert (environ["DS_ACCELERATOR"], environ["OMP_NUM_THREADS"]) == ("cuda", "4")
 
     environ = {"OMP_NUM_THREADS": "3"}
-    variables.set_variables(CPU, environ)
+    variables.set_training_variables("cpu", environ)
     assert environ == {"OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}
-    assert told == [4], "a number that the user has set is the library's to read"
     assert variables.threads_per_process({"SLURM_CPUS_PER_TASK": "8", "LOCAL_WORLD_SIZE": "8"}) == 8
     assert variables.threads_per_process({"LOCAL_WORLD_SIZE": "99"}) == 1
+
+    environ = {"RAYON_NUM_THREADS": "4"}
+    variables.set_data_variables(environ)
+    assert environ == {"RAYON_NUM_THREADS": "4", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.mark.parametrize(("set_by_user", "calls"), [(None, [16]), ("3", [])])
+def test_torch_gets_its_share_of_the_cores_unless_the_user_has_set_threads(
+    set_by_user: str | None, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[int] = []
+    environ = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if set_by_user is not None:
+        environ["OMP_NUM_THREADS"] = set_by_user
+    monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(torch, "set_num_threads", called.append)
+    monkeypatch.setattr(group, "_store", None)
+    monkeypatch.setattr(group.dist, "init_process_group", lambda backend, **__: None)
+    group.start("cpu")
+    assert called == calls

@@ -112,5 +112,5 @@ def test_a_port_that_is_taken_is_one_line() -> None:
         port = other.getsockname()[1]
         done = python(START.replace("sys.argv[1]", f"'{port}'"))
     assert done.stdout == (
-        f"MASTER_PORT = {port}: taken on this host: set MASTER_PORT to a free one, the same for all ranks\n"
+        f"MASTER_PORT = {port}: in use on this host: set MASTER_PORT to a free port, the same for all ranks\n"
     )
