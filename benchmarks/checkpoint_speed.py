@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mythos.checkpoint import layout
 from mythos.checkpoint import restore as checkpoint
 from mythos.checkpoint.saver import Saver
 from mythos.checkpoint.snapshot import world_shape
@@ -26,6 +25,7 @@ from mythos.engine.engine import TrainingEngine
 from mythos.engine.schedule import schedule
 from mythos.ranks import group
 from mythos.ranks.world import read_world
+from mythos.run.directory import RunDirectory
 from mythos.train.batch import draw_depths, micro_batch_plan
 
 SEQUENCE_LENGTH = 128
@@ -144,7 +144,7 @@ def main() -> None:
         device = group.start("auto")
         place: list[Any] = [arguments.directory or Path(tempfile.mkdtemp(prefix="mythos-checkpoint-"))]
         dist.broadcast_object_list(place, src=0)
-        directory = place[0] / layout.DIRECTORY
+        directory = RunDirectory(place[0]).checkpoints
         directory.mkdir(parents=True, exist_ok=True)
         config = configuration(world.world_size)
         training = Training(config, device)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mythos.checkpoint import layout
 from mythos.errors import BAD_INPUT, DONE, UserError
+from mythos.run.directory import CHECKPOINT_DIRECTORY, LATEST_FILE, RunDirectory
 
 
 def add_parser(subparsers: Any) -> None:
@@ -68,7 +69,7 @@ def _resumed(directory: Path, problems: Mapping[Path, list[str]]) -> Path | None
 def _state(checkpoint: Path, directory: Path, resumed: Path | None) -> str:
     if checkpoint == resumed:
         return "would be resumed"
-    return "complete" if checkpoint in layout.candidates(directory) else f"newer than {layout.POINTER}, does not count"
+    return "complete" if checkpoint in layout.candidates(directory) else f"newer than {LATEST_FILE}, does not count"
 
 
 def _tell_start(run: Path, resumed: Path | None, problems: Mapping[Path, list[str]]) -> None:
@@ -82,9 +83,9 @@ def _tell_start(run: Path, resumed: Path | None, problems: Mapping[Path, list[st
 
 
 def _directory(run: Path) -> Path:
-    if not (run / layout.DIRECTORY).is_dir():
-        raise UserError(f"{run}: no run directory, {layout.DIRECTORY}/ is missing: give the directory of a run")
-    return run / layout.DIRECTORY
+    if not (RunDirectory(run).checkpoints).is_dir():
+        raise UserError(f"{run}: no run directory, {CHECKPOINT_DIRECTORY}/ is missing: give the directory of a run")
+    return RunDirectory(run).checkpoints
 
 
 def _line(checkpoint: Path, state: str) -> str:

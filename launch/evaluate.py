@@ -42,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Find the checkpoint, join the other ranks, measure."""
     from mythos.config.load import load_run
+    from mythos.run.directory import RunDirectory
 
     names, overrides = split_configuration(arguments.what)
 
@@ -52,4 +53,4 @@ def run(arguments: argparse.Namespace) -> int:
         checkpoint_losses(config, device, find_checkpoint(arguments.directory, names))
         return DONE
 
-    return run_ranks(lambda world_size: load_run(arguments.directory, overrides, world_size), work)
+    return run_ranks(lambda world_size: load_run(RunDirectory(arguments.directory).config, overrides, world_size), work)

@@ -27,10 +27,11 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from mythos.export import export, find
+    from mythos.run.directory import RunDirectory
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
     name = find(arguments.directory, arguments.step).name
-    output = arguments.output or arguments.directory / "export" / name
+    output = arguments.output or RunDirectory(arguments.directory).exports / name
     export(arguments.directory, output, arguments.step, dtype)
     megabytes = sum(path.stat().st_size for path in output.glob("*.safetensors")) / 1e6
     print(f"{output}: {name}, {megabytes:,.1f} MB in {arguments.dtype}")

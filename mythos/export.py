@@ -25,9 +25,9 @@ from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError
 from mythos.model import build_structure
 from mythos.model.moe import plain_parameters
+from mythos.run.directory import CONFIG_FILE, RunDirectory
 
 INDEX_FILE = "model.safetensors.index.json"
-CONFIG_FILE = "config.yaml"
 FILE_BYTES = 4 << 30
 
 
@@ -97,12 +97,12 @@ def load_exported(directory: Path) -> nn.Module:
 
 def find(run: Path, step: int | None) -> Path:
     """The checkpoint of a run at a step, or its newest complete one. Raises UserError with those that there are."""
-    found = layout.candidates(run / layout.DIRECTORY)
+    found = layout.candidates(RunDirectory(run).checkpoints)
     if not found:
         raise UserError(f"{run}: has no complete checkpoint: give the directory of a run that has saved")
     if step is None:
         return found[0]
-    for checkpoint in layout.complete(run / layout.DIRECTORY):
+    for checkpoint in layout.complete(RunDirectory(run).checkpoints):
         if layout.step_of(checkpoint) == step:
             return checkpoint
     steps = ", ".join(str(layout.step_of(checkpoint)) for checkpoint in found)

@@ -18,6 +18,7 @@ from mythos.errors import UserError
 from mythos.export import INDEX_FILE, export, load_exported
 from mythos.model import build_model
 from mythos.model.depth import fixed
+from mythos.run.directory import RunDirectory
 from tests.cluster import clean_environment, run
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
@@ -126,7 +127,7 @@ def test_the_command_and_its_errors(trained: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_not_exported(trained: Path, tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", trained, tmp_path / "run"], check=True)
-    path = tmp_path / "run" / layout.DIRECTORY / layout.tag(4) / layout.weights_file(1)
+    path = RunDirectory(tmp_path / "run").checkpoints / layout.tag(4) / layout.weights_file(1)
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)

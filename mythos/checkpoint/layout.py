@@ -26,12 +26,9 @@ import xxhash
 
 from mythos.errors import UserError
 from mythos.files import flush_directory, hash_file, write_atomically
+from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, STATE_FILE
 
 FORMAT_VERSION = 1
-DIRECTORY = "checkpoints"
-POINTER = "latest"
-MANIFEST_FILE = "manifest.json"
-STATE_FILE = "state.json"
 PARTIAL = ".partial"
 REMOVED = ".removed"
 SET_ASIDE = "set_aside"
@@ -137,7 +134,7 @@ def half_written(directory: Path) -> list[Path]:
 def latest(directory: Path) -> Path | None:
     """The checkpoint that the pointer names, whether it is there or not; None without a pointer that names one."""
     try:
-        name = (directory / POINTER).read_text(errors="replace").strip()
+        name = (directory / LATEST_FILE).read_text(errors="replace").strip()
     except OSError:
         return None
     return directory / name if _COMPLETE.fullmatch(name) else None
@@ -201,7 +198,7 @@ def settle(directory: Path, chosen: Path) -> list[Path]:
 
     They belong to steps that the run takes back: left in their places, they would count again after a damage.
     """
-    write_atomically(directory / POINTER, chosen.name)
+    write_atomically(directory / LATEST_FILE, chosen.name)
     flush_directory(directory)
     return [set_aside(path) for path in complete(directory) if step_of(path) > step_of(chosen)]
 
@@ -233,7 +230,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     os.rename(partial, final)
     try:
         flush_directory(directory)
-        write_atomically(directory / POINTER, final.name)
+        write_atomically(directory / LATEST_FILE, final.name)
     except OSError:
         os.rename(final, partial)
         if replaced is not None:

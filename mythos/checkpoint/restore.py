@@ -20,6 +20,7 @@ from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
 from mythos.ranks.group import agree, from_rank_0
 from mythos.run.console import log
+from mythos.run.directory import LATEST_FILE, MANIFEST_FILE
 
 LOOK_AGAIN_S = 2.0
 """Before a file counts as damaged: a network file system may have known it wrongly."""
@@ -45,7 +46,7 @@ def newest_valid(directory: Path) -> Path | None:
     if damaged:
         newer = from_rank_0(lambda: [path.name for path in layout.complete(directory) if path not in damaged])
         which = f"every checkpoint up to {next(iter(damaged)).name}" if newer else "every checkpoint"
-        remedy = f"write {newer[-1]} into {layout.POINTER} to go on there" if newer else "restore one"
+        remedy = f"write {newer[-1]} into {LATEST_FILE} to go on there" if newer else "restore one"
         what = "; ".join(damaged.values())
         raise UserError(
             f"{directory}: {which} is damaged ({what}): {remedy}, or move them away to start over", agreed=True
@@ -130,7 +131,7 @@ def _problems(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -> dic
     except layout.WrongFormat:
         raise
     except UserError as error:
-        return {layout.MANIFEST_FILE: str(error)}
+        return {MANIFEST_FILE: str(error)}
     return layout.problems(checkpoint, manifest, choose(sorted(manifest.files)))
 
 
@@ -139,9 +140,9 @@ def _tidy(directory: Path) -> list[Path]:
         log.warning(f"{path.name} was not finished: set aside as {layout.set_aside(path)}")
     named, found = layout.latest(directory), layout.candidates(directory)
     if named is not None and named not in found:
-        missing = f"{directory / layout.POINTER} names {named.name}, which is missing"
+        missing = f"{directory / LATEST_FILE} names {named.name}, which is missing"
         if not found:
-            raise UserError(f"{missing}, and there is no other: restore it, or remove {layout.POINTER} to start over")
+            raise UserError(f"{missing}, and there is no other: restore it, or remove {LATEST_FILE} to start over")
         log.error(missing)
     return found
 

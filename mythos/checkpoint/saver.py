@@ -29,6 +29,7 @@ from mythos.engine.engine import TrainingEngine
 from mythos.errors import SaveError
 from mythos.files import hash_file, write_atomically
 from mythos.run.console import log
+from mythos.run.directory import STATE_FILE
 
 WRITING, COMMITTING = "writing", "committing"
 RETRY_S = 2.0
@@ -90,7 +91,7 @@ class Saver:
             self.finish()
         self._metrics["checkpoint/stall_seconds"] = time.perf_counter() - begun_at
 
-    def insist(self) -> None:
+    def wait_until_saved(self) -> None:
         """Wait for the save under way; while it fails, save again: there will be no other occasion.
 
         Raises:
@@ -206,7 +207,7 @@ def _write_part(partial: Path, rank: int, part: Snapshot, state: str) -> dict[st
         )
     }
     if rank == 0:
-        path = partial / layout.STATE_FILE
+        path = partial / STATE_FILE
         write_atomically(path, state)
         files[path.name] = layout.Written(path.stat().st_size, hash_file(path))
     return files

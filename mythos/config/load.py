@@ -66,15 +66,15 @@ def load_for_most(files: Sequence[str | Path], overrides: Sequence[str], sizes: 
     raise first_error
 
 
-def load_run(directory: Path, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
-    """The configuration of the run in ``directory`` for work that makes no optimizer step.
+def load_run(saved: Path, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
+    """The configuration of a run, from its config.yaml, for work that makes no optimizer step.
 
     Its global batch is one micro batch of each process, so that any number of processes will do.
 
     Raises:
         UserError: as ``load``; also when there is no run.
     """
-    raw = _merge([directory / "config.yaml"], overrides)
+    raw = _merge([saved], overrides)
     train = raw.get("train")
     if isinstance(train, dict) and isinstance(train.get("micro_batch_sequences"), int):
         train["global_batch_sequences"] = train["micro_batch_sequences"] * world_size

@@ -18,8 +18,7 @@ from mythos.eval.validation import validate
 from mythos.files import write_atomically
 from mythos.ranks import group, preflight
 from mythos.ranks.watchdog import Watchdog
-
-EVALUATIONS = "evaluations"
+from mythos.run.directory import RunDirectory
 
 
 def checkpoint_losses(config: Config, device: torch.device, found: Path) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def checkpoint_losses(config: Config, device: torch.device, found: Path) -> dict
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     if dist.get_rank() == 0:
-        directory = found.parent.parent / EVALUATIONS
+        directory = RunDirectory(found.parent.parent).evaluations
         directory.mkdir(exist_ok=True)
         write_atomically(directory / f"{found.name}.json", json.dumps(result, indent=2))
     return result
@@ -59,7 +58,7 @@ def find_checkpoint(directory: Path, names: Sequence[str]) -> Path:
     Raises:
         UserError: it is not there or not complete, or more than one is named.
     """
-    return group.agree(lambda: _find(directory / layout.DIRECTORY, names))
+    return group.agree(lambda: _find(RunDirectory(directory).checkpoints, names))
 
 
 def _find(directory: Path, names: Sequence[str]) -> Path:

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
+import socket
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,8 @@ from mythos.plan.params import count_parameters
 from mythos.ranks import group
 from mythos.ranks.group import agree
 from mythos.run.console import log
-from mythos.run.directory import PACKAGES, host_name
+from mythos.run.directory import RunDirectory
+from mythos.run.journal import PACKAGES
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """fp32 weights and AdamW's two moments; Muon needs less."""
@@ -98,7 +100,7 @@ def open_data_everywhere(config: Config) -> RunData:
     """
     data = agree(lambda: open_data(config))
     identities: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(identities, (host_name(), data.identity))
+    dist.all_gather_object(identities, (socket.gethostname(), data.identity))
     first_host, first = identities[0]
     for rank, (host, identity) in enumerate(identities):
         for name, (here, there) in differences(first, identity).items():
@@ -118,7 +120,7 @@ def own_report(config: Config, device: torch.device) -> RankReport:
         name = f"{device} {properties.name} {properties.total_memory / GIB:.0f} GiB"
         gpu = str(getattr(properties, "uuid", None) or device)
     options = flatten(to_dict(config))
-    return RankReport(dist.get_rank(), host_name(), name, gpu, versions(), options)
+    return RankReport(dist.get_rank(), socket.gethostname(), name, gpu, versions(), options)
 
 
 def versions() -> dict[str, str]:
@@ -184,10 +186,10 @@ def expert_groups_across_hosts(size: int, hosts: Sequence[str]) -> str | None:
 
 
 def _check_writable(run: Run) -> None:
-    directory = Path(run.directory)
+    directory = RunDirectory(Path(run.directory))
     try:
-        for name in ("log", "checkpoints"):
-            with tempfile.TemporaryFile(dir=directory / name) as file:
+        for needed in (directory.logs, directory.checkpoints):
+            with tempfile.TemporaryFile(dir=needed) as file:
                 file.write(b"x")
                 file.flush()
     except OSError as error:

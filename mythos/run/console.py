@@ -43,8 +43,8 @@ def _tell_of_thread(failure: threading.ExceptHookArgs) -> None:
         log.error(f"{name} failed", exc_info=failure.exc_value)
 
 
-def start_logging(directory: Path | None, rank: int) -> None:
-    """Rank 0 speaks on the console, the others tell errors alone; each has a log file, once there is a directory."""
+def start_logging(log_file: Path | None, rank: int) -> None:
+    """Rank 0 logs to the console, the other ranks only errors; each also to its log file once there is a directory."""
     log.setLevel(logging.INFO)
     log.propagate = False
     threading.excepthook = _tell_of_thread
@@ -55,8 +55,8 @@ def start_logging(directory: Path | None, rank: int) -> None:
     console.setFormatter(logging.Formatter("%(message)s"))
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)  # a rank alone with its error must be heard
     log.addHandler(console)
-    if directory is not None:
-        file = _LogFile(directory / "log" / f"rank_{rank:05d}.log")
+    if log_file is not None:
+        file = _LogFile(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter(FORMAT))
         log.addHandler(file)
 

@@ -1,18 +1,19 @@
-"""The directory of a run: made on the first start, checked on every later one.
+"""The directory of a run: the names of its files, and how an attempt creates or checks it and locks it.
 
-``config.yaml`` is what the run trains, ``environment.json`` a list of where each of its lives ran.
+config.yaml                  the configuration that the run trains with
+tokenizer.json               the data's tokenizer, with which the run can be exported without its data
+events.jsonl                 the journal: when and where each attempt started, how it ended, and why
+metrics.jsonl, tensorboard/  losses, speeds and the rest, by step
+log/rank_00000.log           one log a rank, and those of Slurm jobs
+checkpoints/                 see ``mythos.checkpoint.layout``; ``latest`` names the newest complete one
+evaluations/, export/        what `mythos eval` and `mythos export` write
+.lock                        held by the process that trains here
+environment.json             of version 0.1: the environments that are in events.jsonl now
 """
 
-import fcntl
-import importlib.metadata
-import json
 import os
-import platform
-import shlex
 import socket
-import subprocess
-import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,127 +22,180 @@ import yaml
 from mythos.config.load import differences, options, to_dict
 from mythos.config.schema import Config
 from mythos.data.format import TOKENIZER_FILE
-from mythos.errors import UserError
-from mythos.files import write_atomically
+from mythos.errors import UserError, os_errors_as_user_errors
+from mythos.files import take_lock, write_atomically
 from mythos.run.console import log
 
 CONFIG_FILE = "config.yaml"
-LOCK_FILE = ".lock"
 LOG_DIRECTORY = "log"
-"""A batch script may have put its own log there before the run makes the rest."""
-ENVIRONMENT_FILE = "environment.json"
-LOCK_PATIENCE_S = 1.0
-"""For a life that is just ending, and for a reader that looks whether the directory is locked."""
-LOCK_PATIENCE_AFTER_RESTART_S = 300.0
-"""For the life before a restart by Slurm: a file server keeps the locks of a lost node for a while."""
-JOB_VARIABLES = ("SLURM_JOB", "SLURM_RESTART_COUNT", "SLURM_ARRAY_")
+CHECKPOINT_DIRECTORY = "checkpoints"
+LATEST_FILE = "latest"
+MANIFEST_FILE = "manifest.json"
+"""In each checkpoint, as is state.json."""
+STATE_FILE = "state.json"
+LOCK_WAIT_S = 1.0
+"""For an attempt that is just ending, and for a reader that is testing the lock."""
+LOCK_WAIT_AFTER_RESTART_S = 300.0
+"""For the previous attempt of a job that Slurm has restarted: a file server keeps the locks of a lost node a while."""
 NEVER_CHANGEABLE = ("model.", "data.sequence_length")
-"""Options without which the saved weights and the position in the data mean nothing."""
-PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "mosaicml-streaming", "mythos")
+"""Without the same values the saved weights and the position in the data would have no meaning."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of a run directory's files."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The run's configuration; its presence is what makes a directory a run directory."""
+        return self.path / CONFIG_FILE
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of the run's data."""
+        return self.path / TOKENIZER_FILE
+
+    @property
+    def events(self) -> Path:
+        """The journal."""
+        return self.path / "events.jsonl"
+
+    @property
+    def environment(self) -> Path:
+        """The environments of attempts with version 0.1."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same metrics for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def logs(self) -> Path:
+        """The directory of the ranks' logs. A batch script may write its own log there before the run starts."""
+        return self.path / LOG_DIRECTORY
+
+    def log(self, rank: int) -> Path:
+        """The log of a rank."""
+        return self.logs / f"rank_{rank:05d}.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of the checkpoints."""
+        return self.path / CHECKPOINT_DIRECTORY
+
+    @property
+    def latest(self) -> Path:
+        """Holds the name of the newest complete checkpoint."""
+        return self.checkpoints / LATEST_FILE
+
+    @property
+    def evaluations(self) -> Path:
+        """The results of `mythos eval`."""
+        return self.path / "evaluations"
+
+    @property
+    def exports(self) -> Path:
+        """The default place of exported weights."""
+        return self.path / "export"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that trains here."""
+        return self.path / ".lock"
 
 
 def prepare(config: Config, accept_changes: bool) -> dict[str, tuple[Any, Any]]:
-    """Make the run directory, or check that it belongs to this configuration; rank 0 only.
+    """Create the run directory, or check that it belongs to this configuration; rank 0 only.
 
     Returns:
-        The options that differ from the run's last start, with the old and the new value; they are allowed to.
-        ``config.yaml`` still holds the old ones: ``write_config`` follows once everything else was found to fit.
+        The options that changed since the run's last start and may change, with the old and the new value.
+        ``config.yaml`` still holds the old values: the caller calls ``write_config`` once all other checks passed.
 
     Raises:
-        UserError: the directory cannot be written, or it holds a run that another configuration defines.
+        UserError: the directory cannot be written, or holds a run with another configuration.
     """
-    directory, changed = Path(config.run.directory), {}
-    try:
-        if (directory / CONFIG_FILE).exists():
-            changed = _check_same_run(directory / CONFIG_FILE, config, accept_changes)
-        elif directory.exists() and any(path.name != LOG_DIRECTORY for path in directory.iterdir()):
-            raise UserError(
-                f"run.directory = {config.run.directory!r}: not empty and no run ({CONFIG_FILE} is missing): "
-                "choose another directory"
-            )
+    directory = RunDirectory(Path(config.run.directory))
+    changed = {}
+    place = f"run.directory = {config.run.directory!r}"
+    with os_errors_as_user_errors(place, "choose a directory that can be written"):
+        if directory.config.exists():
+            changed = _check_same_run(directory.config, config, accept_changes)
+        elif directory.path.exists() and any(path.name != LOG_DIRECTORY for path in directory.path.iterdir()):
+            raise UserError(f"{place}: not empty and no run ({CONFIG_FILE} is missing): choose another directory")
         else:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.path.mkdir(parents=True, exist_ok=True)
             write_config(config)
-        for name in ("checkpoints", LOG_DIRECTORY, "tensorboard"):
-            (directory / name).mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run.directory = {config.run.directory!r}: {error.strerror} ({error.filename}): choose a directory "
-            "that can be written"
-        ) from error
+        for needed in (directory.checkpoints, directory.logs, directory.tensorboard):
+            needed.mkdir(exist_ok=True)
     return changed
 
 
 def write_config(config: Config) -> None:
-    """Write the configuration that the run goes on with; rank 0 only."""
+    """Write the configuration that the run continues with; rank 0 only. Raises OSError."""
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    write_atomically(Path(config.run.directory) / CONFIG_FILE, text)
+    write_atomically(RunDirectory(Path(config.run.directory)).config, text)
 
 
 def keep_tokenizer(directory: Path, tokenizer: Path) -> None:
-    """Copy the data's tokenizer beside the configuration: with it the run can be exported without its data."""
-    write_atomically(directory / TOKENIZER_FILE, tokenizer.read_text())
+    """Copy the data's tokenizer into the run directory: the run can then be exported without its data."""
+    write_atomically(RunDirectory(directory).tokenizer, tokenizer.read_bytes())
 
 
 def lock(directory: Path) -> TextIO | None:
-    """Keep other processes from training in the same directory, as long as the returned file is open; rank 0 only.
+    """Lock the directory against other training processes until the returned file is closed; rank 0 only.
+
+    None if the file system has no locks.
 
     Raises:
-        UserError: another process does already.
+        UserError: another process trains here.
     """
-    file = open(directory / LOCK_FILE, "a+")  # noqa: SIM115 - open for the whole run
+    file = RunDirectory(directory).lock.open("a+", encoding="utf-8")
     try:
-        taken = _take(file, LOCK_PATIENCE_S, every_s=0.05)
+        taken = take_lock(file, LOCK_WAIT_S)
         file.seek(0)
         holder = file.read().strip()
         if not taken and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-            log.warning(f"{directory}: locked by {holder}: waiting up to {LOCK_PATIENCE_AFTER_RESTART_S:g} s")
-            taken = _take(file, LOCK_PATIENCE_AFTER_RESTART_S, every_s=1.0)
+            log.warning(f"{directory}: locked by {holder}: waiting up to {LOCK_WAIT_AFTER_RESTART_S:g} s")
+            taken = take_lock(file, LOCK_WAIT_AFTER_RESTART_S, every_s=1.0)
     except OSError:  # a file system without locks
         file.close()
         return None
     if not taken:
+        file.close()
         raise UserError(f"{directory}: {holder} trains here: wait for it, or stop it")
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {host_name()}")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
 
 
-def _take(file: TextIO, patience_s: float, every_s: float) -> bool:
-    until = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-        time.sleep(every_s)
-
-
 def is_locked(directory: Path) -> bool:
-    """Whether a process trains there, as far as locks tell: on some shared file systems only those of this host."""
+    """Whether a process trains here, as far as locks show: some shared file systems show only those of this host."""
     try:
-        with open(directory / LOCK_FILE) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # nobody has ever trained there, or no locks
+        with RunDirectory(directory).lock.open(encoding="utf-8") as file:
+            return not take_lock(file, shared=True)
+    except OSError:  # no attempt has locked it yet, or the file system has no locks
         return False
-    return False
 
 
 def _check_same_run(saved: Path, config: Config, accept_changes: bool) -> dict[str, tuple[Any, Any]]:
     try:
-        before = yaml.safe_load(saved.read_text())
+        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{saved}: damaged: {' '.join(str(error).split())}") from error
     if not isinstance(before, dict) or not isinstance(before.get("model"), dict):
         raise UserError(f"{saved}: damaged, not a configuration: restore it, or choose another run.directory")
     changed = differences(before, to_dict(config))
     known = options()
-    # An option that this version does not know, or did not then, has no word in it.
+    # Options that only one of the two versions knows are ignored.
     breaking = [
         path
         for path in changed
@@ -153,52 +207,3 @@ def _check_same_run(saved: Path, config: Config, accept_changes: bool) -> dict[s
         remedy = "Choose another run.directory" + ("" if never else ", or go on with the changes: --accept-changes")
         raise UserError(f"{saved.parent} holds a run with another configuration:\n{lines}\n{remedy}")
     return changed
-
-
-def record_environment(directory: Path, hosts: list[str], device: str, precision: str) -> None:
-    """Append this life of the run to environment.json; rank 0 only."""
-    path = directory / ENVIRONMENT_FILE
-    lives = _read_lives(path)
-    lives.append(
-        {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": shlex.join(sys.argv),
-            "hosts": hosts,
-            "ranks": len(hosts),
-            "device": device,
-            "precision": precision,
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "git_commit": _git_commit(),
-            "slurm": {name: value for name, value in os.environ.items() if name.startswith(JOB_VARIABLES)},
-        }
-    )
-    write_atomically(path, json.dumps(lives, indent=2))
-
-
-def _read_lives(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        lives = json.loads(path.read_text())
-    except ValueError:
-        lives = None
-    if isinstance(lives, list):
-        return lives
-    os.replace(path, path.with_suffix(".damaged"))  # a record, which must not keep the run from going on
-    return []
-
-
-def host_name() -> str:
-    """The node that this rank runs on."""
-    return socket.gethostname()
-
-
-def _git_commit() -> str | None:
-    """The commit of the source tree, with a mark if it was changed; None where there is no git or no checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mythos.files import write_atomically
+from mythos.files import read_json_lines, write_atomically
 from mythos.run.console import log
+from mythos.run.directory import RunDirectory
 
 if TYPE_CHECKING:  # half a second that rank 0 alone has to spend
     from torch.utils.tensorboard import SummaryWriter
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
@@ -33,7 +32,7 @@ class MetricsWriter:
         self._open(resumed_step)
 
     def _open(self, last_step: int) -> None:
-        path = self._directory / METRICS_FILE
+        path = RunDirectory(self._directory).metrics
         _truncate(path, last_step)
         self._file = path.open("ab", buffering=0)  # nothing may be written later, on its own, that a failure left
         self._tensorboard: SummaryWriter | None = self._open_tensorboard(last_step)
@@ -55,7 +54,7 @@ class MetricsWriter:
         try:
             if self._failing:  # the directory may be another one, and the last line there in part
                 self._file.close()
-                self._file = (self._directory / METRICS_FILE).open("ab", buffering=0)
+                self._file = RunDirectory(self._directory).metrics.open("ab", buffering=0)
                 self._write(b"\n")
             while self._unwritten:
                 self._write(self._unwritten[0][1])
@@ -78,7 +77,7 @@ class MetricsWriter:
     def _open_tensorboard(self, last_step: int) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self._directory / "tensorboard"), purge_step=last_step + 1, flush_secs=10)
+        return SummaryWriter(str(RunDirectory(self._directory).tensorboard), purge_step=last_step + 1, flush_secs=10)
 
     def write_config(self, config_yaml: str, options: Mapping[str, Any]) -> None:
         """The configuration as text, and as hparams for TensorBoard's comparison of runs."""
@@ -103,18 +102,10 @@ class MetricsWriter:
             log.error(f"the last metrics were not written ({error})")
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl that can be read; one that was cut by a kill is left out."""
-    path = directory / METRICS_FILE
-    lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+def read_metrics(directory: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in order, or those in its last bytes. Lines that cannot be read are left out."""
+    lines = read_json_lines(RunDirectory(directory).metrics, last_bytes)
+    return [line for line in lines if isinstance(line.get("step"), int)]
 
 
 def _truncate(path: Path, last_step: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run directory tells of its run: no running process, no Slurm and no torch needed."""
+"""The state of a run, read from its directory. Needs no running process, no Slurm and no torch."""
 
 import json
 import socket
@@ -12,23 +12,25 @@ from typing import Any
 import yaml
 
 from mythos.errors import DONE, PREEMPTED, UserError
-from mythos.run.directory import CONFIG_FILE, ENVIRONMENT_FILE, is_locked
-from mythos.run.events import EVENTS_FILE, FAILED, STARTED, read_events
+from mythos.run.directory import CONFIG_FILE, STATE_FILE, RunDirectory, is_locked
+from mythos.run.journal import FAILED, STARTED, read_attempts, read_events
+from mythos.run.metrics import read_metrics
 
 TAIL_BYTES = 1 << 18
+"""metrics.jsonl may be long: only its end is read."""
 RECENT_STEPS = 20
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run as its directory shows it; None where the directory does not say."""
+    """What the run directory shows; None for what it does not show."""
 
     directory: str
     state: str
-    """running, preempted, finished, failed, killed, or silent (nobody here can know whether it still runs)."""
+    """not started, running, preempted, finished, failed, killed, or unknown: running on another host, or killed."""
     cause: str | None
     host: str | None
-    seconds_since_sign_of_life: float | None
+    seconds_since_last_write: float | None
     step: int
     steps: int
     tokens: int | None
@@ -36,14 +38,14 @@ class Status:
     validation: dict[str, float]
     tokens_per_second: float | None
     seconds_left: float | None
-    """At the speed of the last steps, whether or not the run is going on."""
+    """At the speed of the last steps, whether or not the run is running now."""
     checkpoint: str | None
     checkpoint_step: int | None
-    lives: int
+    attempts: int
     slurm_jobs: list[str]
     slurm_restarts: int
     slurm_job: str | None
-    """The job of the last life, if it ran in one."""
+    """The job of the last attempt; None if that was started outside Slurm."""
 
     def to_json(self) -> str:
         """One JSON object, for scripts."""
@@ -51,13 +53,13 @@ class Status:
 
 
 def read_status(directory: Path) -> Status:
-    """The status of the run in ``directory``.
+    """Read the status of the run in ``directory``.
 
     Raises:
         UserError: there is no run, or its configuration cannot be read.
     """
     steps = _steps(directory)
-    metrics = _last_metrics(directory)
+    metrics = read_metrics(directory, TAIL_BYTES)
     training = [line for line in metrics if "train/loss" in line]
     last = training[-1] if training else {}
     rates = [line["perf/tokens_per_second"] for line in training[-RECENT_STEPS:] if line.get("perf/tokens_per_second")]
@@ -66,8 +68,8 @@ def read_status(directory: Path) -> Status:
     step = max(last.get("step", 0), saved_step or 0)
     tokens = last.get("train/tokens")
     state, cause, host = _state(directory)
-    lives = _lives(directory)
-    jobs = [life["slurm"] for life in lives if isinstance(life.get("slurm"), dict) and life["slurm"]]
+    slurm = [_slurm_variables(attempt) for attempt in read_attempts(directory)]
+    jobs = [variables for variables in slurm if variables]
     left = None
     if rate and tokens and state != "finished":
         left = (steps - step) * tokens / last["step"] / rate
@@ -76,7 +78,7 @@ def read_status(directory: Path) -> Status:
         state=state,
         cause=cause,
         host=host,
-        seconds_since_sign_of_life=_age_s(directory),
+        seconds_since_last_write=_age_s(directory),
         step=step,
         steps=steps,
         tokens=None if tokens is None else int(tokens),
@@ -86,47 +88,54 @@ def read_status(directory: Path) -> Status:
         seconds_left=left,
         checkpoint=checkpoint,
         checkpoint_step=saved_step,
-        lives=len(lives),
+        attempts=len(slurm),
         slurm_jobs=list(dict.fromkeys(job["SLURM_JOB_ID"] for job in jobs if "SLURM_JOB_ID" in job)),
         slurm_restarts=_restarts(jobs),
-        slurm_job=(lives[-1].get("slurm") or {}).get("SLURM_JOB_ID") if lives else None,
+        slurm_job=slurm[-1].get("SLURM_JOB_ID") if slurm else None,
     )
 
 
 def describe(status: Status) -> str:
-    """The status for a person, a fact a line."""
-    age = None if status.seconds_since_sign_of_life is None else _duration(status.seconds_since_sign_of_life)
-    where = f" on {status.host}" if status.host else ""
-    go_on, slurm = "start it again to go on", ""
-    if status.slurm_job:  # it may have requeued itself; a second job would be refused while the first one trains
-        slurm = f"`squeue --job={status.slurm_job}` tells whether Slurm starts it again"
-        go_on = f"{slurm}, else start it to go on"
-    state = {
-        "running": f"running{where}, last sign of life {age} ago",
-        "preempted": f"preempted, {status.cause or 'saved'}: {go_on}",
-        "finished": "finished",
-        "failed": "; ".join(filter(None, (f"failed: {status.cause}", slurm))),
-        "killed": f"killed without a word{where}, last sign of life {age} ago: {go_on}",
-        "silent": f"no sign of life since {age} (started{where}): running, or killed without a word",
-        "not started": "not started yet",
-    }[status.state]
-    percent = f" ({status.step / status.steps:.1%})"
+    """The status as text, one fact a line."""
     lines = {
         "run": status.directory,
-        "state": state,
-        "step": f"{status.step:,} of {status.steps:,}{percent}",
+        "state": _describe_state(status),
+        "step": f"{status.step:,} of {status.steps:,} ({status.step / status.steps:.1%})",
         "tokens": None if status.tokens is None else f"{status.tokens:,}",
         "loss": None if status.loss is None else f"{status.loss:.4f}",
         "validation": ", ".join(f"{name} {loss:.4f}" for name, loss in status.validation.items()) or None,
         "speed": None if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f} tokens/s",
         "left": None if status.seconds_left is None else _left(status),
         "checkpoint": status.checkpoint or "none yet",
-        "starts": str(status.lives),
+        "attempts": str(status.attempts),
         "slurm jobs": f"{', '.join(status.slurm_jobs)} ({status.slurm_restarts} restarts)"
         if status.slurm_jobs
         else None,
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items() if text is not None)
+
+
+def _describe_state(status: Status) -> str:
+    age_s = status.seconds_since_last_write
+    written = "never" if age_s is None else f"{_duration(age_s)} ago"
+    where = f" on {status.host}" if status.host else ""
+    remedy, slurm = "start it again to resume", ""
+    if status.slurm_job:  # may have requeued itself; a second job would be refused while the first one trains
+        slurm = f"`squeue --job={status.slurm_job}` shows whether Slurm will restart it"
+        remedy = f"{slurm}; if not, start it again to resume"
+    match status.state:
+        case "running":
+            return f"running{where}, last write {written}"
+        case "preempted":
+            return f"preempted, {status.cause or 'saved'}: {remedy}"
+        case "failed":
+            return "; ".join(filter(None, (f"failed: {status.cause}", slurm)))
+        case "killed":
+            return f"killed{where} before it could record a cause, last write {written}: {remedy}"
+        case "unknown":
+            return f"unknown: started{where}, last write {written}; either still running there or killed"
+        case state:
+            return state
 
 
 def _left(status: Status) -> str:
@@ -135,21 +144,23 @@ def _left(status: Status) -> str:
     if status.state != "running":
         return f"{text} of training"
     done = datetime.now() + timedelta(seconds=status.seconds_left)
-    return f"{text}, done about {done:%Y-%m-%d %H:%M}"
+    return f"{text}, finished at about {done:%Y-%m-%d %H:%M}"
 
 
 def _steps(directory: Path) -> int:
-    path = directory / CONFIG_FILE
+    path = RunDirectory(directory).config
     try:
-        return int(yaml.safe_load(path.read_text())["train"]["steps"])
+        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["steps"])
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{directory}: no run there ({CONFIG_FILE} is missing): give a run directory") from None
+        raise UserError(
+            f"{directory}: not a run directory ({CONFIG_FILE} is missing): give the directory of a run"
+        ) from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}): restore it") from None
 
 
 def _state(directory: Path) -> tuple[str, str | None, str | None]:
-    """State, cause of a failure, and the host of the last life's first rank."""
+    """State, cause of a failure, and the host of rank 0 in the last attempt."""
     events = read_events(directory)
     started = [event for event in events if event["event"] == STARTED]
     host = started[-1].get("host") if started else None
@@ -159,42 +170,23 @@ def _state(directory: Path) -> tuple[str, str | None, str | None]:
         return "not started", None, None
     if events[-1]["event"] == FAILED:
         cause = _first_cause(events)
-        if cause.get("exit_code") == PREEMPTED:  # asked to stop, and no time to save
+        if cause.get("exit_code") == PREEMPTED:  # a stop was requested, and there was no time to save
             return "preempted", str(cause.get("message")), host
         place = f"rank {cause.get('rank')} on {cause.get('host')}, exit code {cause.get('exit_code')}"
         return "failed", f"{cause.get('message')} ({place})", host
     if events[-1]["event"] == STARTED:
-        # The lock is free. On another host it may be one that this host cannot see.
-        return ("killed" if host == socket.gethostname() else "silent"), None, host
+        # The lock is free, or held on another host and invisible on this one.
+        return ("killed" if host == socket.gethostname() else "unknown"), None, host
     state = {DONE: "finished", PREEMPTED: "preempted"}.get(events[-1].get("exit_code", DONE), "failed")
     return state, None, host
 
 
 def _first_cause(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """When a rank fails the others follow with errors of their own: the first one is the cause."""
+    """The first failure of the last attempt: the errors of other ranks only follow from it."""
     first = len(events) - 1
     while first > 0 and events[first - 1]["event"] == FAILED:
         first -= 1
     return events[first]
-
-
-def _last_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines at the end of metrics.jsonl, which may be too long to read whole."""
-    path = directory / "metrics.jsonl"
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        texts = file.read().decode(errors="replace").splitlines()
-    lines = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:  # cut by a kill, or by this reader
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
 
 
 def _last_validation(metrics: list[dict[str, Any]]) -> dict[str, float]:
@@ -207,23 +199,21 @@ def _last_validation(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 def _checkpoint(directory: Path) -> tuple[str | None, int | None]:
     """Name and step of the newest complete checkpoint."""
+    run = RunDirectory(directory)
     try:
-        name = (directory / "checkpoints" / "latest").read_text().strip()
-        return name, int(json.loads((directory / "checkpoints" / name / "state.json").read_text())["step"])
+        name = run.latest.read_text(encoding="utf-8").strip()
+        return name, int(json.loads((run.checkpoints / name / STATE_FILE).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None, None
 
 
-def _lives(directory: Path) -> list[dict[str, Any]]:
-    try:
-        lives = json.loads((directory / ENVIRONMENT_FILE).read_text())
-    except (OSError, ValueError):
-        return []
-    return [life for life in lives if isinstance(life, dict)] if isinstance(lives, list) else []
+def _slurm_variables(attempt: dict[str, Any]) -> dict[str, str]:
+    variables = attempt.get("slurm")
+    return variables if isinstance(variables, dict) else {}
 
 
 def _restarts(jobs: list[dict[str, str]]) -> int:
-    """Summed over the jobs, as Slurm counts them."""
+    """Slurm's count of each job's restarts, summed over the jobs."""
     restarts: dict[str, int] = {}
     for job in jobs:
         restarts[job.get("SLURM_JOB_ID", "")] = int(job.get("SLURM_RESTART_COUNT", "0"))
@@ -231,17 +221,18 @@ def _restarts(jobs: list[dict[str, str]]) -> int:
 
 
 def _age_s(directory: Path) -> float | None:
-    """Since anything of the run was last written."""
-    names = (EVENTS_FILE, "metrics.jsonl", "checkpoints", "checkpoints/latest", "log/rank_00000.log")
-    times = [(directory / name).stat().st_mtime for name in names if (directory / name).exists()]
+    """Seconds since the run last wrote anything."""
+    run = RunDirectory(directory)
+    paths = (run.events, run.metrics, run.checkpoints, run.latest, run.log(0))
+    times = [path.stat().st_mtime for path in paths if path.exists()]
     return max(0.0, time.time() - max(times)) if times else None
 
 
 def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    total_s = round(seconds)
+    days, hours, minutes = total_s // 86400, total_s // 3600 % 24, total_s // 60 % 60
     if days:
         return f"{days} d {hours} h"
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+    return f"{minutes} min {total_s % 60} s" if minutes else f"{total_s} s"

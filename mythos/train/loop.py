@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from mythos.checkpoint import layout
 from mythos.checkpoint import restore as checkpoint
 from mythos.checkpoint.saver import Saver
 from mythos.checkpoint.snapshot import world_shape
@@ -32,7 +31,7 @@ from mythos.run import directory as run_directory
 from mythos.run.anomalies import CollapseWatch, LossWatch
 from mythos.run.console import Progress, log, start_logging
 from mythos.run.health import depth_metrics, expert_metrics, model_metrics
-from mythos.run.life import Life
+from mythos.run.journal import Journal, environment
 from mythos.run.metrics import MetricsWriter, read_metrics
 from mythos.run.throughput import StepClock, peak_memory_gib
 from mythos.train.batch import StepBatches, draw_depths, micro_batch_plan, tokens_and_targets
@@ -56,18 +55,19 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
             loss has spiked more often than ``train.max_rewinds``.
         SaveError: checkpoints could not be written, ``checkpoint.max_failures`` times in a row.
     """
-    with Life(Path(config.run.directory)) as life:
+    with Journal(Path(config.run.directory), dist.get_rank()) as journal:
         reports = preflight.check_ranks(config, device)
     stop.has_begun = True
-    # The life outside: where a rank fails because another one has died, the watchdog's verdict is the cause to note.
-    with life, Watchdog(config.train.watchdog_s) as watchdog, ExitStack() as cleanup:
+    # The journal is the outer context: when a rank fails only because another rank died, it records the watchdog's
+    # diagnosis, not the secondary error.
+    with journal, Watchdog(config.train.watchdog_s) as watchdog, ExitStack() as cleanup:
         data = preflight.open_data_everywhere(config)
         changed, lock = _open_run_directory(config, accept_changes, device, reports)
         cleanup.enter_context(lock or nullcontext())
-        life.begin()
-        watchdog.before_end, stop.before_leaving = life.fail, watchdog.leave
+        journal.start(environment([report.host for report in reports], str(device), precision(config, device)))
+        watchdog.before_end, stop.before_leaving = journal.fail, watchdog.leave
         exit_code = _train(config, device, stop, data, changed, accept_changes, watchdog, cleanup)
-        life.end(exit_code)
+        journal.end(exit_code)
         return exit_code
 
 
@@ -82,7 +82,8 @@ def _train(
     cleanup: ExitStack,
 ) -> int:
     directory, rank = Path(config.run.directory), dist.get_rank()
-    found = checkpoint.newest_valid(directory / layout.DIRECTORY)
+    checkpoints = run_directory.RunDirectory(directory).checkpoints
+    found = checkpoint.newest_valid(checkpoints)
     watchdog.progress("building the model")
     engine = TrainingEngine(config, device)
     state: dict[str, Any] = FRESH | {"data": data.identity}
@@ -113,7 +114,7 @@ def _train(
     stream = data.stream(config)
     batches = cleanup.enter_context(closing(StepBatches(config, stream, first_step + 1, state["samples"])))
     group.agree(batches.check)
-    saver = Saver(directory / layout.DIRECTORY, config.checkpoint, engine, found, watchdog.patience)
+    saver = Saver(checkpoints, config.checkpoint, engine, found, watchdog.patience)
     progress = Progress(first_step, config.train.steps, rank)
     loss_watch = LossWatch(**state["loss"])
     experts = getattr(config.model, "core_experts", None)
@@ -208,7 +209,7 @@ def _train(
         last = step == config.train.steps
         if stopping or data_failed:  # time may be short: save before anything else
             save(saver, step, state)
-            saver.insist()
+            saver.wait_until_saved()
         elif due(step, config.checkpoint.every) and not last and rewound is None:
             save(saver, step, state)
         if data_failed or rewound is not None:
@@ -219,7 +220,7 @@ def _train(
             if last or (stopping and not due(step, config.checkpoint.every)):
                 save(saver, step, state)
 
-    saver.insist()
+    saver.wait_until_saved()
     stop.saved = True
     if stopping:
         outcome = f"saved at step {step}" if step else "before the first step"
@@ -261,13 +262,10 @@ def _open_run_directory(
     changed = group.agree(lambda: run_directory.prepare(config, accept_changes) if rank == 0 else {})
     lock = group.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
     preflight.check_run_directory(config.run, config.model)
-    start_logging(directory, rank)
+    start_logging(run_directory.RunDirectory(directory).log(rank), rank)
     log.info(f"rank {rank} of {dist.get_world_size()} on {reports[0].host}, process {os.getpid()}, device {device}")
     for report in reports:
         log.info(str(report))
-    if rank == 0:
-        hosts = [report.host for report in reports]
-        run_directory.record_environment(directory, hosts, str(device), precision(config, device))
     for path, (before, after) in changed.items():
         log.info(f"changed since the last start: {path}: {before!r} -> {after!r}")
     return changed, lock

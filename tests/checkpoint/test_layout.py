@@ -11,6 +11,7 @@ from mythos.checkpoint import layout
 from mythos.checkpoint.tensors import write_tensors
 from mythos.errors import UserError
 from mythos.files import hash_file
+from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, STATE_FILE
 
 
 def write(directory: Path, step: int, value: float = 1.0) -> Path:
@@ -22,8 +23,8 @@ def write(directory: Path, step: int, value: float = 1.0) -> Path:
         layout.weights_file(0): write_tensors(partial / layout.weights_file(0), {"w": torch.full((6,), value)}, {}),
         layout.optimizer_file(0): write_tensors(partial / layout.optimizer_file(0), {"w.exp_avg": torch.ones(6)}, {}),
     }
-    (partial / layout.STATE_FILE).write_text(json.dumps({"step": step}))
-    state = partial / layout.STATE_FILE
+    (partial / STATE_FILE).write_text(json.dumps({"step": step}))
+    state = partial / STATE_FILE
     files[state.name] = layout.Written(state.stat().st_size, hash_file(state))
     parameters = {"w": layout.Parameter((2, 3), ((0, 0, 6, 3.0),))}
     return layout.commit(partial, layout.Manifest(step, files, parameters))
@@ -44,7 +45,7 @@ def test_the_manifest_comes_back(tmp_path: Path) -> None:
 
 def test_every_flipped_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "c", 7)
-    path = checkpoint / layout.MANIFEST_FILE
+    path = checkpoint / MANIFEST_FILE
     content = path.read_bytes()
     for place in range(len(content)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -59,12 +60,12 @@ def test_the_pointer_decides_and_newer_ones_do_not_count(tmp_path: Path) -> None
     for step in (3, 6, 9):
         write(tmp_path / "c", step)
     assert names(layout.candidates(tmp_path / "c")) == [9, 6, 3]
-    (tmp_path / "c" / layout.POINTER).write_text(layout.tag(6))
+    (tmp_path / "c" / LATEST_FILE).write_text(layout.tag(6))
     assert names(layout.candidates(tmp_path / "c")) == [6, 3]
     for text in ("", "step_", layout.tag(12), "../../etc"):
-        (tmp_path / "c" / layout.POINTER).write_text(text)
+        (tmp_path / "c" / LATEST_FILE).write_text(text)
         assert names(layout.candidates(tmp_path / "c")) == [9, 6, 3]
-    (tmp_path / "c" / layout.POINTER).unlink()
+    (tmp_path / "c" / LATEST_FILE).unlink()
     assert names(layout.candidates(tmp_path / "c")) == [9, 6, 3]
     assert layout.candidates(tmp_path / "nowhere") == []
 
@@ -72,7 +73,7 @@ def test_the_pointer_decides_and_newer_ones_do_not_count(tmp_path: Path) -> None
 def test_a_checkpoint_of_steps_that_were_rolled_back_is_replaced(tmp_path: Path) -> None:
     for step in (3, 6):
         write(tmp_path / "c", step)
-    (tmp_path / "c" / layout.POINTER).write_text(layout.tag(3))
+    (tmp_path / "c" / LATEST_FILE).write_text(layout.tag(3))
     again = write(tmp_path / "c", 6, value=2.0)
     assert layout.problems(again, layout.Manifest.load(again)) == {}
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["latest", layout.tag(3), layout.tag(6)]
@@ -102,7 +103,7 @@ def test_what_a_run_takes_back_never_counts_again(tmp_path: Path) -> None:
     directory = tmp_path / "c"
     for step in (3, 6, 9, 11, 12):
         write(directory, step)
-    (directory / layout.POINTER).write_text(layout.tag(6))
+    (directory / LATEST_FILE).write_text(layout.tag(6))
     chosen = layout.candidates(directory)[0]
     moved = layout.settle(directory, chosen)
     assert sorted(path.name for path in moved) == [layout.tag(9), layout.tag(11), layout.tag(12)]
@@ -138,7 +139,7 @@ def test_a_commit_that_stops_anywhere_leaves_a_valid_checkpoint(
         directory = tmp_path / str(moment)
         write(directory, 3)
         write(directory, 6, value=2.0)
-        (directory / layout.POINTER).write_text(layout.tag(3))
+        (directory / LATEST_FILE).write_text(layout.tag(3))
         calls = 0
 
         def counted(function, *arguments):  # type: ignore[no-untyped-def]
@@ -183,7 +184,7 @@ def test_a_pointer_that_cannot_be_written_undoes_the_commit(tmp_path: Path, monk
         write(directory, step)
 
     def full(path: Path, text: str) -> None:
-        if path.name == layout.POINTER:
+        if path.name == LATEST_FILE:
             raise OSError(28, "No space left on device")
         write_atomically(path, text)
 

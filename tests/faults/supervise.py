@@ -14,6 +14,7 @@ import yaml
 from mythos.checkpoint import layout
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
+from mythos.run.directory import RunDirectory
 from mythos.run.metrics import read_metrics
 from tests.cluster import clean_environment, run
 from tests.faults.victim import sequences
@@ -95,7 +96,7 @@ def live(
     ended = time.time()
     run_directory = Path(config.run.directory)
     steps = [line["step"] for line in read_metrics(run_directory) if "train/loss" in line]
-    named = layout.latest(run_directory / layout.DIRECTORY)
+    named = layout.latest(RunDirectory(run_directory).checkpoints)
     return Life(code, output, ended, max(steps, default=0), named.name if named else None)
 
 

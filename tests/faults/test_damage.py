@@ -21,6 +21,7 @@ from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import FAILED_TO_SAVE, UserError
 from mythos.run.console import log
+from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, STATE_FILE, RunDirectory
 from mythos.run.metrics import read_metrics
 from tests.cluster import clean_environment, run
 from tests.faults.supervise import BIN, SAVE_EVERY, STEPS, TABLE, Row, configuration, consumed, losses
@@ -42,12 +43,12 @@ def flip(path: Path) -> None:
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "a flipped byte in a weights file": lambda newest: flip(newest / layout.weights_file(1)),
     "a flipped byte in an optimizer file": lambda newest: flip(newest / layout.optimizer_file(0)),
-    "a flipped byte in the manifest": lambda newest: flip(newest / layout.MANIFEST_FILE),
-    "a flipped byte in the state": lambda newest: flip(newest / layout.STATE_FILE),
+    "a flipped byte in the manifest": lambda newest: flip(newest / MANIFEST_FILE),
+    "a flipped byte in the state": lambda newest: flip(newest / STATE_FILE),
     "a truncated file": lambda newest: os.truncate(newest / layout.weights_file(0), 1000),
     "a missing file of a rank": lambda newest: (newest / layout.optimizer_file(1)).unlink(),
     "a pointer to a directory that is not there": lambda newest: shutil.rmtree(newest),
-    "a pointer that is cut": lambda newest: (newest.parent / layout.POINTER).write_text("step_00"),
+    "a pointer that is cut": lambda newest: (newest.parent / LATEST_FILE).write_text("step_00"),
 }
 
 
@@ -79,7 +80,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
 ) -> None:
     whole, early = straight
     shutil.copytree(early, tmp_path, dirs_exist_ok=True)
-    directory = tmp_path / "run" / layout.DIRECTORY
+    directory = RunDirectory(tmp_path / "run").checkpoints
     newest = directory / layout.tag(FIRST)
     DAMAGE[name](newest)
     config = replace(whole, run=replace(whole.run, directory=str(tmp_path / "run")))
@@ -96,7 +97,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
         assert aside.is_dir(), "never deleted"
         assert f"{newest.name} is damaged: {newest}" in log
     elif "not there" in name:
-        assert f"{layout.POINTER} names {newest.name}, which is missing" in log
+        assert f"{LATEST_FILE} names {newest.name}, which is missing" in log
     found = "is damaged" if "pointer" not in name else "resumed from"
     TABLE.append(Row(name, seconds_until(log, found), FIRST - back, True))
 
@@ -118,7 +119,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_run_does_not_
     whole, early = straight
     shutil.copytree(early / "run", tmp_path / "run")
     shutil.copy(Path(whole.run.directory) / "config.yaml", tmp_path / "run" / "config.yaml")
-    directory = tmp_path / "run" / layout.DIRECTORY
+    directory = RunDirectory(tmp_path / "run").checkpoints
     for step in SAVED:
         flip(directory / layout.tag(step) / layout.weights_file(0))
     config = replace(whole, run=replace(whole.run, directory=str(tmp_path / "run")))
@@ -128,9 +129,9 @@ def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_run_does_not_
         assert "every checkpoint is damaged" in messages[0]
         assert "move them away to start over" in messages[0]
     assert len(layout.complete(directory)) == 3
-    (directory / layout.POINTER).write_text(layout.tag(12))
+    (directory / LATEST_FILE).write_text(layout.tag(12))
     assert f"every checkpoint up to {layout.tag(12)} is damaged" in two_ranks.run(failure, config)[0]
-    (directory / layout.POINTER).write_text(layout.tag(18))
+    (directory / LATEST_FILE).write_text(layout.tag(18))
 
     done = run([BIN / "mythos", "checkpoint", "verify", tmp_path / "run"], 60, env=clean_environment())
     assert done.returncode == 2
@@ -180,7 +181,7 @@ def full_disk(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
 
 
 def read_only(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
-    place = str(run / layout.DIRECTORY)
+    place = str(RunDirectory(run).checkpoints)
 
     def break_it() -> None:
         mount("--bind", place, place)
@@ -233,7 +234,7 @@ def in_trouble(
 
     def meddle() -> None:
         nonlocal broken_at
-        wait_for(lambda: layout.latest(run_directory / layout.DIRECTORY) is not None)
+        wait_for(lambda: layout.latest(RunDirectory(run_directory).checkpoints) is not None)
         broken_at = time.time()
         break_it()
         try:
@@ -251,8 +252,9 @@ def in_trouble(
     failures = [line[name] for line in read_metrics(run_directory) if name in line]
     assert 1.0 in failures or every > SAVE_EVERY
     assert failures[-1] == 0.0
-    assert layout.latest(run_directory / layout.DIRECTORY) == run_directory / layout.DIRECTORY / layout.tag(STEPS)
-    assert not layout.half_written(run_directory / layout.DIRECTORY)
+    checkpoints = RunDirectory(run_directory).checkpoints
+    assert layout.latest(checkpoints) == checkpoints / layout.tag(STEPS)
+    assert not layout.half_written(checkpoints)
     return config, told.read_text(), told.stat().st_mtime - broken_at
 
 
@@ -289,7 +291,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_code_74(tiny_data: Path, small
         [BIN / "mythos", "train", file], env=clean_environment(), stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            wait_for(lambda: layout.latest(run_directory / layout.DIRECTORY) is not None)
+            wait_for(lambda: layout.latest(RunDirectory(run_directory).checkpoints) is not None)
             full_disk(run_directory)[0]()
             _, told = process.communicate(timeout=120)
         finally:

@@ -8,6 +8,7 @@ import pytest
 
 from launch.checkpoint import add_parser
 from mythos.checkpoint import layout
+from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, RunDirectory
 from tests.checkpoint.test_layout import write
 
 
@@ -23,7 +24,7 @@ def command(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[i
 def run(tmp_path: Path) -> Path:
     (tmp_path / "run").mkdir()
     for step in (3, 6, 9):
-        write(tmp_path / "run" / layout.DIRECTORY, step)
+        write(RunDirectory(tmp_path / "run").checkpoints, step)
     return tmp_path / "run"
 
 
@@ -45,7 +46,7 @@ def test_all_is_well(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_missing_file_is_seen_without_reading(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / layout.DIRECTORY / layout.tag(9) / layout.optimizer_file(0)).unlink()
+    (RunDirectory(run).checkpoints / layout.tag(9) / layout.optimizer_file(0)).unlink()
     exit_code, lines = command("list", run, capsys)
     assert exit_code == 0
     assert "optimizer_00000.safetensors: No such file" in lines[0]
@@ -56,7 +57,7 @@ def test_a_missing_file_is_seen_without_reading(run: Path, capsys: pytest.Captur
 def test_only_what_lies_in_the_way_of_a_start_is_said_to_be_set_aside(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flip(run / layout.DIRECTORY / layout.tag(3) / layout.weights_file(0))
+    flip(RunDirectory(run).checkpoints / layout.tag(3) / layout.weights_file(0))
     exit_code, lines = command("verify", run, capsys)
     assert exit_code == 2
     assert states(lines[:3]) == ["whole, would be resumed", "whole, complete", "damaged"]
@@ -66,7 +67,7 @@ def test_only_what_lies_in_the_way_of_a_start_is_said_to_be_set_aside(
 
 def test_nothing_whole_is_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (3, 6, 9):
-        flip(run / layout.DIRECTORY / layout.tag(step) / layout.MANIFEST_FILE)
+        flip(RunDirectory(run).checkpoints / layout.tag(step) / MANIFEST_FILE)
     for name, code in (("list", 0), ("verify", 2)):
         exit_code, lines = command(name, run, capsys)
         assert exit_code == code
@@ -76,7 +77,7 @@ def test_nothing_whole_is_left(run: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_an_older_one_that_the_user_has_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / layout.DIRECTORY / layout.POINTER).write_text(layout.tag(6))
+    (RunDirectory(run).checkpoints / LATEST_FILE).write_text(layout.tag(6))
     assert states(command("list", run, capsys)[1]) == [
         "newer than latest, does not count",
         "would be resumed",
@@ -101,5 +102,5 @@ def test_what_vanishes_meanwhile_is_no_error(
 
 
 def test_a_run_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / layout.DIRECTORY).mkdir()
+    (RunDirectory(tmp_path).checkpoints).mkdir()
     assert command("list", tmp_path, capsys) == (0, [f"{tmp_path}: no complete checkpoint: a start begins at step 0"])

@@ -1,6 +1,5 @@
 """`mythos train` as a user runs it: real processes under every launcher, real signals, real kills."""
 
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import pytest
 import yaml
 
 from mythos.config.load import to_dict
+from mythos.run.journal import read_attempts
 from mythos.run.metrics import read_metrics
 from tests.cluster import clean_environment, run
 from tests.data.conftest import write_data_set
@@ -89,8 +89,7 @@ def test_a_bare_process_gives_the_curve_within_rounding(
     done = run([MYTHOS, "train", write_config(tmp_path / "c.yaml", tiny_data, ranks=1)], LIMIT_S)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == pytest.approx(mpiexec_losses, rel=1e-5)
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert environment[0]["ranks"] == 1
+    assert [attempt["ranks"] for attempt in read_attempts(tmp_path / "run")] == [1]
 
 
 class Job:
@@ -220,8 +219,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(
     assert code == 0, output
     assert "at step 10 of 30" in output
     assert losses(tmp_path / "run") == undisturbed
-    lives = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert len(lives) == 2
+    assert len(read_attempts(tmp_path / "run")) == 2
 
     code, output = Job(config).finish()
     assert code == 0, output

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from deepspeed.utils import groups
 from mythos.config.schema import Config, Run
 from mythos.errors import UserError
 from mythos.ranks import group, preflight, variables
-from mythos.run import directory as run_directory
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
 from tests.train.runs import run_training
@@ -143,7 +143,7 @@ def no_run_directory_here() -> None:
 def test_a_path_missing_on_one_rank_is_reported_with_its_place(
     two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
-    host = run_directory.host_name()
+    host = socket.gethostname()
     config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, train__steps=1)
     for error in two_ranks.run(failure, config, no_data_here):
         assert error.startswith("/not/mounted/manifest.json: no such file")

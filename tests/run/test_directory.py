@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import threading
@@ -9,7 +8,7 @@ import pytest
 
 from mythos.errors import UserError
 from mythos.run import directory as run_directory
-from mythos.run.directory import lock, prepare, record_environment, write_config
+from mythos.run.directory import lock, prepare, write_config
 from tests.tiny import tiny_config
 
 
@@ -26,7 +25,7 @@ def test_another_configuration_in_the_same_directory_is_refused_with_the_differe
     assert "--accept-changes" in message
 
     assert prepare(other, accept_changes=True) == {"optim.learning_rate": (0.003, 0.0001), "train.steps": (20, 99)}
-    assert (run / "config.yaml").read_text() == before, "only a start that goes on replaces it"
+    assert (run / "config.yaml").read_text() == before, "it is replaced only once all checks of the start have passed"
     write_config(other)
     assert prepare(other, accept_changes=False) == {}
 
@@ -82,11 +81,11 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     again.close()
 
 
-def test_a_job_that_slurm_has_started_again_waits_for_the_lock_of_its_life_before(
+def test_a_job_that_slurm_has_restarted_waits_for_the_lock_of_its_previous_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setattr(run_directory, "LOCK_PATIENCE_S", 0.1)
+    monkeypatch.setattr(run_directory, "LOCK_WAIT_S", 0.1)
     held = lock(tmp_path)
     assert held is not None
     threading.Timer(0.5, held.close).start()
@@ -95,7 +94,7 @@ def test_a_job_that_slurm_has_started_again_waits_for_the_lock_of_its_life_befor
     assert again is not None
     assert re.search(rf"locked by process {os.getpid()} on .*: waiting up to 300 s", caplog.text)
 
-    monkeypatch.setattr(run_directory, "LOCK_PATIENCE_AFTER_RESTART_S", 0.1)
+    monkeypatch.setattr(run_directory, "LOCK_WAIT_AFTER_RESTART_S", 0.1)
     with pytest.raises(UserError, match="trains here: wait for it, or stop it"):
         lock(tmp_path)
     again.close()
@@ -133,17 +132,3 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run.directory = .*file/run.*choose a directory that can be written"):
         prepare(tiny_config("looped", tmp_path / "data", tmp_path / "file" / "run"), accept_changes=False)
-
-
-def test_every_life_is_recorded(tmp_path: Path) -> None:
-    for _ in range(2):
-        record_environment(tmp_path, ["here", "there"], "cpu", "fp32")
-    (tmp_path / "environment.json").write_text("[{")
-    record_environment(tmp_path, ["anew"], "cpu", "fp32")
-    assert (tmp_path / "environment.damaged").exists()
-    (tmp_path / "environment.json").write_text("[]")
-    for _ in range(2):
-        record_environment(tmp_path, ["here", "there"], "cpu", "fp32")
-    lives = json.loads((tmp_path / "environment.json").read_text())
-    assert [life["hosts"] for life in lives] == [["here", "there"]] * 2
-    assert lives[0]["packages"]["torch"]

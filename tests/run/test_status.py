@@ -1,4 +1,4 @@
-"""`mythos status` tells the truth from a run directory alone."""
+"""`mythos status` reports the true state of a run from its directory alone."""
 
 import json
 import os
@@ -7,14 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mythos.config.schema import Config
 from mythos.errors import UserError
-from mythos.run.directory import CONFIG_FILE, is_locked, lock, prepare
-from mythos.run.events import ENDED, EVENTS_FILE, FAILED, STARTED, append_event, read_events
-from mythos.run.life import Life
+from mythos.run.directory import STATE_FILE, RunDirectory, is_locked, lock, prepare
+from mythos.run.journal import ENDED, FAILED, STARTED, Journal, append_event, environment, read_attempts, read_events
 from mythos.run.status import TAIL_BYTES, describe, read_status
 from tests.cluster import clean_environment, run
 from tests.spawn import RankPool
@@ -26,19 +26,20 @@ METRICS = {"train/loss": 2.5, "train/tokens": 1200.0, "perf/tokens_per_second": 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A run of 20 steps of 120 tokens that stands at step 10."""
+    """A run of 20 steps of 120 tokens that is at step 10."""
     run_directory = tmp_path / "run"
     prepare(tiny_config("looped", tmp_path / "data", run_directory), accept_changes=False)
     lines = [{"step": 0, "val/loss_depth_3": 4.0}, {"step": 9, **METRICS}, {"step": 10, **METRICS}]
-    (run_directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1')
-    saved = run_directory / "checkpoints" / "step_00000008"
+    run = RunDirectory(run_directory)
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1')
+    saved = run.checkpoints / "step_00000008"
     saved.mkdir()
-    (saved / "state.json").write_text('{"step": 8}')
-    (run_directory / "checkpoints" / "latest").write_text("step_00000008\n")
+    (saved / STATE_FILE).write_text('{"step": 8}')
+    run.latest.write_text("step_00000008\n")
     return run_directory
 
 
-def test_a_run_that_goes_on(directory: Path) -> None:
+def test_a_running_run(directory: Path) -> None:
     append_event(directory, STARTED)
     held = lock(directory)
     assert held is not None
@@ -49,10 +50,10 @@ def test_a_run_that_goes_on(directory: Path) -> None:
     assert status.validation == {"val/loss_depth_3": 4.0}
     text = describe(status)
     assert "step        10 of 20 (50.0%)" in text
-    assert re.search(r"left        20 s, done about \d{4}-", text)
+    assert re.search(r"left        20 s, finished at about \d{4}-", text)
     assert json.loads(status.to_json())["state"] == "running"
     held.close()
-    assert read_status(directory).state == "killed", "the lock is free and nothing says how it ended"
+    assert read_status(directory).state == "killed", "the lock is free and no end was recorded"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_a_run_that_goes_on(directory: Path) -> None:
         ([(STARTED, {}), (ENDED, {"exit_code": 85})], "preempted", None),
         ([(STARTED, {}), (ENDED, {"exit_code": 0})], "finished", None),
         ([(STARTED, {}), (ENDED, {"exit_code": 85}), (STARTED, {}), (ENDED, {"exit_code": 0})], "finished", None),
-        ([(STARTED, {"host": "elsewhere"})], "silent", None),
+        ([(STARTED, {"host": "elsewhere"})], "unknown", None),
         (
             [
                 (STARTED, {}),
@@ -92,64 +93,73 @@ def test_a_run_that_goes_on(directory: Path) -> None:
         ),
     ],
 )
-def test_how_the_last_life_ended(
+def test_how_the_last_attempt_ended(
     events: list[tuple[str, dict[str, object]]], state: str, cause: str | None, directory: Path
 ) -> None:
     for event, details in events:
         append_event(directory, event, **details)
     status = read_status(directory)
     assert (status.state, status.cause) == (state, cause)
-    assert state in describe(status) or state == "silent"
-    assert ("no sign of life since" in describe(status)) == (state == "silent")
+    assert f"state       {state}" in describe(status)
+    assert ("either still running there or killed" in describe(status)) == (state == "unknown")
 
 
-def test_jobs_and_restarts_are_counted(directory: Path) -> None:
+@pytest.mark.parametrize("written_by_version_0_1", [0, 3, 4])
+def test_jobs_and_restarts_are_counted(written_by_version_0_1: int, directory: Path) -> None:
     jobs = [("7", None), ("7", "1"), ("7", "2"), ("9", None)]
-    lives = [{"slurm": {"SLURM_JOB_ID": job} | ({"SLURM_RESTART_COUNT": n} if n else {})} for job, n in jobs]
-    (directory / "environment.json").write_text(json.dumps([*lives, {"slurm": {}}]))
+    attempts = [{"slurm": {"SLURM_JOB_ID": job} | ({"SLURM_RESTART_COUNT": n} if n else {})} for job, n in jobs]
+    of_version_0_1, later = attempts[:written_by_version_0_1], attempts[written_by_version_0_1:]
+    RunDirectory(directory).environment.write_text(json.dumps(of_version_0_1))
+    for _ in of_version_0_1:
+        append_event(directory, STARTED)  # version 0.1 recorded the start, but not its environment, in events.jsonl
+    for attempt in [*later, {"slurm": {}}]:
+        append_event(directory, STARTED, command="mythos train", **attempt)
     status = read_status(directory)
-    assert (status.lives, status.slurm_jobs, status.slurm_restarts) == (5, ["7", "9"], 2)
+    assert (status.attempts, status.slurm_jobs, status.slurm_restarts) == (5, ["7", "9"], 2)
     assert "slurm jobs  7, 9 (2 restarts)" in describe(status)
 
 
-def test_a_run_that_slurm_may_start_again_invites_no_second_job(directory: Path) -> None:
-    environment = directory / "environment.json"
+def test_no_second_job_is_suggested_while_slurm_may_restart_the_first(directory: Path) -> None:
+    started: dict[str, Any] = {"event": STARTED, "command": "mythos train"}
+    append_event(directory, **started, slurm={})
     append_event(directory, ENDED, exit_code=85)
-    assert "preempted, saved: start it again to go on" in describe(read_status(directory))
-    environment.write_text(json.dumps([{"slurm": {}}, {"slurm": {"SLURM_JOB_ID": "7"}}]))
-    squeue = "`squeue --job=7` tells whether Slurm starts it again"
-    assert f"preempted, saved: {squeue}, else start it to go on" in describe(read_status(directory))
-    append_event(directory, FAILED, rank=0, host="node1", exit_code=1, message="rank 1 died without a word")
-    assert f"rank 1 died without a word (rank 0 on node1, exit code 1); {squeue}" in describe(read_status(directory))
-    append_event(directory, STARTED)
-    assert re.search(rf"killed without a word on .*: {squeue}, else", describe(read_status(directory)))
-    environment.write_text(json.dumps([{"slurm": {"SLURM_JOB_ID": "7"}}, {"slurm": {}}]))
-    assert "squeue" not in describe(read_status(directory)), "the last life was no job"
+    assert "preempted, saved: start it again to resume" in describe(read_status(directory))
+    append_event(directory, **started, slurm={"SLURM_JOB_ID": "7"})
+    append_event(directory, ENDED, exit_code=85)
+    squeue = "`squeue --job=7` shows whether Slurm will restart it"
+    assert f"preempted, saved: {squeue}; if not, start it again to resume" in describe(read_status(directory))
+    append_event(directory, FAILED, rank=0, host="node1", exit_code=1, message="rank 1 died")
+    assert f"rank 1 died (rank 0 on node1, exit code 1); {squeue}" in describe(read_status(directory))
+    append_event(directory, **started, slurm={"SLURM_JOB_ID": "7"})
+    assert re.search(rf"killed on .*: {squeue}; if not", describe(read_status(directory)))
+    append_event(directory, **started, slurm={})
+    assert "squeue" not in describe(read_status(directory)), "the last attempt was started outside Slurm"
 
 
 def test_only_the_end_of_long_metrics_is_read(directory: Path) -> None:
-    with (directory / "metrics.jsonl").open("a") as file:
+    with RunDirectory(directory).metrics.open("a") as file:
         file.write("\n")
         for step in range(11, 20_011):
             file.write(json.dumps({"step": step, "train/loss": 1.0, "train/tokens": 120.0 * step}) + "\n")
-    assert (directory / "metrics.jsonl").stat().st_size > 2 * TAIL_BYTES
+    assert RunDirectory(directory).metrics.stat().st_size > 2 * TAIL_BYTES
     status = read_status(directory)
     assert (status.step, status.loss) == (20_010, 1.0)
-    assert status.validation == {}, "it stands at the beginning"
+    assert status.validation == {}, "it is at the beginning"
 
 
-def test_damage_is_survived_or_named(directory: Path) -> None:
-    (directory / EVENTS_FILE).write_text('{"event": "start')
-    (directory / "environment.json").write_text("[{")
-    (directory / "checkpoints" / "latest").write_text("step_99999999")
-    (directory / "metrics.jsonl").write_bytes(b"\xff\xfe\n[1]\n")
+def test_damaged_files_are_ignored_or_named(directory: Path) -> None:
+    run = RunDirectory(directory)
+    run.events.write_text('{"event": "start')
+    run.environment.write_text("[{")
+    run.latest.write_text("step_99999999")
+    run.metrics.write_bytes(b"\xff\xfe\n[1]\n")
     status = read_status(directory)
     assert (status.state, status.step, status.checkpoint, status.loss) == ("not started", 0, None, None)
     describe(status)
-    (directory / CONFIG_FILE).write_text("train: 5")
+    run.config.write_text("train: 5")
     with pytest.raises(UserError, match="config.yaml: cannot be read"):
         read_status(directory)
-    with pytest.raises(UserError, match="no run there"):
+    with pytest.raises(UserError, match="not a run directory"):
         read_status(directory / "nowhere")
 
 
@@ -161,17 +171,17 @@ def test_the_command_needs_no_torch_and_no_process(directory: Path, tmp_path: Pa
     )
     done = run([sys.executable, "-c", code, "status", directory], 30)
     assert done.returncode == 0, done.stderr
-    assert "state       preempted, saved: start it again to go on" in done.stdout
+    assert "state       preempted, saved: start it again to resume" in done.stdout
     done = run([sys.executable, "-c", code, "status", tmp_path / "none"], 30)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"mythos: {tmp_path / 'none'}: no run there")
+    assert done.stderr.startswith(f"mythos: {tmp_path / 'none'}: not a run directory")
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from mythos.run.events import STARTED, append_event
 from mythos.run.directory import lock
+from mythos.run.journal import STARTED, append_event
 held = lock(Path(sys.argv[1]))
 append_event(Path(sys.argv[1]), STARTED)
 print("held", flush=True)
@@ -179,7 +189,7 @@ time.sleep(60)
 """
 
 
-def test_a_killed_run_does_not_read_running_for_ever(directory: Path) -> None:
+def test_a_killed_run_is_not_reported_as_running(directory: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, directory], stdout=subprocess.PIPE, text=True, env=clean_environment()
     )
@@ -194,17 +204,27 @@ def test_a_killed_run_does_not_read_running_for_ever(directory: Path) -> None:
         process.stdout.close()  # type: ignore[union-attr]
     status = read_status(directory)
     assert status.state == "killed"
-    assert re.search(r"killed without a word on \S+, last sign of life \d+ s ago", describe(status))
+    assert re.search(r"killed on \S+ before it could record a cause, last write \d+ s ago", describe(status))
 
 
-def test_lines_of_many_writers_are_whole(directory: Path) -> None:
+def test_lines_of_many_writers_do_not_mix(directory: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from mythos.run.events import append_event\n"
+        "import sys; from pathlib import Path; from mythos.run.journal import append_event\n"
         "for i in range(200): append_event(Path(sys.argv[1]), 'failed', message='x' * 500)"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, directory], env=clean_environment()) for _ in range(3)]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]
     assert len(read_events(directory)) == 600
+
+
+def test_the_environment_of_every_attempt_is_recorded(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for rank in (0, 1):
+        Journal(directory, rank).start(environment(["here", "there"], "cpu", "fp32"))
+    (attempt,) = read_attempts(directory)  # by rank 0 alone
+    assert (attempt["hosts"], attempt["ranks"], attempt["slurm"]["SLURM_JOB_ID"]) == (["here", "there"], 2, "7")
+    assert attempt["packages"]["torch"]
+    assert not RunDirectory(directory).environment.exists()
 
 
 def refused(config: Config) -> str:
@@ -215,23 +235,25 @@ def refused(config: Config) -> str:
     return "no error"
 
 
-def test_a_runs_own_lives(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+def test_the_journal_of_a_run(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     directory = tmp_path / "run"
     config = tiny_config("looped", data, directory, ranks=2, train__steps=2)
     assert two_ranks.run(run_training, config) == [0, 0]
     assert [event["event"] for event in read_events(directory)] == [STARTED, ENDED]
+    (attempt,) = read_attempts(directory)
+    assert (attempt["ranks"], attempt["device"], attempt["precision"]) == (2, "cpu", "fp32")
     assert read_status(directory).state == "finished"
 
     shutil.rmtree(data)
     longer = tiny_config("looped", data, directory, ranks=2, train__steps=3)
     two_ranks.run(refused, longer)
     status = read_status(directory)
-    assert status.state == "failed", "also when it fails before it begins"
+    assert status.state == "failed", "also when it fails before it holds the lock"
     assert "manifest.json: no such file" in str(status.cause)
-    assert len(read_events(directory)) == 3, "one rank speaks for all"
+    assert len(read_events(directory)) == 3, "an error that all ranks agree on is recorded once"
 
-    held = lock(directory)  # a run that others keep going is not failed by a start that is refused
+    held = lock(directory)  # a refused attempt does not mark a run as failed that another process is training
     two_ranks.run(refused, longer)
     assert held is not None
     held.close()
@@ -239,15 +261,13 @@ def test_a_runs_own_lives(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) 
 
     elsewhere = tiny_config("looped", data, tmp_path / "new", ranks=2, train__steps=3)
     two_ranks.run(refused, elsewhere)
-    assert not (tmp_path / "new").exists(), "a run that cannot start leaves nothing behind"
+    assert not (tmp_path / "new").exists(), "a run that cannot start creates nothing"
 
 
-def test_a_full_disk_hides_no_cause(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mythos.run.life.dist.get_rank", lambda: 0)
-
+def test_a_journal_that_cannot_be_written_does_not_hide_the_cause(directory: Path) -> None:
     def fails() -> None:
-        with Life(directory) as life:
-            life.begin()
+        with Journal(directory, rank=0) as journal:
+            journal.start({})
             os.rename(directory, directory.with_name("gone"))
             raise ValueError("the cause")
 

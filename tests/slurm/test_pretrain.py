@@ -112,7 +112,7 @@ def test_usr1_saves_requeues_and_the_curve_is_the_undisturbed_one_bit_for_bit(
     points = [(point.step, pytest.approx(point.value, rel=1e-6)) for point in events.Scalars("train/loss")]
     assert points == undisturbed
     status = read_status(directory)
-    assert (status.state, status.lives, status.slurm_jobs, status.slurm_restarts) == ("finished", 2, [job.number], 1)
+    assert (status.state, status.attempts, status.slurm_jobs, status.slurm_restarts) == ("finished", 2, [job.number], 1)
 
 
 def test_requeued_by_others_and_nodes_lost_the_run_finishes_all_the_same(
@@ -134,7 +134,7 @@ def test_requeued_by_others_and_nodes_lost_the_run_finishes_all_the_same(
     assert job.show("Restarts") == "3"
     # Two ranks in place of four add in another order.
     assert losses(directory) == [(step, pytest.approx(loss, rel=1e-3)) for step, loss in undisturbed]
-    assert read_status(directory).lives == 4
+    assert read_status(directory).attempts == 4
 
 
 def test_with_a_range_of_nodes_the_run_goes_on_with_those_that_remain(

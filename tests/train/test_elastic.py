@@ -12,6 +12,7 @@ from mythos.checkpoint.pieces import PieceReader
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import PREEMPTED, UserError
+from mythos.run.directory import RunDirectory
 from mythos.run.metrics import read_metrics
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
@@ -89,7 +90,7 @@ def test_every_number_comes_back_on_another_layout(
     """Moments, step counts, hyperparameters of every group and balance biases, bit for bit."""
     written = of("looped-moe", tiny_data, tmp_path / "run", 2, 2, stage, optim__kind=optimizer)
     two_ranks.run(run_some_steps, written, 3)
-    found = layout.latest(tmp_path / "run" / layout.DIRECTORY)
+    found = layout.latest(RunDirectory(tmp_path / "run").checkpoints)
     assert found is not None
     reader = PieceReader(found)
     alone = of("looped-moe", tiny_data, tmp_path / "other", 1, 1, (stage + 1) % 4, optim__kind=optimizer)
@@ -118,7 +119,7 @@ def failure(config: Config, found: Path) -> str:
 
 def test_another_models_checkpoint_is_refused(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     two_ranks.run(run_some_steps, of("looped-moe", tiny_data, tmp_path / "run", 2, 2, 3), 1)
-    found = layout.latest(tmp_path / "run" / layout.DIRECTORY)
+    found = layout.latest(RunDirectory(tmp_path / "run").checkpoints)
     messages = two_ranks.run(failure, of("looped", tiny_data, tmp_path / "other", 2, 1, 3), found)
     assert messages[0] == messages[1]
     assert "feed_forward.gate_up.weight is missing, this model's is (96, 32): give the run's own" in messages[0]

@@ -19,6 +19,7 @@ from mythos.data.format import BOS, Manifest
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import DONE, PREEMPTED
 from mythos.ranks.preemption import StopRequest
+from mythos.run.directory import RunDirectory
 from mythos.run.metrics import read_metrics
 from mythos.run.status import read_status
 from mythos.train.loop import train
@@ -97,7 +98,7 @@ def test_it_goes_on_where_it_stopped(
 ) -> None:
     config, run = make(tmp_path / "run"), tmp_path / "run"
     assert two_ranks.run(run_and_stop, config, forward_pass, doing) == [PREEMPTED, PREEMPTED]
-    newest = layout.latest(run / layout.DIRECTORY)
+    newest = layout.latest(RunDirectory(run).checkpoints)
     assert (newest and layout.step_of(newest)) == saved
     assert read_status(run).state == "preempted"
     validated = [step for step, _ in of_metrics(run, "val/loss_depth_3")]

@@ -1,0 +1,159 @@
+"""The journal of a run: how each attempt to train it started and ended, one JSON object a line in ``events.jsonl``.
+
+    {"event": "started", "hosts": ["node1", ...], ...}                by rank 0, once it holds the directory's lock
+    {"event": "ended", "exit_code": 0, ...}                           by rank 0: finished (0) or preempted (85)
+    {"event": "failed", "exit_code": 1, "rank": 3, "message": ...}    by the rank that knows the cause
+
+Every event has its time, host and process; ``started`` also has the environment of the attempt. When several ranks
+report a failure of one attempt, the first one is the cause. An attempt without an end was killed or is still running.
+
+Version 0.1 wrote the environments into environment.json. That file is still read, but no longer written.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mythos.errors import FAILED as FAILED_CODE
+from mythos.errors import UserError
+from mythos.files import read_json_lines
+from mythos.run.console import log
+from mythos.run.directory import RunDirectory, is_locked
+
+STARTED, ENDED, FAILED = "started", "ended", "failed"
+MESSAGE_CHARACTERS = 500
+"""Longer messages are cut, so that an event remains one short write."""
+PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "mosaicml-streaming", "mythos")
+JOB_VARIABLES = ("SLURM_JOB", "SLURM_RESTART_COUNT", "SLURM_ARRAY_")
+
+
+class Journal:
+    """A context manager around an attempt that records its start, its end, and the cause if it fails.
+
+    An attempt that fails before it holds the directory's lock (its data may be missing) is recorded, too, except if the
+    directory has no run yet or another process trains there.
+
+    Args:
+        directory: the run directory.
+        rank: of this process.
+    """
+
+    def __init__(self, directory: Path, rank: int) -> None:
+        self.directory, self.rank = directory, rank
+        self._has_started = False
+
+    def start(self, environment: Mapping[str, Any]) -> None:
+        """Record that this attempt holds the lock on the run directory. Raises OSError."""
+        self._has_started = True
+        if self.rank == 0:
+            append_event(self.directory, STARTED, **environment)
+
+    def end(self, exit_code: int) -> None:
+        """Record that the run is finished, or was preempted and saved."""
+        if self.rank == 0:
+            try:
+                append_event(self.directory, ENDED, exit_code=exit_code)
+            except OSError as error:  # does not change how the run ended
+                log.error(f"{self.directory}: the end of this attempt was not recorded ({error})")
+
+    def fail(self, message: str, exit_code: int) -> None:
+        """Record that the run failed, with a cause that this rank knows."""
+        with suppress(OSError):  # the disk may be full, and a second error must not hide the first one
+            append_event(
+                self.directory, FAILED, exit_code=exit_code, rank=self.rank, message=message[:MESSAGE_CHARACTERS]
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception):
+            return
+        reported_by_rank_0 = isinstance(error, UserError) and error.agreed
+        if reported_by_rank_0 and self.rank > 0:
+            return
+        if not self._has_started and (not RunDirectory(self.directory).config.exists() or is_locked(self.directory)):
+            return
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        self.fail(message, error.exit_code if isinstance(error, UserError) else FAILED_CODE)
+
+
+def environment(hosts: Sequence[str], device: str, precision: str) -> dict[str, Any]:
+    """Where and with which software this attempt runs.
+
+    Args:
+        hosts: the host of each rank.
+        device: rank 0's.
+        precision: fp32 or bf16.
+    """
+    return {
+        "command": shlex.join(sys.argv),
+        "hosts": list(hosts),
+        "ranks": len(hosts),
+        "device": device,
+        "precision": precision,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+        "slurm": {name: value for name, value in os.environ.items() if name.startswith(JOB_VARIABLES)},
+    }
+
+
+def append_event(directory: Path, event: str, **details: Any) -> None:
+    """Append a line. Several ranks may append at once: each line is one write, so that lines do not mix.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    line = {
+        "event": event,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        **details,
+    }
+    with RunDirectory(directory).events.open("ab", buffering=0) as file:
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+def read_events(directory: Path) -> list[dict[str, Any]]:
+    """The events of all attempts, in order. Lines that cannot be read are left out."""
+    lines = read_json_lines(RunDirectory(directory).events)
+    return [line for line in lines if line.get("event") in (STARTED, ENDED, FAILED)]
+
+
+def read_attempts(directory: Path) -> list[dict[str, Any]]:
+    """The environment of each attempt, in order, those of version 0.1 included."""
+    started = [event for event in read_events(directory) if event["event"] == STARTED and "command" in event]
+    return _attempts_of_version_0_1(directory) + started
+
+
+def _attempts_of_version_0_1(directory: Path) -> list[dict[str, Any]]:
+    try:
+        attempts = json.loads(RunDirectory(directory).environment.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [attempt for attempt in attempts if isinstance(attempt, dict)] if isinstance(attempts, list) else []
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree, marked if files were changed; None without git or outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
