@@ -1,68 +1,72 @@
-"""`mythos checkpoint list|verify RUN`: what a run has saved, whether it is whole, and what would be resumed."""
+"""`mythos checkpoint list|verify`: the checkpoints of a run, and the one from which the next start resumes."""
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
+from launch.arguments import Run
+from launch.table import Column, print_table
 from mythos.checkpoint import layout
 from mythos.errors import BAD_INPUT, DONE, UserError
 from mythos.run.directory import CHECKPOINT_DIRECTORY, LATEST_FILE, RunDirectory
 
-
-def add_parser(subparsers: Any) -> None:
-    """Register the command."""
-    parser = subparsers.add_parser("checkpoint", help="list or verify the checkpoints of a run")
-    commands = parser.add_subparsers(dest="checkpoint_command", required=True, metavar="COMMAND")
-    for name, function, text in (
-        ("list", run_list, "steps, sizes, and what would be resumed; reads no data"),
-        ("verify", run_verify, "read every file and compare its hash; exit code 2 when something is damaged"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("directory", type=Path, metavar="RUN", help="the run directory")
-        command.set_defaults(run=function)
+COLUMNS = (Column("checkpoint"), Column("size", is_number=True), Column("written"), Column("state"))
 
 
-def run_list(arguments: argparse.Namespace) -> int:
-    """Print a line for each checkpoint."""
-    directory = _directory(arguments.directory)
+def run_list(run: Run) -> int:
+    """List steps and sizes, and which checkpoint would be resumed.
+
+    Reads no tensor data; `verify` does.
+    """
+    directory = _directory(run)
     problems = {checkpoint: _problems(checkpoint, layout.missing) for checkpoint in layout.complete(directory)}
     resumed = _resumed(directory, problems)
-    for checkpoint, found in problems.items():
-        print(_line(checkpoint, found[0] if found else _state(checkpoint, directory, resumed)))
-    for checkpoint in layout.half_written(directory):
-        print(_line(checkpoint, "not finished"))
-    for checkpoint in sorted((directory / layout.SET_ASIDE).glob("*")):
-        print(_line(checkpoint, f"set aside: {checkpoint}"))
-    _tell_start(arguments.directory, resumed, problems)
+    rows = [
+        _row(checkpoint, found[0] if found else _state(checkpoint, directory, resumed))
+        for checkpoint, found in problems.items()
+    ]
+    rows += [_row(checkpoint, "not finished") for checkpoint in layout.half_written(directory)]
+    rows += [
+        _row(checkpoint, f"set aside: {checkpoint}") for checkpoint in sorted((directory / layout.SET_ASIDE).glob("*"))
+    ]
+    print_table(COLUMNS, rows)
+    _print_next_start(run, resumed, problems)
     return DONE
 
 
-def run_verify(arguments: argparse.Namespace) -> int:
-    """Print a line for each checkpoint, and one for each damaged file."""
-    directory = _directory(arguments.directory)
+def run_verify(run: Run) -> int:
+    """Read every file and compare its hash with the manifest.
+
+    Exit code 2 if a file is damaged.
+    """
+    directory = _directory(run)
     problems = {checkpoint: _problems(checkpoint, layout.problems) for checkpoint in layout.complete(directory)}
     resumed = _resumed(directory, problems)
-    for checkpoint, found in problems.items():
-        print(_line(checkpoint, "damaged" if found else f"whole, {_state(checkpoint, directory, resumed)}"))
+    print_table(
+        COLUMNS,
+        [
+            _row(checkpoint, "damaged" if found else f"valid, {_state(checkpoint, directory, resumed)}")
+            for checkpoint, found in problems.items()
+        ],
+    )
+    for found in problems.values():
         for problem in found:
-            print(f"  {problem}")
-    _tell_start(arguments.directory, resumed, problems)
+            print(problem)
+    _print_next_start(run, resumed, problems)
     return BAD_INPUT if any(problems.values()) else DONE
 
 
-def _problems(checkpoint: Path, look: Callable[[Path, layout.Manifest], dict[str, str]]) -> list[str]:
-    """A line for each bad file."""
+def _problems(checkpoint: Path, find: Callable[[Path, layout.Manifest], dict[str, str]]) -> list[str]:
+    """One line for each bad file."""
     try:
-        return list(look(checkpoint, layout.Manifest.load(checkpoint)).values())
+        return list(find(checkpoint, layout.Manifest.load(checkpoint)).values())
     except UserError as error:
         return [str(error)]
 
 
 def _resumed(directory: Path, problems: Mapping[Path, list[str]]) -> Path | None:
-    """What a start would take, as far as these problems tell."""
+    """The checkpoint from which a start would resume, judged by these problems."""
     return next((path for path in layout.candidates(directory) if not problems.get(path, ["gone"])), None)
 
 
@@ -72,14 +76,14 @@ def _state(checkpoint: Path, directory: Path, resumed: Path | None) -> str:
     return "complete" if checkpoint in layout.candidates(directory) else f"newer than {LATEST_FILE}, does not count"
 
 
-def _tell_start(run: Path, resumed: Path | None, problems: Mapping[Path, list[str]]) -> None:
-    """Where the next start would begin, if it is not plain from the list."""
+def _print_next_start(run: Path, resumed: Path | None, problems: Mapping[Path, list[str]]) -> None:
+    """Where the next start would begin, unless the table has made that clear."""
     if resumed is None and problems:
-        print(f"{run}: no whole checkpoint that counts: a start is refused until one is restored or all are moved away")
+        print(f"{run}: no valid checkpoint: a start is refused until one is restored or all are moved away")
     elif resumed is None:
         print(f"{run}: no complete checkpoint: a start begins at step 0")
     elif any(found for path, found in problems.items() if layout.step_of(path) > layout.step_of(resumed)):
-        print(f"{run}: the next start sets aside what is newer than {resumed.name}, and goes on there")
+        print(f"{run}: the next start resumes from {resumed.name} and sets newer checkpoints aside")
 
 
 def _directory(run: Path) -> Path:
@@ -88,10 +92,10 @@ def _directory(run: Path) -> Path:
     return RunDirectory(run).checkpoints
 
 
-def _line(checkpoint: Path, state: str) -> str:
+def _row(checkpoint: Path, state: str) -> tuple[str, str, str, str]:
     try:
         megabytes = sum(entry.stat().st_size for entry in os.scandir(checkpoint) if entry.is_file()) / 1e6
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.stat().st_mtime))
-    except FileNotFoundError:  # the run has just given it its name, or removed it
-        return f"{checkpoint.name:<22} gone meanwhile"
-    return f"{checkpoint.name:<22} {megabytes:>12,.1f} MB  {written}  {state}"
+    except FileNotFoundError:  # a running job has just renamed or removed it
+        return checkpoint.name, "", "", "disappeared while listed"
+    return checkpoint.name, f"{megabytes:,.1f} MB", written, state

@@ -1,60 +1,111 @@
-"""The command line: `mythos COMMAND ...`. Each command is a file of its own beside this one."""
+"""The command line: `mythos COMMAND ...`. Each command is a file beside this one, and is listed here once."""
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated
 
-from launch import checkpoint, config, data, evaluate, export, job, params, status, train
+import typer
+
+from launch import (
+    checkpoint,
+    config,
+    data_prepare,
+    data_show,
+    data_tokenizer,
+    data_verify,
+    evaluate,
+    export,
+    job,
+    params,
+    status,
+    train,
+)
 from mythos import __version__
-from mythos.errors import DONE, FAILED, UserError
+from mythos.errors import BAD_INPUT, DONE, FAILED, UserError
 
-DESCRIPTION = """\
-Train recurrent-depth (looped) transformers with sparse mixture-of-experts.
-
-  mythos data tokenizer ...       text -> tokenizer
-  mythos data prepare ...         text -> token shards; `mythos data --help` lists import, verify and show
-  mythos config MODEL.yaml RUN.yaml key=value ...
-  mythos params MODEL.yaml        parameters by part
-  mythos train  MODEL.yaml RUN.yaml key=value ...
-  mythos status RUN               how a run stands, from its directory
-  mythos eval   RUN               validation losses of a checkpoint
-  mythos checkpoint list RUN      what a run has saved
-  mythos export RUN               weights as safetensors
-
-The same train command runs bare (one process) and under torchrun, mpiexec and srun.
-"""
 EXIT_CODES = (
-    "exit codes: 0 done, 2 bad input, 74 checkpoints cannot be written, 85 preempted (start again to go on), "
-    "other: failed"
+    "Exit codes: 0 done, 2 bad input, 74 checkpoints cannot be written, 85 preempted (start again to resume), "
+    "other: failed."
+)
+HELP_WIDTH = 110
+
+
+def group(summary: str, commands: dict[str, Callable[..., int]]) -> typer.Typer:
+    """A command that consists of commands."""
+    # Plain help: rich draws its boxes also where the output is no terminal.
+    app = typer.Typer(
+        help=summary,
+        epilog=EXIT_CODES,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
+    )
+    for name, run in commands.items():
+        app.command(name)(run)
+    return app
+
+
+APP = group(
+    "Train recurrent-depth (looped) transformers with sparse mixture-of-experts.",
+    {
+        "train": train.run,
+        "status": status.run,
+        "eval": evaluate.run,
+        "export": export.run,
+        "config": config.run,
+        "params": params.run,
+        "job": job.run,
+    },
+)
+APP.add_typer(
+    group("List or verify the checkpoints of a run.", {"list": checkpoint.run_list, "verify": checkpoint.run_verify}),
+    name="checkpoint",
+)
+APP.add_typer(
+    group(
+        "Prepare text for training: Parquet -> tokens -> MDS shards.",
+        {
+            "tokenizer": data_tokenizer.run,
+            "prepare": data_prepare.run_prepare,
+            "import": data_prepare.run_import,
+            "verify": data_verify.run,
+            "show": data_show.run,
+        },
+    ),
+    name="data",
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; a command's ``run(arguments)`` returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="mythos",
-        description=DESCRIPTION,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"mythos {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (train, status, evaluate, checkpoint, export, config, params, data, job):
-        command.add_parser(subparsers)
-    return parser
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mythos {__version__}")
+        raise typer.Exit
+
+
+@APP.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The options before the command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; a UserError is printed as it is, without a traceback."""
-    parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if rest:  # argparse does not collect what follows an option: `train a.yaml --accept-changes seed=1`
-        if not hasattr(arguments, "configuration") or any(part.startswith("-") for part in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        arguments.configuration += rest
+    """Run a command and return its exit code; a UserError is printed as it is, without a traceback."""
     try:
-        return arguments.run(arguments)
+        command = typer.main.get_command(APP)
+        # Not command.main(), which would handle closed pipes and interrupts in its own way.
+        with command.make_context("mythos", list(sys.argv[1:] if argv is None else argv)) as context:
+            exit_code: int = command.invoke(context)
+            return exit_code
+    except typer.Exit as end:  # --help, --version
+        return end.exit_code
+    except typer.TyperException as error:
+        print(f"mythos: {_usage_error(error)}", file=sys.stderr)
+        return BAD_INPUT
     except UserError as error:
         print(f"mythos: {error}", file=sys.stderr)
         return error.exit_code
@@ -64,6 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mythos: interrupted", file=sys.stderr)
         return FAILED
+
+
+def _usage_error(error: typer.TyperException) -> str:
+    """One line: what is wrong with the arguments, and the help that lists the right ones."""
+    context = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return f"{message}: see `{context.command_path if context else 'mythos'} --help`"
 
 
 if __name__ == "__main__":

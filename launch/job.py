@@ -1,32 +1,29 @@
 """`mythos job`: what a batch script has to know before it starts the ranks."""
 
-import argparse
-from typing import Any
+from typing import Annotated
 
-from launch.config import add_config_arguments, positive, split_configuration
+import typer
 
-
-def add_parser(subparsers: Any) -> None:
-    """Register the command."""
-    parser = subparsers.add_parser(
-        "job",
-        help="for batch scripts: check a configuration, print the number of nodes to use and the run directory",
-        description="Validate the configuration for the job's nodes, or, where the global batch does not divide over "
-        "all of them, for as many as it does. Prints that number and the run directory.",
-    )
-    add_config_arguments(parser)
-    parser.add_argument("--nodes", type=positive, required=True, metavar="N", help="nodes of the job")
-    parser.add_argument("--tasks-per-node", type=positive, required=True, metavar="N", help="processes on each")
-    parser.add_argument("--accept-changes", action="store_true", help="for `mythos train`, which gets the same words")
-    parser.set_defaults(run=run)
+from launch.arguments import Configuration, split_configuration
+from mythos.errors import DONE
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print ``NODES RUN_DIRECTORY``."""
+def run(
+    configuration: Configuration,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="nodes of the job")],
+    tasks_per_node: Annotated[int, typer.Option(metavar="N", min=1, help="processes on each node")],
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="ignored: `mythos train` gets the same arguments")
+    ] = False,
+) -> int:
+    """For batch scripts: check a configuration, print the number of nodes to use and the run directory.
+
+    The configuration is validated for all nodes of the job, or, if the global batch does not divide over them, for the
+    largest number of nodes over which it does.
+    """
     from mythos.config.load import load_for_most
-    from mythos.errors import DONE
 
-    sizes = [nodes * arguments.tasks_per_node for nodes in range(arguments.nodes, 0, -1)]
-    config, processes = load_for_most(*split_configuration(arguments.configuration), sizes)
-    print(processes // arguments.tasks_per_node, config.run.directory)
+    sizes = [count * tasks_per_node for count in range(nodes, 0, -1)]
+    config, processes = load_for_most(*split_configuration(configuration), sizes)
+    print(processes // tasks_per_node, config.run.directory)
     return DONE

@@ -1,28 +1,28 @@
-"""`mythos status`: how a run stands, from its directory alone."""
+"""`mythos status`: the state of a run, read from its directory."""
 
-import argparse
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import typer
 
-def add_parser(subparsers: Any) -> None:
-    """Register the command."""
-    parser = subparsers.add_parser(
-        "status",
-        help="tell how a run stands, from its directory alone",
-        description="State (running, preempted, finished, failed and why), step, tokens, loss, speed, time left, "
-        "newest checkpoint, Slurm jobs. Needs no running process.",
-    )
-    parser.add_argument("directory", type=Path, metavar="RUN", help="the run directory")
-    parser.add_argument("--json", action="store_true", help="one JSON object, for scripts")
-    parser.set_defaults(run=run)
+from launch.arguments import Run
+from launch.table import Column, print_table
+from mythos.errors import DONE
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print the status."""
-    from mythos.errors import DONE
+def run(
+    directory: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, for scripts")] = False,
+) -> int:
+    """Print the state of a run, read from its directory.
+
+    State (running, preempted, finished, failed and why), step, tokens, loss, speed, time left, newest checkpoint, Slurm
+    jobs. Needs no running process.
+    """
     from mythos.run.status import describe, read_status
 
-    status = read_status(arguments.directory)
-    print(status.to_json() if arguments.json else describe(status))
+    status = read_status(directory)
+    if as_json:
+        print(status.to_json())
+    else:
+        print_table((Column(""), Column("")), list(describe(status).items()))
     return DONE

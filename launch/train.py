@@ -1,65 +1,56 @@
 """`mythos train`: bare, or once a process under torchrun, mpiexec or srun."""
 
-import argparse
 import logging
 import os
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
-from launch.config import add_config_arguments, split_configuration
+import typer
 
-if TYPE_CHECKING:  # neither is imported before it is needed: a mistake in the configuration is told in no time
+from launch.arguments import Configuration, split_configuration
+
+if TYPE_CHECKING:  # imported only when needed, so that a mistake in the configuration is reported without delay
     import torch
 
     from mythos.config.schema import Config
 
 LAUNCHER_GRACE_S = 3
-DESCRIPTION = """\
-Train a model, or go on where its run directory's newest checkpoint stands.
-
-  mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml parallel.expert_parallel_size=1
-  torchrun --nproc-per-node=2 --no-python mythos train MODEL.yaml RUN.yaml
-  mpiexec -n 2 mythos train MODEL.yaml RUN.yaml
-  srun --ntasks-per-node=8 mythos train MODEL.yaml RUN.yaml
-
-SIGTERM, SIGUSR1 or Ctrl-C: the run saves after the current step and exits with code 85.
-"""
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register the command."""
-    parser = subparsers.add_parser(
-        "train",
-        help="train a model, or resume its run",
-        description=DESCRIPTION,
-        epilog="`mythos config` prints every option with its meaning.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--accept-changes",
-        action="store_true",
-        help="go on with a run although options that define it have changed",
-    )
-    parser.set_defaults(run=run)
+def run(
+    configuration: Configuration,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="resume a run although options that define it have changed")
+    ] = False,
+) -> int:
+    """Train a model, or resume its run.
 
+    A run resumes from the newest valid checkpoint in its run directory. The same command runs bare (one process) and
+    under torchrun, mpiexec and srun:
 
-def run(arguments: argparse.Namespace) -> int:
-    """Find this process's place among the others, load the configuration and train."""
+    \b
+      mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml parallel.expert_parallel_size=1
+      torchrun --nproc-per-node=2 --no-python mythos train MODEL.yaml RUN.yaml
+      mpiexec -n 2 mythos train MODEL.yaml RUN.yaml
+      srun --ntasks-per-node=8 mythos train MODEL.yaml RUN.yaml
+
+    On SIGTERM, SIGUSR1 or Ctrl-C the run saves after the current step and exits with code 85. `mythos config` prints
+    every option with its meaning.
+    """
     from mythos.ranks.preemption import StopRequest
 
     stop = StopRequest()  # before anything slow, so that a signal at any time ends in a saved run
     from mythos.config.load import load
 
     def work(config: "Config", device: "torch.device") -> int:
-        from mythos.train.loop import train  # imports DeepSpeed, which wants to know the device
+        from mythos.train.loop import train  # imports DeepSpeed, which must know the device first
 
-        return train(config, device, stop, arguments.accept_changes)
+        return train(config, device, stop, accept_changes)
 
     def configure(world_size: int) -> "Config":
-        config = load(*split_configuration(arguments.configuration), world_size)
+        config = load(*split_configuration(configuration), world_size)
         stop.leave_after(config.preemption.grace_s)
         return config
 

@@ -25,7 +25,7 @@ from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError
 from mythos.model import build_structure
 from mythos.model.moe import plain_parameters
-from mythos.run.directory import CONFIG_FILE, RunDirectory
+from mythos.run.directory import CONFIG_FILE
 
 INDEX_FILE = "model.safetensors.index.json"
 FILE_BYTES = 4 << 30
@@ -45,7 +45,7 @@ def export(
     Raises:
         UserError: there is no such checkpoint, it is damaged, or ``output`` is in use or cannot be written.
     """
-    checkpoint = find(run, step)
+    checkpoint = layout.find(run, step)
     reader = PieceReader(checkpoint)
     weights = [name for name in reader.manifest.files if name.startswith("weights_")]
     for problem in layout.problems(checkpoint, reader.manifest, only=weights).values():
@@ -93,20 +93,6 @@ def load_exported(directory: Path) -> nn.Module:
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: not an exported model ({error}): run `mythos export` again") from error
     return model.eval()
-
-
-def find(run: Path, step: int | None) -> Path:
-    """The checkpoint of a run at a step, or its newest complete one. Raises UserError with those that there are."""
-    found = layout.candidates(RunDirectory(run).checkpoints)
-    if not found:
-        raise UserError(f"{run}: has no complete checkpoint: give the directory of a run that has saved")
-    if step is None:
-        return found[0]
-    for checkpoint in layout.complete(RunDirectory(run).checkpoints):
-        if layout.step_of(checkpoint) == step:
-            return checkpoint
-    steps = ", ".join(str(layout.step_of(checkpoint)) for checkpoint in found)
-    raise UserError(f"step {step}: {run} has checkpoints of steps {steps}")
 
 
 def _write_weights(reader: PieceReader, directory: Path, dtype: torch.dtype, file_bytes: int) -> None:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Measures the validation losses of a run's checkpoints, one a job of the array. From the repository's root:
+# Measures the validation losses of a run's checkpoints, one checkpoint per array task. From the repository's root:
 #
 #   sbatch slurm/eval.sh RUN                                             the newest checkpoint
-#   sbatch --array=0-2 slurm/eval.sh RUN step_00001000 step_00002000 step_00003000
+#   sbatch --array=0-2 slurm/eval.sh RUN --step 1000 --step 2000 --step 3000
 #   sbatch --array=0-9%2 slurm/eval.sh RUN all eval.sequences=1024       every checkpoint, two at a time
 #
-# The array's first index takes the first checkpoint, and one for which none is left has nothing to do. The results lie
-# in RUN/evaluations/.
+# The array's first task takes the first checkpoint; tasks beyond the last checkpoint do nothing. The results are written
+# to RUN/evaluations/.
 #SBATCH --job-name=mythos-eval
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -26,23 +26,35 @@ run=$1
 shift
 [ -d "$run/checkpoints" ] || { say "$run: no run with checkpoints there"; exit 2; }
 
-checkpoints=() overrides=()
-for word in "$@"; do
-  case $word in
-    *=*) overrides+=("$word") ;;
-    all) for path in "$run"/checkpoints/step_*[0-9]/state.json; do checkpoints+=("$(basename "${path%/*}")"); done ;;
-    *) checkpoints+=("$word") ;;
+steps=() overrides=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --step)
+      [[ ${2:-} =~ ^[0-9]+$ ]] || { say "--step ${2:-}: give the step of a checkpoint"; exit 2; }
+      steps+=("$2")
+      shift
+      ;;
+    all)
+      for path in "$run"/checkpoints/step_*[0-9]/state.json; do
+        name=$(basename "${path%/*}")
+        steps+=("$((10#${name#step_}))")
+      done
+      ;;
+    *=*) overrides+=("$1") ;;
+    *) say "$1: neither --step N nor all nor key=value"; exit 2 ;;
   esac
+  shift
 done
-if [ ${#checkpoints[@]} -eq 0 ]; then
+if [ ${#steps[@]} -eq 0 ]; then
   newest=$(cat "$run/checkpoints/latest") || { say "$run: no complete checkpoint yet"; exit 2; }
-  checkpoints=("$newest")
+  steps=("$((10#${newest#step_}))")
 fi
 index=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))
-if [ "$index" -ge ${#checkpoints[@]} ]; then
-  say "nothing to do for index ${SLURM_ARRAY_TASK_ID:-0}: ${#checkpoints[@]} checkpoints"
+if [ "$index" -ge ${#steps[@]} ]; then
+  say "nothing to do for index ${SLURM_ARRAY_TASK_ID:-0}: ${#steps[@]} checkpoints"
   exit 0
 fi
 
 exec srun --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" \
-  --ntasks-per-node="$per_node" --cpus-per-task="$cpus" "${MYTHOS[@]}" eval "$run" "${checkpoints[$index]}" "${overrides[@]+"${overrides[@]}"}"
+  --ntasks-per-node="$per_node" --cpus-per-task="$cpus" "${MYTHOS[@]}" eval "$run" --step "${steps[$index]}" \
+  "${overrides[@]+"${overrides[@]}"}"

@@ -26,7 +26,7 @@ import xxhash
 
 from mythos.errors import UserError
 from mythos.files import flush_directory, hash_file, write_atomically
-from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, STATE_FILE
+from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, STATE_FILE, RunDirectory
 
 FORMAT_VERSION = 1
 PARTIAL = ".partial"
@@ -150,6 +150,21 @@ def candidates(directory: Path) -> list[Path]:
     if named is None or named not in found:
         return found
     return found[found.index(named) :]
+
+
+def find(run: Path, step: int | None) -> Path:
+    """The complete checkpoint of a run at ``step``, or its newest one. A UserError lists the steps that exist."""
+    directory = RunDirectory(run).checkpoints
+    found = candidates(directory)
+    if not found:
+        raise UserError(f"{run}: has no complete checkpoint: give the directory of a run that has saved one")
+    if step is None:
+        return found[0]
+    for checkpoint in complete(directory):
+        if step_of(checkpoint) == step:
+            return checkpoint
+    steps = ", ".join(str(step_of(checkpoint)) for checkpoint in found)
+    raise UserError(f"step {step}: {run} has checkpoints of steps {steps}")
 
 
 class WrongFormat(UserError):

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from mythos.checkpoint import layout
 from mythos.checkpoint import restore as checkpoint
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
-from mythos.errors import UserError
 from mythos.eval.validation import validate
 from mythos.files import write_atomically
 from mythos.ranks import group, preflight
@@ -52,22 +50,6 @@ def checkpoint_losses(config: Config, device: torch.device, found: Path) -> dict
     return result
 
 
-def find_checkpoint(directory: Path, names: Sequence[str]) -> Path:
-    """The checkpoint of that name, by default the newest. Collective.
-
-    Raises:
-        UserError: it is not there or not complete, or more than one is named.
-    """
-    return group.agree(lambda: _find(RunDirectory(directory).checkpoints, names))
-
-
-def _find(directory: Path, names: Sequence[str]) -> Path:
-    there = sorted(path.name for path in layout.complete(directory))
-    if len(names) > 1:
-        raise UserError(f"{' '.join(names)}: give one checkpoint: {', '.join(there)}")
-    newest = layout.latest(directory)
-    name = names[0] if names else (newest.name if newest else "")
-    if name not in there:
-        what = f"no complete checkpoint {name!r}" if name else "no checkpoint yet"
-        raise UserError(f"{directory}: {what}" + (f": there are {', '.join(there)}" if there else ""))
-    return directory / name
+def find_checkpoint(run: Path, step: int | None) -> Path:
+    """The checkpoint at ``step``, by default the newest complete one. Collective; raises UserError if there is none."""
+    return group.agree(lambda: layout.find(run, step))

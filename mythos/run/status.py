@@ -95,8 +95,8 @@ def read_status(directory: Path) -> Status:
     )
 
 
-def describe(status: Status) -> str:
-    """The status as text, one fact a line."""
+def describe(status: Status) -> dict[str, str]:
+    """The status for a person: the name and the text of each fact that is known."""
     lines = {
         "run": status.directory,
         "state": _describe_state(status),
@@ -112,7 +112,7 @@ def describe(status: Status) -> str:
         if status.slurm_jobs
         else None,
     }
-    return "\n".join(f"{name:<12}{text}" for name, text in lines.items() if text is not None)
+    return {name: text for name, text in lines.items() if text is not None}
 
 
 def _describe_state(status: Status) -> str:

@@ -268,5 +268,5 @@ def test_processes_and_ranks_are_not_mixed(several_sources: list[Path], tokenize
     words = command(several_sources, tokenizer, tmp_path / "data", "--processes", "2")
     done = run_command([*mpiexec(), *words], LIMIT_S)
     assert done.returncode == 2
-    assert "2 ranks do the work; leave --processes out" in done.stderr
+    assert "2 ranks share the work; leave --processes out" in done.stderr
     assert run_command(command(several_sources, tokenizer, tmp_path, "--processes", "0"), LIMIT_S).returncode == 2

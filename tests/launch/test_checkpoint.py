@@ -1,22 +1,18 @@
-"""`mythos checkpoint list|verify`: what they say is what a start does."""
+"""`mythos checkpoint list|verify`: what they print is what a start does."""
 
-import argparse
 import shutil
 from pathlib import Path
 
 import pytest
 
-from launch.checkpoint import add_parser
+from launch.cli import main
 from mythos.checkpoint import layout
 from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, RunDirectory
 from tests.checkpoint.test_layout import write
 
 
 def command(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    arguments = parser.parse_args(["checkpoint", name, str(run)])
-    exit_code = arguments.run(arguments)
+    exit_code = main(["checkpoint", name, str(run)])
     return exit_code, capsys.readouterr().out.splitlines()
 
 
@@ -38,45 +34,45 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_all_is_well(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_valid_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("list", run, capsys)[0] == 0
     assert states(command("list", run, capsys)[1]) == ["would be resumed", "complete", "complete"]
     exit_code, lines = command("verify", run, capsys)
-    assert (exit_code, states(lines)) == (0, ["whole, would be resumed", "whole, complete", "whole, complete"])
+    assert (exit_code, states(lines)) == (0, ["valid, would be resumed", "valid, complete", "valid, complete"])
 
 
-def test_a_missing_file_is_seen_without_reading(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_found_without_reading(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (RunDirectory(run).checkpoints / layout.tag(9) / layout.optimizer_file(0)).unlink()
     exit_code, lines = command("list", run, capsys)
     assert exit_code == 0
     assert "optimizer_00000.safetensors: No such file" in lines[0]
     assert states(lines[1:3]) == ["would be resumed", "complete"]
-    assert lines[3] == f"{run}: the next start sets aside what is newer than step_00000006, and goes on there"
+    assert lines[3] == f"{run}: the next start resumes from step_00000006 and sets newer checkpoints aside"
 
 
-def test_only_what_lies_in_the_way_of_a_start_is_said_to_be_set_aside(
+def test_damage_older_than_the_resumed_checkpoint_does_not_concern_a_start(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip(RunDirectory(run).checkpoints / layout.tag(3) / layout.weights_file(0))
     exit_code, lines = command("verify", run, capsys)
     assert exit_code == 2
-    assert states(lines[:3]) == ["whole, would be resumed", "whole, complete", "damaged"]
+    assert states(lines[:3]) == ["valid, would be resumed", "valid, complete", "damaged"]
     assert "its content does not fit the hash" in lines[3]
-    assert len(lines) == 4, "the start does not look at it"
+    assert len(lines) == 4, "it does not affect the next start"
 
 
-def test_nothing_whole_is_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_valid_checkpoint_is_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (3, 6, 9):
         flip(RunDirectory(run).checkpoints / layout.tag(step) / MANIFEST_FILE)
     for name, code in (("list", 0), ("verify", 2)):
         exit_code, lines = command(name, run, capsys)
         assert exit_code == code
         assert lines[-1] == (
-            f"{run}: no whole checkpoint that counts: a start is refused until one is restored or all are moved away"
+            f"{run}: no valid checkpoint: a start is refused until one is restored or all are moved away"
         )
 
 
-def test_an_older_one_that_the_user_has_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_older_checkpoint_that_the_user_has_chosen(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (RunDirectory(run).checkpoints / LATEST_FILE).write_text(layout.tag(6))
     assert states(command("list", run, capsys)[1]) == [
         "newer than latest, does not count",
@@ -85,7 +81,7 @@ def test_an_older_one_that_the_user_has_named(run: Path, capsys: pytest.CaptureF
     ]
 
 
-def test_what_vanishes_meanwhile_is_no_error(
+def test_a_checkpoint_that_disappears_while_it_is_listed_is_no_error(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete = layout.complete

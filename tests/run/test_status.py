@@ -15,13 +15,18 @@ from mythos.config.schema import Config
 from mythos.errors import UserError
 from mythos.run.directory import STATE_FILE, RunDirectory, is_locked, lock, prepare
 from mythos.run.journal import ENDED, FAILED, STARTED, Journal, append_event, environment, read_attempts, read_events
-from mythos.run.status import TAIL_BYTES, describe, read_status
+from mythos.run.status import TAIL_BYTES, Status, read_status
+from mythos.run.status import describe as facts
 from tests.cluster import clean_environment, run
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
 from tests.train.runs import run_training
 
 METRICS = {"train/loss": 2.5, "train/tokens": 1200.0, "perf/tokens_per_second": 60.0}
+
+
+def describe(status: Status) -> str:
+    return "\n".join(f"{name:<12}{text}" for name, text in facts(status).items())
 
 
 @pytest.fixture

@@ -1,0 +1,30 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Configuration = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FILE.yaml|key=value",
+        help="YAML files (later ones win), then options that override them, for example optim.learning_rate=2e-4",
+    ),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory")]
+Step = Annotated[
+    int | None,
+    typer.Option("--step", metavar="N", min=0, help="step of the checkpoint (default: the newest complete one)"),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="local processes, without a launcher (default: one for each core available to it)"
+    ),
+]
+
+
+def split_configuration(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Files and overrides: an argument that contains ``=`` is an override."""
+    return [part for part in arguments if "=" not in part], [part for part in arguments if "=" in part]
