@@ -270,7 +270,7 @@ def test_no_gpu_is_one_line(tiny_data: Path, tmp_path: Path) -> None:
 
 def test_help_and_config_read_well(tiny_data: Path, tmp_path: Path) -> None:
     for command, expected in (
-        (["--help"], "exit codes: 0 done, 2 bad input, 74"),
+        (["--help"], "Exit codes: 0 done, 2 bad input, 74"),
         (["train", "--help"], "mpiexec -n 2"),
     ):
         done = run([MYTHOS, *command], 30)
