@@ -80,10 +80,10 @@ def load(engine: TrainingEngine, found: Path) -> dict[str, Any]:
 def _read_pieces(engine: TrainingEngine, reader: PieceReader) -> None:
     engine.optimizer.state.clear()  # of the updates since, where a run goes back
     try:
-        for piece in engine.pieces():
-            reader.weights(piece.name, piece.start, piece.stop, piece.weights(piece.start, piece.stop))
-            saved = reader.optimizer_state(piece.name, piece.start, piece.stop)
-            piece.set_optimizer_state(saved, reader.optimizer_steps(piece.name))
+        for shard in engine.shards():
+            reader.weights(shard.name, shard.start, shard.stop, shard.weights(shard.start, shard.stop))
+            saved = reader.optimizer_state(shard.name, shard.start, shard.stop)
+            shard.set_optimizer_state(saved, reader.optimizer_steps(shard.name))
         engine.set_buffers(reader.buffers())
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{reader.checkpoint}: cannot be read ({' '.join(str(error).split())[:200]})") from error
@@ -91,11 +91,11 @@ def _read_pieces(engine: TrainingEngine, reader: PieceReader) -> None:
 
 def _check_same_model(engine: TrainingEngine, reader: PieceReader) -> None:
     saved = {name: parameter.shape for name, parameter in reader.manifest.parameters.items()}
-    for piece in engine.pieces():
-        if saved.get(piece.name) != piece.shape:
+    for shard in engine.shards():
+        if saved.get(shard.name) != shard.shape:
             raise UserError(
-                f"{reader.checkpoint}: {piece.name} is {saved.get(piece.name, 'missing')}, this model's is "
-                f"{piece.shape}: give the run's own configuration"
+                f"{reader.checkpoint}: {shard.name} is {saved.get(shard.name, 'missing')}, this model's is "
+                f"{shard.shape}: give the run's own configuration"
             )
 
 

@@ -53,15 +53,15 @@ class HostBuffer:
 def snapshot(engine: TrainingEngine, buffer: HostBuffer) -> Snapshot:
     """Copy this rank's part: no collective, and the time that a save keeps training waiting."""
     weights, optimizer, pieces = {}, {}, {}
-    for piece in engine.pieces():
-        start, stop = piece.share
+    for shard in engine.shards():
+        start, stop = shard.share
         if start == stop:
             continue
-        weights[piece.name] = buffer.copy(piece.name, piece.weights(start, stop))
-        for state, values in piece.optimizer_state(start, stop).items():
-            name = f"{piece.name}.{state}"
+        weights[shard.name] = buffer.copy(shard.name, shard.weights(start, stop))
+        for state, values in shard.optimizer_state(start, stop).items():
+            name = f"{shard.name}.{state}"
             optimizer[name] = buffer.copy(name, values)
-        pieces[piece.name] = (start, stop, piece.steps)
+        pieces[shard.name] = (start, stop, shard.steps)
     if dist.get_rank() == 0:
         for name, tensor in engine.buffers().items():
             weights[BUFFER + name] = buffer.copy(BUFFER + name, tensor)

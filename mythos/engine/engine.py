@@ -1,8 +1,7 @@
-"""The border to DeepSpeed: configuration -> engine, and one interface whatever the ZeRO stage."""
+"""The border to DeepSpeed: configuration -> engine, with one interface for every ZeRO stage."""
 
 import logging
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,24 +14,30 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from mythos.config.derive import micro_steps
+from mythos.config.model_schema import Looped
 from mythos.config.schema import Config
 from mythos.engine.muon import Exchange, MuonAdamW
 from mythos.engine.optimizer import build_optimizer, stacked_matrices
-from mythos.engine.placement import Piece, Whole, pieces, placement, refresh_weights
-from mythos.errors import UserError
+from mythos.engine.placement import (
+    GlobalParameter,
+    ParameterShard,
+    muon_placements,
+    parameter_shards,
+    refresh_weights,
+)
+from mythos.engine.sections import check_clipping, deepspeed_config, expert_parallel_section, precision
 from mythos.model import build_model, build_structure
 from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
 from mythos.model.loop import ExitRule, Loop
 from mythos.model.moe import TOKENS_PER_EXPERT, MoE
 
-# DeepSpeed takes only optimizers that were tested with ZeRO: this one is, here.
+# DeepSpeed accepts only optimizers that were tested with ZeRO. The tests of this project test MuonAdamW.
 ZERO_SUPPORTED_OPTIMIZERS.append(MuonAdamW)
 
 
 class Update(NamedTuple):
-    """What became of one optimizer step; the same on every rank."""
+    """The result of one optimizer step, which is the same on every rank."""
 
     applied: bool
     gradient_norm: float
@@ -42,23 +47,26 @@ class TrainingEngine:
     """A model under DeepSpeed: ZeRO 0-3, expert parallelism, accumulation, clipping, skipped bad steps."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        _quieten(device)
+        _silence_deepspeed(device)
         self.device = device
         self.stage = config.parallel.zero_stage
         self.expert_parallel_size = config.parallel.expert_parallel_size
         self.clip = config.optim.gradient_clip
         self.precision = precision(config, device)
-        _check_clipping(config, self.precision)
+        check_clipping(config, self.precision)
         sections = deepspeed_config(config, dist.get_world_size(), device)
         model = _build_model(config, sections)
         moe_names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
-        # Marked before initialisation: afterwards its children would keep their gathering hooks.
+        # Before initialisation: marked later, the children of the loop would keep their gathering hooks.
         if any(isinstance(module, Loop) for module in model.modules()):
             deepspeed.utils.set_z3_leaf_modules(model, [Loop])
         optimizer = build_optimizer(model, config.optim)
-        if moe_names:  # ZeRO 1 and 2 find the experts' group by these marks
+        if moe_names:
+            assert isinstance(config.model, Looped)
+            assert config.model.core_experts is not None
+            # ZeRO 1 and 2 find the experts' process group by these marks.
             optimizer.param_groups[-1] |= {"moe": True, "name": f"ep_size_{self.expert_parallel_size}"}
-            sections["expert_parallel"] = _expert_parallel_section(config, moe_names)
+            sections["expert_parallel"] = expert_parallel_section(config.model.core_experts, config.parallel, moe_names)
         self.optimizer = optimizer
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=sections)
         self._check_conversion(moe_names)
@@ -80,16 +88,16 @@ class TrainingEngine:
         return self.deepspeed(tokens_BS, targets_BS, plan, exit_rule)
 
     def backward(self, loss: Tensor) -> None:
-        """Add this micro batch's gradients.
+        """Add the gradients of this micro batch.
 
-        A non-finite loss always gives non-finite gradients here, so that the one check in ``step`` sees both.
+        A non-finite loss always results in non-finite gradients, so that the one check in ``step`` detects both.
         """
         self.deepspeed.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # counts the micro batch
 
     def step(self, hyperparameters: Mapping[str, Mapping[str, float]]) -> Update:
-        """After the last micro batch: clip and update, or skip the update when the gradient norm is not finite.
+        """After the last micro batch: clip and update, or skip the update if the gradient norm is not finite.
 
         ``hyperparameters`` are those of ``mythos.engine.schedule.schedule``, by parameter group.
         """
@@ -112,21 +120,21 @@ class TrainingEngine:
         finally:
             self.deepspeed.train()
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[ParameterShard]:
         """The fp32 weights and the optimizer state on this rank, parameter by parameter."""
-        wholes = {id(parameter): _whole(name, parameter) for name, parameter in self.module.named_parameters()}
-        return pieces(self.deepspeed.optimizer, self.optimizer, self.stage, lambda p: wholes[id(p)])
+        by_id = {id(parameter): _global(name, parameter) for name, parameter in self.module.named_parameters()}
+        return parameter_shards(self.deepspeed.optimizer, self.optimizer, self.stage, lambda p: by_id[id(p)])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter, experts of all ranks together."""
-        return {name: _whole(name, parameter).shape for name, parameter in self.module.named_parameters()}
+        """The shape of every parameter, including the experts of all ranks."""
+        return {name: _global(name, parameter).shape for name, parameter in self.module.named_parameters()}
 
     def refresh_weights(self) -> None:
-        """Give the model the fp32 weights after ``pieces`` were filled from a checkpoint. Collective."""
+        """Copy the fp32 weights into the model after the ``shards`` were loaded from a checkpoint. Collective."""
         refresh_weights(self.deepspeed.optimizer, self.optimizer, self.stage)
 
     def buffers(self) -> dict[str, Tensor]:
-        """What the model remembers besides its parameters, such as the experts' balance biases; alike on all ranks."""
+        """The model's state besides its parameters, such as the experts' balance biases; the same on all ranks."""
         return {
             f"{prefix}.{name}": buffer
             for prefix, module in self.module.named_modules()
@@ -135,17 +143,17 @@ class TrainingEngine:
         }
 
     def set_buffers(self, saved: Mapping[str, Tensor]) -> None:
-        """Put saved buffers in place."""
+        """Restore saved buffers."""
         for name, buffer in self.buffers().items():
             buffer.copy_(saved[name])
 
     @property
     def _plain_optimizer(self) -> bool:
-        """At stage 0 in fp32 DeepSpeed runs the bare optimizer: it reports no norm and does not skip bad steps."""
+        """At stage 0 in fp32 DeepSpeed runs the optimizer itself: it reports no norm and does not skip bad steps."""
         return self.stage == 0 and self.precision == "fp32"
 
     def _clip_plain_gradients(self) -> float:
-        """Global gradient norm; scales gradients down to the clip, or drops them all when it is not finite."""
+        """Return the global gradient norm; scale gradients down to the clip, or drop them if it is not finite."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         squared = torch.zeros((), device=self.device)
         squared_of_experts: dict[str, Tensor] = {}
@@ -153,7 +161,7 @@ class TrainingEngine:
             own = parameter.grad.float().square().sum()  # type: ignore[union-attr]
             if getattr(parameter, "allreduce", True):
                 squared = squared + own
-            else:  # this rank's experts: the other ranks of the expert-parallel group have other ones
+            else:  # this rank's experts: the other ranks of the expert-parallel group have others
                 name = parameter.group_name  # type: ignore[attr-defined]
                 squared_of_experts[name] = squared_of_experts.get(name, torch.zeros_like(squared)) + own
         for name, of_experts in squared_of_experts.items():
@@ -168,7 +176,7 @@ class TrainingEngine:
         return norm
 
     def _exchanges(self, optimizer: MuonAdamW) -> dict[Tensor, Exchange]:
-        """For each tensor that DeepSpeed hands to Muon: how the matrices in it are orthogonalised. Collective."""
+        """For each tensor that DeepSpeed passes to Muon: how the matrices in it are orthogonalised. Collective."""
         replicas = {"": dist.group.WORLD}
         if self.stage == 0:
             names = [group["name"] for group in optimizer.param_groups if group.get("moe")]
@@ -176,36 +184,36 @@ class TrainingEngine:
         stacked = stacked_matrices(self.module)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         return {
-            tensor: Exchange(held, process_group, self.stage == 0, dtype, self.device)
-            for tensor, process_group, held in placement(
+            tensor: Exchange(slices, process_group, self.stage == 0, dtype, self.device)
+            for tensor, process_group, slices in muon_placements(
                 self.deepspeed.optimizer, optimizer, self.stage, replicas, stacked
             )
         }
 
     def _check_conversion(self, moe_names: list[str]) -> None:
-        """AutoEP skips a layer whose names do not match without a word; then experts would train unsynchronised."""
+        """AutoEP silently skips a layer whose names do not match; its experts would train without synchronisation."""
         modules = dict(self.module.named_modules())
         left = [name for name in moe_names if type(modules[name]).__name__ != "AutoEPMoELayer"]
         if left:
-            raise RuntimeError(f"AutoEP did not convert {left}: a name in _expert_parallel_section is wrong")
+            raise RuntimeError(f"AutoEP did not convert {left}: a name in expert_parallel_section is wrong")
 
     def _keep_buffers_in_fp32(self) -> None:
-        """bf16 would round away the balance bias's small steps, and count tokens up to 256 only."""
+        """In bf16 the small steps of the balance bias would be rounded away, and token counts would stop at 256."""
         for module in self.module.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[name] = buffer.float()
 
 
-def _whole(name: str, parameter: Any) -> Whole:
-    """What a parameter of the engine's module is a part of."""
+def _global(name: str, parameter: Any) -> GlobalParameter:
+    """The global parameter to which a parameter of the engine's module belongs."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if getattr(parameter, "allreduce", True):
-        return Whole(name, shape, 0, dist.get_rank(), dist.get_world_size())
-    group = parameter.group_name  # an expert's: each rank of the group holds shape[0] experts, in the ranks' order
+        return GlobalParameter(name, shape, 0, dist.get_rank(), dist.get_world_size())
+    group = parameter.group_name  # of experts: each rank of the group has shape[0] of them, in the order of ranks
     ranks, rank = groups._get_expert_parallel_world_size(group), groups._get_expert_parallel_rank(group)
     replicas = groups._get_expert_data_parallel_group(group)
-    return Whole(
+    return GlobalParameter(
         name,
         (ranks * shape[0], *shape[1:]),
         rank * torch.Size(shape).numel(),
@@ -214,25 +222,8 @@ def _whole(name: str, parameter: Any) -> Whole:
     )
 
 
-def precision(config: Config, device: torch.device) -> str:
-    """The training type: fp32 or bf16."""
-    if config.precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    return config.precision
-
-
-def _check_clipping(config: Config, precision: str) -> None:
-    """UserError where the norm that DeepSpeed clips by (FP16_UnfusedOptimizer) leaves the experts' gradients out."""
-    experts = getattr(config.model, "core_experts", None)
-    if config.parallel.zero_stage == 0 and precision == "bf16" and experts:
-        raise UserError(
-            "parallel.zero_stage = 0: in bf16 DeepSpeed clips by a norm without the experts' gradients: set 1, 2 or 3",
-            agreed=True,
-        )
-
-
 def _build_model(config: Config, sections: dict[str, Any]) -> nn.Module:
-    """The model with its initial weights; at stage 3 no rank ever holds more than one whole parameter."""
+    """The model with its initial weights; at stage 3 no rank ever holds more than one complete parameter."""
     if config.parallel.zero_stage < 3:
         return build_model(config)
     with deepspeed.zero.Init(config_dict_or_path=sections):
@@ -247,54 +238,10 @@ def _build_model(config: Config, sections: dict[str, Any]) -> nn.Module:
     return model
 
 
-def deepspeed_config(config: Config, world_size: int, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's configuration, without the experts' section."""
-    bf16 = precision(config, device) == "bf16"
-    plain_optimizer = config.parallel.zero_stage == 0 and not bf16
-    sections: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_sequences,
-        "gradient_accumulation_steps": micro_steps(config, world_size),
-        "gradient_clipping": 0.0 if plain_optimizer else config.optim.gradient_clip,
-        "bf16": {"enabled": bf16},
-        "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "overlap_comm": device.type == "cuda",
-            "stage3_param_persistence_threshold": config.parallel.persistent_parameter_elements,
-        },
-    }
-    return sections
-
-
-def _expert_parallel_section(config: Config, moe_names: list[str]) -> dict[str, Any]:
-    """AutoEP ignores misspelt keys, so the section comes from the code's own names and the result is checked."""
-    experts = config.model.core_experts  # type: ignore[union-attr]
-    assert experts is not None
-    return {
-        "enabled": True,
-        "autoep_size": config.parallel.expert_parallel_size,
-        "moe_layer_pattern": "|".join(re.escape(name) for name in moe_names),
-        "router_pattern": "router",
-        "expert_pattern": "experts",
-        "expert_w1": "gate_up_proj",
-        "expert_w2": "down_proj",
-        "expert_w3": None,
-        "top_k": experts.experts_per_token,
-        "num_experts_attr": "experts",
-        "has_shared_experts": True,
-        "shared_experts_pattern": "shared_experts",
-        "score_func": experts.scores,
-        "score_apply": "post",
-        "route_norm": experts.normalise,
-        "route_scale": experts.route_scale,
-        "num_expert_groups": experts.groups,
-        "num_limited_groups": experts.groups_per_token,
-    }
-
-
-def _quieten(device: torch.device) -> None:
+def _silence_deepspeed(device: torch.device) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls torch's collectives by names that torch renames; nothing a user could do about it.
+    # DeepSpeed calls torch's collectives by deprecated names; a user cannot do anything about these warnings.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     if device.type == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce at the first start: a minute, and it needs a compiler.
+        # Otherwise DeepSpeed compiles a shared-memory all-reduce at the first start: a minute, and it needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -6,8 +6,8 @@ For a matrix W of R rows and C columns, its clipped gradient G, learning rate l,
     O  = sqrt(max(1, R / C)) orthogonal((1 - b) G + b M)     Nesterov momentum; orthogonal(U S V^T) = U V^T
     W <- W - l O - l d W [O W >= 0]                          cautious decay (Chen et al. 2025, arXiv 2510.12402)
 
-All of it but orthogonal(...) is elementwise, so it is done on whatever part of W and M a rank holds under ZeRO.
-Only orthogonal(...) needs whole matrices: see ``Exchange``.
+Everything except orthogonal(...) is elementwise and is computed on the part of W and M that a rank holds under ZeRO.
+Only orthogonal(...) needs complete matrices: see ``Exchange``.
 """
 
 import heapq
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Five steps, each with the coefficients that are best after the ones before it (Polar Express, Amsel et al. 2025,
+# Five steps, each with the coefficients that are optimal after the previous ones (Polar Express, Amsel et al. 2025,
 # arXiv 2505.16932), as in the published runs: singular values above 1/1000 of the norm end up in 1 +- 0.15.
 COEFFICIENTS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -29,13 +29,13 @@ COEFFICIENTS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 HEADROOM = 1.02
-"""Rounding in bf16 must not bring the largest singular value above 1, where the first step diverges."""
+"""Keeps the largest singular value below 1 despite bf16 rounding: above 1 the first step diverges."""
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """U V^T of each matrix U S V^T of a batch (N, R, C), nearly, by Newton-Schulz steps; zeros stay zeros.
+    """Approximately U V^T of each matrix U S V^T of a batch (N, R, C), by Newton-Schulz steps; zeros stay zeros.
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X, from X = matrix / its norm, on the side with the smaller X X^T.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, starting from X = matrix / its norm, transposed if X X^T is then smaller.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -47,24 +47,24 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-class Held(NamedTuple):
-    """The part of one parameter that a rank's flat tensor holds: its elements from ``start`` to ``stop``."""
+class FlatSlice(NamedTuple):
+    """The part of one parameter that is in a rank's flat tensor: its elements from ``start`` to ``stop``."""
 
-    shape: Sequence[int]  # of the whole parameter, (..., R, C)
-    parts: int  # matrices that it stacks along R: two where gate and up, or key and value, are fused
+    shape: Sequence[int]  # of the complete parameter, (..., R, C)
+    stacked: int  # matrices stacked along R: two where gate and up, or key and value, are fused
     start: int
     stop: int
-    position: int  # of its element number ``start`` in the flat tensor
+    position: int  # of element ``start`` in the flat tensor
 
 
 class Matrix(NamedTuple):
-    """One matrix to be orthogonalised by itself; ``start`` to ``stop`` of its elements are held here."""
+    """One matrix that is orthogonalised by itself; this rank has its elements from ``start`` to ``stop``."""
 
     rows: int
     columns: int
     start: int
     stop: int
-    origin: int  # where element 0 lies in the flat tensor, or would lie if it were held
+    origin: int  # position of element 0 in the flat tensor, as if the complete matrix were there
 
     @property
     def size(self) -> int:
@@ -72,34 +72,40 @@ class Matrix(NamedTuple):
 
 
 class Exchange:
-    """Orthogonalises matrices that lie in pieces on the ranks of a process group.
+    """Orthogonalises matrices whose elements are spread over the ranks of a process group.
 
-    Every matrix has one owner, chosen so that all have about the same work. Two all-to-alls: the pieces go to the
-    owner, who orthogonalises the whole matrix, and come back. With P elements on N ranks a rank sends and receives
-    about P / N of them each way, in the training type, and needs that much more memory a few times over; ZeRO-3's own
-    gathers bring in P. Under ZeRO-0, where every rank holds everything, nothing is sent to the owner and the results,
-    P elements, go to all. Which collectives run, and their sizes, follows from the layout alone.
+    Every matrix has one owner, chosen so that all ranks have about the same work. Two all-to-alls: the parts are sent
+    to the owner, which orthogonalises the complete matrix, and sent back. With P elements on N ranks, a rank sends and
+    receives about P / N of them each way, in the training type, and needs a few times that much extra memory (ZeRO-3's
+    own gathers receive P). Under ZeRO-0, where every rank has all elements, nothing is sent to the owner and the
+    results, P elements, are sent to all ranks. The layout alone determines which collectives run, and their sizes.
 
     Args:
-        held: what lies on this rank, in the same order of parameters on every rank of the group.
-        everything: the ranks hold whole copies, not parts.
-        dtype: in which the matrices travel and are orthogonalised.
+        slices: the elements on this rank, with the parameters in the same order on every rank of the group.
+        replicated: every rank has all elements.
+        dtype: type in which the matrices are sent and orthogonalised.
     """
 
     def __init__(
-        self, held: Sequence[Held], group: dist.ProcessGroup, everything: bool, dtype: torch.dtype, device: torch.device
+        self,
+        slices: Sequence[FlatSlice],
+        group: dist.ProcessGroup,
+        replicated: bool,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.group, self.dtype, self.ranks = group, dtype, dist.get_world_size(group)
         rank = dist.get_rank(group)
-        matrices = sorted((matrix for part in held for matrix in _matrices(part)), key=lambda m: (m.rows, m.columns))
+        matrices = sorted((matrix for part in slices for matrix in _matrices(part)), key=lambda m: (m.rows, m.columns))
         owners = _owners(matrices, self.ranks)
         self.own = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank]
-        spans = _everyones_spans(matrices, group, device)
-        # By owner, then matrix: this rank's pieces in the flat tensor. By rank, then own matrix: the rank's pieces.
-        self.pieces = [
+        spans = _all_spans(matrices, group, device)
+        # For each owner, this rank's part of each of the owner's matrices, as (start, stop) in the flat tensor.
+        self.parts = [
             [(m.origin + m.start, m.origin + m.stop) for m, o in zip(matrices, owners, strict=True) if o == owner]
             for owner in range(self.ranks)
         ]
+        # For each other rank, its part of each of this rank's own matrices, as (start, stop) in those laid end to end.
         self.places = []
         for other in range(self.ranks):
             base, places = 0, []
@@ -108,12 +114,12 @@ class Exchange:
                     places.append((base + start, base + stop))
                     base += matrix.size
             self.places.append(places)
-        self.sources = [rank] if everything else list(range(self.ranks))
+        self.sources = [rank] if replicated else list(range(self.ranks))
 
     def orthogonalise(self, flat: Tensor) -> Tensor:
-        """The scaled orthogonal form of every matrix in ``flat``, in its place; zeros between them. Collective."""
+        """The scaled orthogonal form of every matrix in ``flat``, at its position; zeros elsewhere. Collective."""
         sources = self.sources
-        sent = [_cut(flat, pieces).to(self.dtype) for pieces in self.pieces]
+        sent = [_cut(flat, parts).to(self.dtype) for parts in self.parts]
         received = [flat.new_empty(_length(places), dtype=self.dtype) for places in self.places]
         if len(sources) > 1:
             received = self._all_to_all(sent, received)
@@ -132,12 +138,12 @@ class Exchange:
 
         returned = self._all_to_all([_cut(own, places) for places in self.places], sent)
         update = torch.zeros_like(flat)
-        for pieces, values in zip(self.pieces, returned, strict=True):
-            _paste(update, pieces, values)
+        for parts, values in zip(self.parts, returned, strict=True):
+            _paste(update, parts, values)
         return update
 
     def _all_to_all(self, sent: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-        """What the other ranks sent here, in tensors of the sizes of ``like``."""
+        """The tensors that the other ranks sent, which have the sizes of ``like``."""
         if self.ranks == 1:
             return sent
         sizes = [tensor.numel() for tensor in like]
@@ -149,9 +155,9 @@ class Exchange:
 class MuonAdamW(torch.optim.AdamW):
     """AdamW whose groups with ``muon`` set are updated by Muon instead.
 
-    ``exchanges`` must be given before the first step: for each tensor that DeepSpeed will hand to such a group (for the
-    first of them where it hands over several) the exchange for the matrices in it. DeepSpeed calls ``step`` with
-    averaged and clipped gradients, and not at all for a step that is skipped.
+    ``exchanges`` must be set before the first step: for the first tensor of each list of parameters that DeepSpeed puts
+    into such a group, the exchange for the matrices in these tensors. DeepSpeed calls ``step`` with averaged and
+    clipped gradients, and does not call it when the step is skipped.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
@@ -163,14 +169,14 @@ class MuonAdamW(torch.optim.AdamW):
         """One update of the groups' parameters. Collective."""
         assert closure is None
         for group in self.param_groups:
-            # ZeRO-3 brings one group at a time, the others are empty; a skipped step of ZeRO-0 has no gradients.
+            # ZeRO-3 fills one group at a time, the others are empty; a skipped step of ZeRO-0 has no gradients.
             if group["muon"] and any(parameter.grad is not None for parameter in group["params"]):
                 self._muon(group)
-        super().step()  # passes over parameters without gradient
+        super().step()  # ignores parameters without a gradient
 
     def _muon(self, group: dict[str, Any]) -> None:
         parameters: list[Tensor] = group["params"]
-        if not self.exchanges:  # DeepSpeed tries a step without gradients out while it is being initialised
+        if not self.exchanges:  # DeepSpeed makes a trial step with zero gradients while it is being initialised
             for parameter in parameters:
                 parameter.grad = None
             return
@@ -180,7 +186,7 @@ class MuonAdamW(torch.optim.AdamW):
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), device=parameter.device)  # AdamW expects one when it loads a state
+                state["step"] = torch.zeros((), device=parameter.device)  # AdamW expects it when it loads a state
                 state["exp_avg"] = torch.zeros_like(parameter)
             state["step"] += 1
             average = state["exp_avg"].lerp_(gradient, 1 - momentum)
@@ -194,24 +200,24 @@ class MuonAdamW(torch.optim.AdamW):
             parameter.sub_(rate * (update + decay))
 
 
-def _matrices(held: Held) -> list[Matrix]:
-    *_, rows, columns = held.shape
-    rows //= held.parts
-    size, count = rows * columns, torch.Size(held.shape).numel() // (rows * columns)
+def _matrices(part: FlatSlice) -> list[Matrix]:
+    *_, rows, columns = part.shape
+    rows //= part.stacked
+    size, count = rows * columns, torch.Size(part.shape).numel() // (rows * columns)
     return [
         Matrix(
             rows,
             columns,
-            min(max(held.start - number * size, 0), size),
-            min(max(held.stop - number * size, 0), size),
-            held.position - held.start + number * size,
+            min(max(part.start - number * size, 0), size),
+            min(max(part.stop - number * size, 0), size),
+            part.position - part.start + number * size,
         )
         for number in range(count)
     ]
 
 
 def _owners(matrices: Sequence[Matrix], ranks: int) -> list[int]:
-    """The owner of each matrix: the costliest first, each to the rank with the least to do."""
+    """The owner of each matrix: in order of falling cost, each goes to the rank with the least work so far."""
     loads = [(0, rank) for rank in range(ranks)]
     owners = [0] * len(matrices)
     costs = [matrix.size * min(matrix.rows, matrix.columns) for matrix in matrices]
@@ -221,7 +227,7 @@ def _owners(matrices: Sequence[Matrix], ranks: int) -> list[int]:
     return owners
 
 
-def _everyones_spans(matrices: Sequence[Matrix], group: dist.ProcessGroup, device: torch.device) -> list[Any]:
+def _all_spans(matrices: Sequence[Matrix], group: dist.ProcessGroup, device: torch.device) -> list[Any]:
     """(start, stop) of each matrix on each rank. Collective."""
     here = torch.tensor([(matrix.start, matrix.stop) for matrix in matrices], device=device)
     spans = [torch.empty_like(here) for _ in range(dist.get_world_size(group))]
@@ -229,18 +235,18 @@ def _everyones_spans(matrices: Sequence[Matrix], group: dist.ProcessGroup, devic
     return torch.stack(spans).tolist()
 
 
-def _length(pieces: Sequence[tuple[int, int]]) -> int:
-    return sum(stop - start for start, stop in pieces)
+def _length(spans: Sequence[tuple[int, int]]) -> int:
+    return sum(stop - start for start, stop in spans)
 
 
-def _cut(flat: Tensor, pieces: Sequence[tuple[int, int]]) -> Tensor:
-    parts = [flat[start:stop] for start, stop in pieces if stop > start]
+def _cut(flat: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    parts = [flat[start:stop] for start, stop in spans if stop > start]
     return torch.cat(parts) if parts else flat.new_empty(0)
 
 
-def _paste(flat: Tensor, pieces: Sequence[tuple[int, int]], values: Tensor) -> None:
+def _paste(flat: Tensor, spans: Sequence[tuple[int, int]], values: Tensor) -> None:
     position = 0
-    for start, stop in pieces:
+    for start, stop in spans:
         if stop > start:
             flat[start:stop] = values[position : position + stop - start]
             position += stop - start

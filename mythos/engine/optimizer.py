@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mythos.config.schema import Optim
 from mythos.engine.muon import MuonAdamW
@@ -57,21 +57,21 @@ def _muon(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     )
 
 
-def stacked_matrices(model: nn.Module) -> dict[int, int]:
-    """By the parameter's id, how many matrices it stacks along its rows, where that is more than one.
+def stacked_matrices(model: nn.Module) -> dict[Tensor, int]:
+    """How many matrices a parameter stacks along its rows, where that is more than one.
 
     Muon orthogonalises gate and up, and key and value, each by itself, however they are stored: AutoEP keeps the
     experts' gate and up as two parameters, and so do the published models.
     """
-    stacked = {}
+    stacked: dict[Tensor, int] = {}
     for module in model.modules():
         match module:
             case SwiGLU():
-                stacked[id(module.gate_up.weight)] = 2
+                stacked[module.gate_up.weight] = 2
             case GroupedQueryAttention():
-                stacked[id(module.key_value.weight)] = 2
+                stacked[module.key_value.weight] = 2
             case Experts():
-                stacked[id(module.gate_up_proj)] = 2
+                stacked[module.gate_up_proj] = 2
     return stacked
 
 

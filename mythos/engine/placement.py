@@ -1,8 +1,8 @@
-"""Where DeepSpeed keeps parameters and their optimizer state: the attributes of its optimizers that this relies on.
+"""Where DeepSpeed keeps parameters and their optimizer state: every attribute of its optimizers that Mythos reads.
 
-ZeRO-0 hands whole parameters to the optimizer. ZeRO-1 and 2 lay the parameters of a group end to end and give each rank
-an equal part of the whole. ZeRO-3 gives each rank an equal part of every parameter, laid end to end, sub-group by
-sub-group, and calls the optimizer once for each sub-group.
+ZeRO-0 passes complete parameters to the optimizer. ZeRO-1 and 2 concatenate the parameters of a group and give each
+rank an equal part of the result. ZeRO-3 gives each rank an equal part of every parameter, concatenates these parts
+within a sub-group, and calls the optimizer once for each sub-group.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -13,65 +13,65 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos.engine.muon import Held, MuonAdamW
+from mythos.engine.muon import FlatSlice, MuonAdamW
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
-"""State tensors of the shape of their parameter; Muon keeps the first alone."""
+"""State tensors of the shape of their parameter; Muon keeps only the first."""
 
-Placed = tuple[Tensor, Any, list[Held]]
-"""The (first) tensor handed to the optimizer, the ranks among which its parameters are spread, and what is here."""
+Placement = tuple[Tensor, Any, list[FlatSlice]]
+"""The (first) tensor passed to the optimizer, the ranks over which its parameters are spread, this rank's elements."""
 
 
-def placement(
-    zero: Any, optimizer: MuonAdamW, stage: int, replicas: Mapping[str, Any], stacked: Mapping[int, int]
-) -> Iterator[Placed]:
-    """What DeepSpeed hands to the Muon groups of ``optimizer``.
+def muon_placements(
+    zero: Any, optimizer: MuonAdamW, stage: int, replicas: Mapping[str, Any], stacked: Mapping[Tensor, int]
+) -> Iterator[Placement]:
+    """The tensors that DeepSpeed passes to the Muon groups of ``optimizer``.
 
     Args:
-        zero: DeepSpeed's optimizer around ``optimizer``, or that one itself.
-        replicas: under ZeRO-0, by the group's name ("" without one), the ranks that hold copies of its parameters.
-        stacked: by id, how many matrices a parameter stacks along its rows, where that is more than one.
+        zero: DeepSpeed's wrapper of ``optimizer``, or ``optimizer`` itself.
+        replicas: under ZeRO-0, by the group's name ("" without one), the ranks that have copies of its parameters.
+        stacked: how many matrices a parameter stacks along its rows, where that is more than one.
     """
     if stage == 3:
         for number, parameters in enumerate(zero.fp16_groups):
             if optimizer.param_groups[zero.sub_group_to_group_id[number]]["muon"]:
                 process_group = zero.sub_group_process_groups[number]
-                held = _in_zero3(parameters, dist.get_rank(process_group), stacked)
-                yield zero.fp32_partitioned_groups_flat[number], process_group, held
+                slices = _zero3_slices(parameters, dist.get_rank(process_group), stacked)
+                yield zero.fp32_partitioned_groups_flat[number], process_group, slices
         return
     for number, group in enumerate(optimizer.param_groups):
         if not group["muon"]:
             continue
         if stage:
-            held = [_in_zero12(parameter, stacked) for parameter in zero.bit16_groups[number]]
-            yield group["params"][0], zero.real_dp_process_group[number], held
+            slices = [_zero12_slice(parameter, stacked) for parameter in zero.bit16_groups[number]]
+            yield group["params"][0], zero.real_dp_process_group[number], slices
         else:
             parameters = group["params"] if zero is optimizer else zero.fp16_groups[number]
-            yield group["params"][0], replicas[group.get("name", "")], _whole(parameters, stacked)
+            yield group["params"][0], replicas[group.get("name", "")], _complete_slices(parameters, stacked)
 
 
-class Whole(NamedTuple):
-    """What a parameter of this rank is a part of: with experts spread over ranks, of all experts' weights."""
+class GlobalParameter(NamedTuple):
+    """The parameter over all ranks to which a rank's parameter belongs: with the experts of all ranks."""
 
     name: str
     shape: tuple[int, ...]
-    offset: int  # of this rank's first element in the flattened whole
-    copy: int  # this rank's number among those that hold the same elements under ZeRO-0
-    copies: int
+    offset: int  # of this rank's first element in the flattened global parameter
+    replica: int  # this rank's number among those that have the same elements under ZeRO-0
+    replicas: int
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The part of a parameter whose fp32 weights and optimizer state lie on this rank."""
+class ParameterShard:
+    """The part of a parameter whose fp32 weights and optimizer state are on this rank."""
 
     name: str
-    shape: tuple[int, ...]  # of the whole parameter
-    start: int  # elements of the flattened whole
+    shape: tuple[int, ...]  # of the global parameter
+    start: int  # elements of the flattened global parameter
     stop: int
-    share: tuple[int, int]  # those of them that this rank saves: each is saved once over all ranks
+    share: tuple[int, int]  # the elements that this rank saves: each element is saved by exactly one rank
     flat: Tensor  # one-dimensional fp32 tensor
     position: int  # of element ``start`` in it
-    owner: Tensor  # the tensor in the form that is the key of ``states``
+    owner: Tensor  # the tensor that is the key of ``states``
     states: MutableMapping[Tensor, dict[str, Any]]  # of the optimizer
 
     def weights(self, start: int, stop: int) -> Tensor:
@@ -85,16 +85,16 @@ class Piece:
 
     @property
     def steps(self) -> float:
-        """Updates that these elements have had."""
+        """Number of updates of these elements."""
         state = self.states.get(self.owner, {})
         return float(state["step"]) if state else 0.0
 
     def set_optimizer_state(self, values: Mapping[str, Tensor], steps: float) -> None:
-        """Put saved values of all elements in place, and the number of updates; ``states`` was emptied before."""
+        """Restore the saved values of all elements and the number of updates; ``states`` must have been cleared."""
         if not steps:
             return
         state = self.states[self.owner]
-        # A tensor of its own for every owner: the optimizer counts up in place.
+        # Every owner needs a tensor of its own, because the optimizer increments it in place.
         state["step"] = torch.tensor(steps, dtype=torch.float32, device=self.owner.device)
         for name, value in values.items():
             if name not in state:
@@ -105,25 +105,27 @@ class Piece:
         return flat[self.position + start - self.start : self.position + stop - self.start]
 
 
-def pieces(zero: Any, optimizer: torch.optim.Optimizer, stage: int, whole: Callable[[Any], Whole]) -> Iterator[Piece]:
+def parameter_shards(
+    zero: Any, optimizer: torch.optim.Optimizer, stage: int, global_parameter: Callable[[Any], GlobalParameter]
+) -> Iterator[ParameterShard]:
     """Everything that ``optimizer`` updates on this rank.
 
     Args:
-        zero: DeepSpeed's optimizer around ``optimizer``, or that one itself.
-        whole: says what one of the model's parameters is a part of.
+        zero: DeepSpeed's wrapper of ``optimizer``, or ``optimizer`` itself.
+        global_parameter: maps a parameter of this rank's model to the global one.
     """
     for parameter, part, owner in _updated(zero, optimizer, stage):
-        about = whole(parameter)
+        of = global_parameter(parameter)
         count = part.stop - part.start
         first, last = (
-            (0, count) if stage else (number * count // about.copies for number in (about.copy, about.copy + 1))
+            (0, count) if stage else (number * count // of.replicas for number in (of.replica, of.replica + 1))
         )
-        start = about.offset + part.start
+        start = of.offset + part.start
         flat = owner.detach().view(-1)
         if count:
-            yield Piece(
-                name=about.name,
-                shape=about.shape,
+            yield ParameterShard(
+                name=of.name,
+                shape=of.shape,
                 start=start,
                 stop=start + count,
                 share=(start + first, start + last),
@@ -134,25 +136,25 @@ def pieces(zero: Any, optimizer: torch.optim.Optimizer, stage: int, whole: Calla
             )
 
 
-def _updated(zero: Any, optimizer: Any, stage: int) -> Iterator[tuple[Any, Held, Tensor]]:
+def _updated(zero: Any, optimizer: Any, stage: int) -> Iterator[tuple[Any, FlatSlice, Tensor]]:
     if stage == 3:
         for number, parameters in enumerate(zero.fp16_groups):
-            held = _in_zero3(parameters, dist.get_rank(zero.sub_group_process_groups[number]), {})
-            for parameter, part in zip(parameters, held, strict=True):
+            slices = _zero3_slices(parameters, dist.get_rank(zero.sub_group_process_groups[number]), {})
+            for parameter, part in zip(parameters, slices, strict=True):
                 yield parameter, part, zero.fp32_partitioned_groups_flat[number]
         return
     for number, group in enumerate(optimizer.param_groups):
         if stage:
             for parameter in zero.bit16_groups[number]:
-                yield parameter, _in_zero12(parameter, {}), group["params"][0]
+                yield parameter, _zero12_slice(parameter, {}), group["params"][0]
         else:
             parameters = group["params"] if zero is optimizer else zero.fp16_groups[number]
             for parameter, owner in zip(parameters, group["params"], strict=True):
-                yield parameter, Held(parameter.shape, 1, 0, parameter.numel(), 0), owner
+                yield parameter, FlatSlice(parameter.shape, 1, 0, parameter.numel(), 0), owner
 
 
 def refresh_weights(zero: Any, optimizer: Any, stage: int) -> None:
-    """Give the model the fp32 weights, rounded to its type, as an update does. Collective."""
+    """Copy the fp32 weights into the model, rounded to its type, as an update does. Collective."""
     if stage == 3:
         zero.checkpoint_event_prologue()
         for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
@@ -161,7 +163,7 @@ def refresh_weights(zero: Any, optimizer: Any, stage: int) -> None:
             parts = zero.fp16_partitioned_groups[number]
             for part, view in zip(parts, zero.unflatten(rounded, parts), strict=True):
                 part.data = view.data
-        zero.checkpoint_event_epilogue()  # small parameters, that every rank keeps whole, are gathered anew
+        zero.checkpoint_event_epilogue()  # gathers the small parameters, which every rank keeps completely
     elif stage:
         zero.update_lp_params()
     elif zero is not optimizer:
@@ -170,27 +172,27 @@ def refresh_weights(zero: Any, optimizer: Any, stage: int) -> None:
                 parameter.data.copy_(owner.data)
 
 
-def _whole(parameters: list[Tensor], stacked: Mapping[int, int]) -> list[Held]:
-    held, position = [], 0
+def _complete_slices(parameters: list[Tensor], stacked: Mapping[Tensor, int]) -> list[FlatSlice]:
+    slices, position = [], 0
     for parameter in parameters:
-        held.append(Held(parameter.shape, stacked.get(id(parameter), 1), 0, parameter.numel(), position))
+        slices.append(FlatSlice(parameter.shape, stacked.get(parameter, 1), 0, parameter.numel(), position))
         position += parameter.numel()
-    return held
+    return slices
 
 
-def _in_zero12(parameter: Any, stacked: Mapping[int, int]) -> Held:
-    parts = stacked.get(id(parameter), 1)
-    if parameter._hp_mapping is None:  # all of it lies on other ranks
-        return Held(parameter.shape, parts, 0, 0, 0)
+def _zero12_slice(parameter: Any, stacked: Mapping[Tensor, int]) -> FlatSlice:
+    matrices = stacked.get(parameter, 1)
+    if parameter._hp_mapping is None:  # all of its elements are on other ranks
+        return FlatSlice(parameter.shape, matrices, 0, 0, 0)
     here, flat = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
-    return Held(parameter.shape, parts, here.start, here.start + here.numel, flat.start)
+    return FlatSlice(parameter.shape, matrices, here.start, here.start + here.numel, flat.start)
 
 
-def _in_zero3(parameters: list[Any], rank: int, stacked: Mapping[int, int]) -> list[Held]:
-    held, position = [], 0
+def _zero3_slices(parameters: list[Any], rank: int, stacked: Mapping[Tensor, int]) -> list[FlatSlice]:
+    slices, position = [], 0
     for parameter in parameters:
-        length, whole = parameter.partition_numel(), parameter.ds_numel  # the last part may be padded
-        start, stop = min(rank * length, whole), min((rank + 1) * length, whole)
-        held.append(Held(parameter.ds_shape, stacked.get(id(parameter), 1), start, stop, position))
+        length, total = parameter.partition_numel(), parameter.ds_numel  # the last part may be padded
+        start, stop = min(rank * length, total), min((rank + 1) * length, total)
+        slices.append(FlatSlice(parameter.ds_shape, stacked.get(parameter, 1), start, stop, position))
         position += length
-    return held
+    return slices

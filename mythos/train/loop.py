@@ -19,8 +19,9 @@ from mythos.config.derive import global_batch_sequences, tokens_per_step
 from mythos.config.load import flatten, to_dict
 from mythos.config.schema import Config
 from mythos.data.open import RunData, check_data_unchanged
-from mythos.engine.engine import TrainingEngine, precision
+from mythos.engine.engine import TrainingEngine
 from mythos.engine.schedule import learning_rate, schedule
+from mythos.engine.sections import precision
 from mythos.errors import DONE, PREEMPTED
 from mythos.eval.validation import sample_text, validate
 from mythos.model.moe import balance, expert_load

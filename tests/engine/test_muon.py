@@ -10,7 +10,7 @@ import torch
 
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
-from mythos.engine.muon import Held, _matrices, _owners, orthogonalise
+from mythos.engine.muon import FlatSlice, _matrices, _owners, orthogonalise
 from mythos.engine.optimizer import build_optimizer
 from mythos.engine.schedule import EXPERTS, MATRICES, OTHERS, learning_rate, schedule
 from mythos.model import build_model
@@ -184,7 +184,7 @@ def test_what_muon_and_what_adamw_updates(tiny_data: Path) -> None:
 
 def test_matrices_of_a_parameter_and_their_owners() -> None:
     # (2, 6, 4), gate and up fused: 4 matrices of 3 x 4; elements 10 to 30 lie at position 100 of the flat tensor
-    matrices = _matrices(Held((2, 6, 4), 2, 10, 30, 100))
+    matrices = _matrices(FlatSlice((2, 6, 4), 2, 10, 30, 100))
     assert [(m.rows, m.columns, m.start, m.stop) for m in matrices] == [
         (3, 4, 10, 12),
         (3, 4, 0, 12),
@@ -192,6 +192,6 @@ def test_matrices_of_a_parameter_and_their_owners() -> None:
         (3, 4, 0, 0),
     ]
     assert [m.origin + m.start for m in matrices[:3]] == [100, 102, 114]
-    big, small = _matrices(Held((8, 8), 1, 0, 64, 0)), _matrices(Held((4, 4, 4), 1, 0, 64, 0))
+    big, small = _matrices(FlatSlice((8, 8), 1, 0, 64, 0)), _matrices(FlatSlice((4, 4, 4), 1, 0, 64, 0))
     owners = _owners([*small, *big], 2)
     assert owners == [1, 1, 1, 1, 0], "the big matrix costs more than all the small ones"

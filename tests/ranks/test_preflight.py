@@ -207,7 +207,7 @@ def test_srun_may_show_each_process_only_its_own_gpu(eight_gpus: pytest.MonkeyPa
 
 
 def test_gpus_communicate_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mythos.engine.engine import deepspeed_config, precision
+    from mythos.engine.sections import deepspeed_config, precision
 
     chosen: dict[str, object] = {}
     place = {"LOCAL_RANK": "2", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

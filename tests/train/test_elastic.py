@@ -69,17 +69,17 @@ def test_losses_go_on_across_layouts(
 
 
 def everything(config: Config, found: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the rank's pieces: weights and optimizer state after a load, and the buffers."""
+    """Of the rank's shards: weights and optimizer state after a load, and the buffers."""
     engine = TrainingEngine(config, torch.device("cpu"))
     if found is not None:
         checkpoint.load(engine, found)
-    pieces = {}
-    for piece in engine.pieces():
-        state = piece.optimizer_state(piece.start, piece.stop)
-        values = {"weights": piece.weights(piece.start, piece.stop)} | state
-        pieces[piece.name] = (piece.start, piece.stop, piece.steps, {k: v.tolist() for k, v in values.items()})
+    shards = {}
+    for shard in engine.shards():
+        state = shard.optimizer_state(shard.start, shard.stop)
+        values = {"weights": shard.weights(shard.start, shard.stop)} | state
+        shards[shard.name] = (shard.start, shard.stop, shard.steps, {k: v.tolist() for k, v in values.items()})
     groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in engine.optimizer.param_groups]
-    return pieces, {"buffers": {k: v.tolist() for k, v in engine.buffers().items()}, "groups": groups}
+    return shards, {"buffers": {k: v.tolist() for k, v in engine.buffers().items()}, "groups": groups}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -1,0 +1,70 @@
+"""DeepSpeed's configuration from ours, without importing DeepSpeed."""
+
+import re
+from typing import Any
+
+import torch
+
+from mythos.config.derive import micro_steps
+from mythos.config.model_schema import Looped, MixtureOfExperts
+from mythos.config.schema import Config, Parallel
+from mythos.errors import UserError
+
+
+def precision(config: Config, device: torch.device) -> str:
+    """The training type: fp32 or bf16."""
+    if config.precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return config.precision
+
+
+def check_clipping(config: Config, training_type: str) -> None:
+    """Raise UserError where DeepSpeed's gradient norm (FP16_UnfusedOptimizer) omits the experts' gradients."""
+    with_experts = isinstance(config.model, Looped) and config.model.core_experts is not None
+    if config.parallel.zero_stage == 0 and training_type == "bf16" and with_experts:
+        raise UserError(
+            "parallel.zero_stage = 0: in bf16 DeepSpeed clips by a norm without the experts' gradients: set 1, 2 or 3",
+            agreed=True,
+        )
+
+
+def deepspeed_config(config: Config, world_size: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration, without the section of the experts."""
+    bf16 = precision(config, device) == "bf16"
+    plain_optimizer = config.parallel.zero_stage == 0 and not bf16  # the engine clips, see its _clip_plain_gradients
+    sections: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_sequences,
+        "gradient_accumulation_steps": micro_steps(config, world_size),
+        "gradient_clipping": 0.0 if plain_optimizer else config.optim.gradient_clip,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "overlap_comm": device.type == "cuda",
+            "stage3_param_persistence_threshold": config.parallel.persistent_parameter_elements,
+        },
+    }
+    return sections
+
+
+def expert_parallel_section(experts: MixtureOfExperts, parallel: Parallel, moe_names: list[str]) -> dict[str, Any]:
+    """AutoEP's section. It ignores misspelt keys, so the engine checks that every layer was converted."""
+    return {
+        "enabled": True,
+        "autoep_size": parallel.expert_parallel_size,
+        "moe_layer_pattern": "|".join(re.escape(name) for name in moe_names),
+        "router_pattern": "router",
+        "expert_pattern": "experts",
+        "expert_w1": "gate_up_proj",
+        "expert_w2": "down_proj",
+        "expert_w3": None,
+        "top_k": experts.experts_per_token,
+        "num_experts_attr": "experts",
+        "has_shared_experts": True,
+        "shared_experts_pattern": "shared_experts",
+        "score_func": experts.scores,
+        "score_apply": "post",
+        "route_norm": experts.normalise,
+        "route_scale": experts.route_scale,
+        "num_expert_groups": experts.groups,
+        "num_limited_groups": experts.groups_per_token,
+    }
