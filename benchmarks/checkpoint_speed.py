@@ -81,7 +81,7 @@ class Training:
             self.engine.backward(loss)
             self.engine.step(schedule(self.config.optim, 0, self.config.train.steps))
             pending = bool(self.saver and self.saver.pending)
-            rows = group.gather([float(pending)], self.engine.device)
+            rows = group.gather(torch.tensor([float(pending)], device=self.engine.device))
             if self.saver:
                 self.saver.advance(bool(rows.max()))
             seconds.append(time.perf_counter() - begun)

@@ -38,9 +38,11 @@ def run(
         raise UserError(f"{names[0]}: not of the form key=value; name a checkpoint by its step: --step N")
 
     def work(config: "Config", device: "torch.device") -> int:
-        from mythos.eval.checkpoint_losses import checkpoint_losses, find_checkpoint  # imports DeepSpeed
+        from mythos.checkpoint.layout import find
+        from mythos.eval.evaluate import evaluate_checkpoint  # imports DeepSpeed
+        from mythos.ranks.group import agree
 
-        checkpoint_losses(config, device, find_checkpoint(directory, step))
+        evaluate_checkpoint(config, device, agree(lambda: find(directory, step)))
         return DONE
 
     return run_ranks(lambda world_size: load_run(RunDirectory(directory).config, options, world_size), work)

@@ -1,8 +1,46 @@
 """Text from a model, one token after the other, without a cache."""
 
+from pathlib import Path
+
 import torch
 
+from mythos.config.schema import Eval, Sample
+from mythos.data.format import BOS
+from mythos.data.open import read_tokenizer
+from mythos.engine.engine import TrainingEngine
+from mythos.eval.forward import Stopped, evaluation_forward
 from mythos.model import Forward, depth
+from mythos.ranks.preemption import StopRequest
+from mythos.ranks.watchdog import Watchdog
+
+
+def sample_text(
+    engine: TrainingEngine,
+    tokenizer_file: Path,
+    sample: Sample,
+    options: Eval,
+    longest: int,
+    loop_depth: int | None,
+    seed: int,
+    watchdog: Watchdog,
+    stop: StopRequest,
+) -> str | None:
+    """The prompt and the model's continuation as text; None when a rank was asked to stop meanwhile. Collective.
+
+    The other arguments are those of ``sample_tokens``.
+    """
+    tokenizer = read_tokenizer(tokenizer_file)
+    tokenizer.encode_special_tokens = True  # the prompt is text: "<|bos|>" in it is seven characters
+    prompt = [tokenizer.token_to_id(BOS), *tokenizer.encode(sample.prompt).ids]
+    forward = evaluation_forward(engine, options, watchdog, "generating a sample", stop)
+    try:
+        with engine.evaluation():
+            ids = sample_tokens(
+                forward, prompt, sample.tokens, sample.temperature, longest, loop_depth, seed, engine.device
+            )
+    except Stopped:
+        return None
+    return tokenizer.decode(ids)
 
 
 def sample_tokens(
@@ -15,10 +53,13 @@ def sample_tokens(
     seed: int,
     device: torch.device,
 ) -> list[int]:
-    """The prompt and ``tokens`` more, drawn from softmax(logits / temperature); the likeliest at temperature 0.
+    """The prompt and ``tokens`` more, drawn from softmax(logits / temperature); the most likely at temperature 0.
 
-    Under expert parallelism all ranks call it together, so the number of forward passes is fixed: nothing drawn ends
-    it early. Of the context the model sees the last ``longest`` tokens.
+    Under expert parallelism all ranks call it together, so the number of forward passes is fixed: no drawn token ends
+    it early. The model sees the last ``longest`` tokens of the context.
+
+    Args:
+        loop_depth: loop steps of a looped model; None for a dense one.
     """
     generator = torch.Generator().manual_seed(seed)
     plan = None if loop_depth is None else depth.fixed(loop_depth, 1)

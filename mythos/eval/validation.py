@@ -1,106 +1,115 @@
-"""What a run does with its model besides training it: validation, and a sample of text."""
+"""Loss on held-out documents, at each depth."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
+import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from mythos.config.derive import eval_depths
-from mythos.config.model_schema import Looped
-from mythos.config.schema import Config
-from mythos.data.format import BOS
-from mythos.data.open import read_tokenizer
+from mythos.config.schema import Eval
+from mythos.data.dataset import TokenDataset
 from mythos.data.stream import Source
 from mythos.engine.engine import TrainingEngine
-from mythos.eval.exit import exit_rule
-from mythos.eval.generate import sample_tokens
-from mythos.eval.val_loss import validation_losses
-from mythos.model import Forward
-from mythos.model.depth import DepthPlan
-from mythos.model.loop import ExitRule
+from mythos.eval.forward import Stopped, evaluation_forward
+from mythos.loss import IGNORED
+from mythos.model import Forward, depth
 from mythos.ranks import group
 from mythos.ranks.preemption import StopRequest
 from mythos.ranks.watchdog import Watchdog
 from mythos.run.console import log
-from mythos.run.metrics import MetricsWriter
 
 
 def validate(
-    config: Config,
     engine: TrainingEngine,
     sources: Sequence[Source],
+    options: Eval,
+    depths: Sequence[int],
+    micro_batch: int,
     step: int,
-    writer: MetricsWriter | None,
     watchdog: Watchdog,
     stop: StopRequest | None = None,
 ) -> dict[str, float] | None:
-    """Measure and report the validation loss at each depth. Collective.
+    """Measure and log the validation loss of the engine's weights at each depth. Collective.
 
     Returns:
-        The losses; None when a rank was asked to stop meanwhile, and all have left.
+        The losses by metric; None when a rank was asked to stop meanwhile and all ranks have abandoned it.
     """
-    forward = _forward(engine, exit_rule(config.eval), watchdog, f"validation after step {step}", stop)
-
+    forward = evaluation_forward(engine, options, watchdog, f"validation after step {step}", stop)
     for source in sources:
-        group.agree(partial(source.dataset.check, config.eval.sequences))
+        group.agree(partial(source.dataset.check, options.sequences))
     try:
         with engine.evaluation():
-            losses = validation_losses(
-                forward,
-                sources,
-                eval_depths(config),
-                config.eval.sequences,
-                config.train.micro_batch_sequences,
-                engine.device,
-            )
-    except _Stopped:
+            losses = validation_losses(forward, sources, depths, options.sequences, micro_batch, engine.device)
+    except Stopped:
         return None
     log.info(f"step {step} " + " ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-    if writer:
-        writer.write(step, losses)
     return losses
 
 
-def sample_text(
-    config: Config, engine: TrainingEngine, tokenizer_file: Path, watchdog: Watchdog, stop: StopRequest
-) -> str | None:
-    """The prompt and the model's continuation, as text; None when a rank was asked to stop meanwhile. Collective."""
-    tokenizer = read_tokenizer(tokenizer_file)
-    tokenizer.encode_special_tokens = True  # the prompt is text: "<|bos|>" in it is seven letters
-    prompt = [tokenizer.token_to_id(BOS), *tokenizer.encode(config.sample.prompt).ids]
-    deepest = max(eval_depths(config)) if isinstance(config.model, Looped) else None
-    forward = _forward(engine, exit_rule(config.eval), watchdog, "writing a sample", stop)
-    try:
-        with engine.evaluation():
-            ids = sample_tokens(
-                forward,
-                prompt,
-                config.sample.tokens,
-                config.sample.temperature,
-                longest=config.data.sequence_length,
-                loop_depth=deepest,
-                seed=config.seed,
-                device=engine.device,
-            )
-    except _Stopped:
-        return None
-    return tokenizer.decode(ids)
+def validation_losses(
+    forward: Forward,
+    sources: Sequence[Source],
+    depths: Sequence[int],
+    sequences: int,
+    micro_batch: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean loss a token over the first ``sequences`` of every source, the same on any number of ranks. Collective.
+
+    One value for each of ``depths`` (``val/loss_depth_T``), or ``val/loss`` for a model without a loop. Of several
+    sources this is the mean by weight, the loss of the mixture, and each has its own: ``val/NAME/loss_depth_T``.
+    """
+    by_source = [_losses(forward, source.dataset, depths, sequences, micro_batch, device) for source in sources]
+    weights = torch.tensor([source.weight for source in sources], dtype=torch.float64)
+    mean = (weights / weights.sum()) @ torch.tensor(by_source, dtype=torch.float64)
+    names = [f"loss_depth_{steps}" for steps in depths] or ["loss"]
+    found = {f"val/{name}": loss for name, loss in zip(names, mean.tolist(), strict=True)}
+    if len(sources) > 1:
+        for source, losses in zip(sources, by_source, strict=True):
+            found |= {f"val/{source.name}/{name}": loss for name, loss in zip(names, losses, strict=True)}
+    return found
 
 
-class _Stopped(Exception):
-    """All ranks have agreed to leave what they were doing."""
+def _losses(
+    forward: Forward,
+    dataset: TokenDataset,
+    depths: Sequence[int],
+    sequences: int,
+    micro_batch: int,
+    device: torch.device,
+) -> list[float]:
+    """The loss on one data set, one value for each depth."""
+    totals = torch.zeros((len(depths) or 1) + 1, dtype=torch.float64, device=device)
+    for first, tokens, targets, count in _batches(dataset, min(sequences, len(dataset)), micro_batch, device):
+        # The initial state of a row comes from its number, so that it is the same on any number of ranks.
+        for i, steps in enumerate(depths or (None,)):
+            plan = None if steps is None else depth.fixed(steps, micro_batch, first_seed=first)
+            loss, _ = forward(tokens, targets, plan)
+            totals[i] += loss.double() * count
+        totals[-1] += count
+    dist.all_reduce(totals)
+    return (totals[:-1] / totals[-1]).tolist()
 
 
-def _forward(
-    engine: TrainingEngine, rule: ExitRule | None, watchdog: Watchdog, doing: str, stop: StopRequest | None
-) -> Forward:
-    """A forward pass that tells the watchdog, and before which all ranks agree whether to stop."""
+def _batches(
+    dataset: TokenDataset, sequences: int, micro_batch: int, device: torch.device
+) -> Iterator[tuple[int, Tensor, Tensor, int]]:
+    """This rank's micro batches: number of the first row, tokens, targets, rows that count.
 
-    def forward(tokens: Tensor, targets: Tensor | None, plan: DepthPlan | None) -> tuple[Tensor, dict[str, Tensor]]:
-        watchdog.progress(doing)
-        if stop is not None and group.on_any_rank(stop.asked, engine.device):
-            raise _Stopped
-        return engine(tokens, targets, plan, rule)
+    Every rank has the same number of them, or their collectives would not match: where the rows run out, a row is
+    repeated with its targets ignored.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for first in range(rank * micro_batch, _round_up(sequences, ranks * micro_batch), ranks * micro_batch):
+        rows = np.stack([dataset[i if i < sequences else 0] for i in range(first, first + micro_batch)])
+        count = min(max(sequences - first, 0), micro_batch)
+        tokens = torch.from_numpy(rows).to(device)
+        targets = tokens[:, 1:].clone()
+        targets[count:] = IGNORED
+        yield first, tokens[:, :-1], targets, count
 
-    return forward
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

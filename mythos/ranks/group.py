@@ -165,9 +165,8 @@ def from_rank_0(function: Callable[[], T]) -> T:
     return result[0]  # type: ignore[return-value]
 
 
-def gather(values: list[float], device: torch.device) -> Tensor:
-    """One row of fp64 numbers from every rank, (ranks, len(values)), the same on all ranks and on the CPU."""
-    own = torch.tensor(values, dtype=torch.float64, device=device)
+def gather(own: Tensor) -> Tensor:
+    """The rows ``own`` (numbers,) of every rank, (ranks, numbers), the same on all ranks and on the CPU. Collective."""
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own)
     return torch.stack(rows).cpu()

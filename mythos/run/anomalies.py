@@ -1,25 +1,27 @@
-"""Looks at the numbers of every step for signs that the training goes wrong."""
+"""Signs in the numbers of a step that training goes wrong: a spike of the loss, a collapse of the routing."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DECAY = 0.98
 FIRST_STEPS = 50
-"""Losses that are only learned from: before, neither their mean nor their spread is known."""
+"""Steps whose losses are only learned from: before them neither mean nor spread is known."""
 SMALLEST_DEVIATION = 0.01
-"""Of the mean: on very even data a harmless change is many standard deviations."""
+"""Relative to the mean: on very uniform data a harmless change is many standard deviations."""
 
 
 @dataclass
-class LossWatch:
-    """Finds spikes: losses more than ``sigma`` standard deviations above the running mean.
+class LossStatistics:
+    """Running mean and variance of the loss, to find spikes: losses more than ``sigma`` deviations above the mean.
 
         m <- m + r (x - m),   v <- (1 - r) (v + r (x - m)^2),   r = max(1 / (n + 1), 1 - DECAY)
 
-    (West 1979, https://doi.org/10.1145/359146.359153). A spike is learned from as if it were the highest loss that is
-    none, so that a lasting change of level is no spike for ever. The state is plain numbers, saved in checkpoints.
+    (West 1979, https://doi.org/10.1145/359146.359153). A spike is counted as the highest loss that is not one, so that
+    a lasting change of level does not stay a spike for ever. Plain numbers, saved in checkpoints.
     """
 
     mean: float = 0.0
@@ -27,14 +29,14 @@ class LossWatch:
     steps: int = 0
 
     def deviations(self, loss: float) -> float:
-        """How many standard deviations ``loss`` lies above the running mean; 0 as long as too few are known."""
+        """Standard deviations of ``loss`` above the running mean; 0 while too few losses are known."""
         if self.steps < FIRST_STEPS or not math.isfinite(loss):
             return 0.0
         deviation = max(math.sqrt(self.variance), SMALLEST_DEVIATION * abs(self.mean))
         return (loss - self.mean) / deviation if deviation else 0.0
 
-    def learn(self, loss: float, sigma: float) -> None:
-        """Take a step's loss into the running mean and variance; a loss that is not finite tells nothing."""
+    def update(self, loss: float, sigma: float) -> None:
+        """Add a step's loss to the running mean and variance; a loss that is not finite is left out."""
         if not math.isfinite(loss):
             return
         deviations = self.deviations(loss)
@@ -46,23 +48,19 @@ class LossWatch:
         self.variance = (1 - rate) * (self.variance + rate * difference**2)
         self.steps += 1
 
-    def state(self) -> dict[str, float]:
-        """For the checkpoint."""
-        return asdict(self)
-
 
 class CollapseWatch:
-    """Warns when one expert of a layer is chosen by more than half of the tokens, for many steps in a row."""
+    """Warns when one expert of a layer gets more than half of the tokens for many steps in a row."""
 
     def __init__(self, experts_per_token: int, limit_steps: int) -> None:
         self._experts_per_token, self._limit_steps = experts_per_token, limit_steps
         self._steps = 0
 
-    def look(self, load_LE: Tensor) -> str | None:
-        """What there is to tell of a step, at every ``limit_steps``-th step that it lasts.
+    def update(self, load_LE: "Tensor") -> str | None:
+        """A warning at every ``limit_steps``-th step of a collapse, else None.
 
         Args:
-            load_LE: tokens that each expert of each layer got in this step, over all ranks.
+            load_LE: tokens of each expert of each layer in this step, over all ranks.
         """
         share_LE = load_LE * self._experts_per_token / load_LE.sum(dim=1, keepdim=True).clamp(min=1)
         layer, expert = divmod(int(share_LE.argmax()), load_LE.shape[1])

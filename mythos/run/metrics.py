@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard, under the same names, without doubled steps after a resume."""
+"""Metrics in metrics.jsonl and TensorBoard, under the same names, without duplicate steps after a resume."""
 
 import json
 import math
@@ -10,19 +10,19 @@ from mythos.files import read_json_lines, write_atomically
 from mythos.run.console import log
 from mythos.run.directory import RunDirectory
 
-if TYPE_CHECKING:  # half a second that rank 0 alone has to spend
+if TYPE_CHECKING:  # the import takes half a second, which only rank 0 has to spend
     from torch.utils.tensorboard import SummaryWriter
 
 
 class MetricsWriter:
     """Writes scalars of a step to both places; used by rank 0 alone.
 
-    A disk that is full or gone does not end the training: the error is told once, and what could not be written to
-    metrics.jsonl is written when there is space again. TensorBoard's curves then have a gap.
+    A disk that is full or gone does not end the training: the error is logged once, and lines that could not be written
+    to metrics.jsonl are written when there is space again. TensorBoard's curves then have a gap.
 
     Args:
         directory: the run directory.
-        resumed_step: what was written for later steps (by a life that was killed) is dropped; -1: everything.
+        resumed_step: lines of later steps, from an attempt that was killed, are dropped; -1: all lines.
     """
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
@@ -34,17 +34,17 @@ class MetricsWriter:
     def _open(self, last_step: int) -> None:
         path = RunDirectory(self._directory).metrics
         _truncate(path, last_step)
-        self._file = path.open("ab", buffering=0)  # nothing may be written later, on its own, that a failure left
+        self._file = path.open("ab", buffering=0)  # no buffer may write later what a failure left in it
         self._tensorboard: SummaryWriter | None = self._open_tensorboard(last_step)
 
     def rewind(self, step: int) -> None:
-        """Drop what was written for steps after this one."""
-        self._unwritten = [(of, line) for of, line in self._unwritten if of <= step]
+        """Drop the lines of steps after this one."""
+        self._unwritten = [(number, line) for number, line in self._unwritten if number <= step]
         self.close()
         try:
             self._open(step)
         except OSError as error:
-            log.error(f"metrics of the steps after {step} were not taken back ({error}): training goes on")
+            log.error(f"metrics of the steps after {step} were not dropped ({error}): training continues")
             self._failing, self._tensorboard = True, None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -52,7 +52,7 @@ class MetricsWriter:
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._unwritten.append((step, json.dumps(line).encode() + b"\n"))
         try:
-            if self._failing:  # the directory may be another one, and the last line there in part
+            if self._failing:  # the directory may be a new one, and its last line may be incomplete
                 self._file.close()
                 self._file = RunDirectory(self._directory).metrics.open("ab", buffering=0)
                 self._write(b"\n")
@@ -66,12 +66,12 @@ class MetricsWriter:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                log.error(f"metrics of step {step} not written ({error}): training goes on")
+                log.error(f"metrics of step {step} not written ({error}): training continues")
             self._failing, self._tensorboard = True, None
 
     def _write(self, line: bytes) -> None:
-        """All of it, or OSError."""
-        while line:  # a disk that fills up takes a part and says so at the next attempt
+        """Write the line completely, or raise OSError."""
+        while line:  # a disk that fills up accepts a part, and fails at the next write
             line = line[self._file.write(line) :]
 
     def _open_tensorboard(self, last_step: int) -> "SummaryWriter":

@@ -1,6 +1,10 @@
 """What a rank works on at a step: its rows of the data and its part of the depth plan."""
 
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +18,20 @@ from mythos.errors import UserError
 from mythos.model import depth
 
 
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's part of the global batch of a step."""
+
+    step: int
+    """Number of the update, from 1."""
+    rows: np.ndarray
+    """Token ids, int64 of shape (micro-steps, micro batch, sequence_length + 1)."""
+    plans: tuple[depth.DepthPlan | None, ...]
+    """The depth plan of each micro-step; None for a dense model."""
+    depths: np.ndarray
+    """Loop steps of each sequence of the global batch, of all ranks."""
+
+
 def draw_depths(config: Config, step: int) -> np.ndarray:
     """Loop steps of each sequence of the global batch at this step; 1 each for a dense model."""
     sequences = global_batch_sequences(config)
@@ -23,7 +41,7 @@ def draw_depths(config: Config, step: int) -> np.ndarray:
 
 
 def own_sequences(config: Config, micro_step: int) -> tuple[slice, slice]:
-    """Where a micro-step lies in the global batch, and where this rank's micro batch lies in the micro-step."""
+    """The part of the global batch that is a micro-step, and the part of the micro-step that is this rank's."""
     own, ranks = config.train.micro_batch_sequences, dist.get_world_size()
     start = micro_step * own * ranks
     return slice(start, start + own * ranks), slice(dist.get_rank() * own, (dist.get_rank() + 1) * own)
@@ -47,55 +65,71 @@ def micro_batch_plan(config: Config, depths: np.ndarray, step: int, micro_step: 
 
 
 class StepBatches:
-    """This rank's rows of one step after the other, each step's read in the background while the one before runs.
+    """This rank's batches, step after step; the rows of the next step are read while this one runs.
 
-    The position in the stream is not tied to the step's number: a run may have left out data, or changed its batch.
-    Close it when done.
+    The position in the stream does not follow from the step's number: a run may have left out data, or changed its
+    batch. Close it when done.
     """
 
     def __init__(self, config: Config, stream: TokenStream, first_step: int, first_sample: int) -> None:
         self._config, self._stream = config, stream
+        self._micro_steps = micro_steps(config, dist.get_world_size())
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: Future[np.ndarray] | None = None
+        self.waited_seconds = 0.0
+        """How long training has waited for data since the last step began."""
         self.restart(first_step, first_sample)
 
     def restart(self, step: int, sample: int) -> None:
-        """Go on at ``step``, with this sample of the stream."""
+        """Continue at ``step``, with this sample of the stream."""
         self._step, self._sample, self._next = step, sample, None
         if step <= self._config.train.steps:
-            pieces = [
-                own_samples(self._config, sample, micro_step)
-                for micro_step in range(micro_steps(self._config, dist.get_world_size()))
-            ]
+            pieces = [own_samples(self._config, sample, micro_step) for micro_step in range(self._micro_steps)]
             self._next = self._executor.submit(self._read, pieces)
 
     def check(self) -> None:
-        """Wait for the next step's rows. Raises UserError when they cannot be had."""
+        """Wait for the next step's rows. Raises UserError when they cannot be read."""
         if self._next is not None:
             self._next.result()
 
     def failed(self) -> bool:
         """Wait for the next step's rows; whether ``check`` would raise."""
-        return self._next is not None and isinstance(self._next.exception(), UserError)
+        with self._waiting():
+            return self._next is not None and isinstance(self._next.exception(), UserError)
 
-    def take(self, step: int) -> np.ndarray:
-        """The rows of a step, int64 of shape (micro-steps, micro batch, sequence_length + 1). Steps in their order."""
+    def take(self) -> StepBatch:
+        """The batch of the next step. Raises UserError when its rows cannot be read."""
         assert self._next is not None
-        assert self._step == step
-        rows = self._next.result()
+        self.waited_seconds = 0.0
+        with self._waiting():
+            rows = self._next.result()
+        step, depths = self._step, draw_depths(self._config, self._step)
+        plans = tuple(
+            micro_batch_plan(self._config, depths, step, micro_step) for micro_step in range(self._micro_steps)
+        )
         self.restart(step + 1, self._sample + global_batch_sequences(self._config))
-        return rows
+        return StepBatch(step, rows, plans, depths)
+
+    def epochs(self, sample: int) -> dict[str, float]:
+        """How many epochs of each source were read before this sample."""
+        return self._stream.epochs(sample)
 
     def close(self) -> None:
-        """Let go of the data."""
+        """Stop reading."""
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._stream.close()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited_seconds += time.perf_counter() - start
 
     def _read(self, pieces: list[range]) -> np.ndarray:
         try:
             return np.stack([self._stream.rows(samples.start, len(samples)) for samples in pieces])
-        except OSError as error:  # in a form that all ranks hear of before they step on
-            raise UserError(f"the data cannot be read ({error}): mend the disk and start again") from error
+        except OSError as error:  # a UserError, so that all ranks learn of it before the next step
+            raise UserError(f"the data cannot be read ({error}): repair the disk and start again") from error
 
 
 def tokens_and_targets(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,61 +1,60 @@
 """What a run does about steps that went wrong: updates that were skipped, and losses that spike."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from mythos.checkpoint import layout
-from mythos.checkpoint import restore as checkpoint
+from mythos.checkpoint import layout, restore
 from mythos.checkpoint.saver import Saver
-from mythos.config.schema import Config
+from mythos.config.schema import Train
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import TrainingError
-from mythos.run.anomalies import LossWatch
+from mythos.ranks.watchdog import Watchdog
 from mythos.run.console import log
+from mythos.train.state import RunState
 
 
-def rewind(
-    config: Config, engine: TrainingEngine, saver: Saver, step: int, state: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Go back to the newest checkpoint after a spike at ``step``, and leave out the data that was read since.
+def recover(
+    options: Train, engine: TrainingEngine, saver: Saver, watchdog: Watchdog, state: RunState, spiked: bool
+) -> RunState | None:
+    """After a step: end a run of too many bad steps, and go back after a spike. Collective.
 
     Returns:
-        The state to go on with, or None where there is no checkpoint yet. Collective.
+        The state to continue with where the run went back to a checkpoint, else None.
 
     Raises:
-        TrainingError: this is one spike more than ``train.max_rewinds``.
+        TrainingError: the loss or the gradient was not finite at ``train.max_bad_steps`` steps in a row, or this is one
+            spike more than ``train.max_rewinds``.
     """
-    saver.finish()
-    found = checkpoint.newest_valid(saver.directory)
-    if found is None:
-        log.warning("no checkpoint to go back to yet: going on")
+    if state.bad_steps_in_a_row:
+        _report_bad_step(options, saver, state)
+    if not (spiked and options.spike_rewind):
         return None
-    if state["rewinds"] >= config.train.max_rewinds:
-        raise TrainingError(
-            f"step {step}: the loss has spiked again after {state['rewinds']} rewinds (train.max_rewinds); last "
-            f"checkpoint: {found}: lower optim.learning_rate or look at the data"
-        )
-    saved = checkpoint.load(engine, found)
-    left_out = state["samples"] - saved["samples"]
-    log.warning(f"going back to {found} at step {saved['step']}; the next {left_out} sequences are left out")
-    return saved | {"samples": state["samples"], "rewinds": state["rewinds"] + 1, "data": state["data"]}
+    with watchdog.patience(f"going back after step {state.step}"):
+        return _rewind(options, engine, saver, state)
 
 
-def report_spike(step: int, loss: float, sigma: float, watch: LossWatch) -> bool:
-    """Tell of a loss far above its running mean, and take it into that mean; whether it was one."""
-    deviations = watch.deviations(loss)
-    watch.learn(loss, sigma)
-    if deviations > sigma:
-        log.warning(f"step {step}: loss {loss:.4f} is a spike, {deviations:.1f} standard deviations above its mean")
-    return deviations > sigma
-
-
-def report_bad_step(config: Config, saver: Saver, step: int, in_a_row: int) -> None:
-    """Tell of a skipped update; end the run when there were too many in a row."""
-    log.warning(f"step {step}: loss or gradient not finite, update skipped ({in_a_row} in a row)")
-    if in_a_row >= config.train.max_bad_steps:
-        saver.finish()  # what is under way counts
+def _report_bad_step(options: Train, saver: Saver, state: RunState) -> None:
+    in_a_row = state.bad_steps_in_a_row
+    log.warning(f"step {state.step}: loss or gradient not finite, update skipped ({in_a_row} in a row)")
+    if in_a_row >= options.max_bad_steps:
+        saver.finish()  # a save under way may become the newest checkpoint
         newest = layout.latest(saver.directory)
         raise TrainingError(
-            f"loss or gradient not finite at {in_a_row} steps in a row (train.max_bad_steps), up to step {step}; "
-            f"last checkpoint: {newest or 'none yet'}: lower optim.learning_rate or look at the data"
+            f"loss or gradient not finite at {in_a_row} steps in a row (train.max_bad_steps), up to step {state.step}; "
+            f"last checkpoint: {newest or 'none yet'}: lower optim.learning_rate or check the data"
         )
+
+
+def _rewind(options: Train, engine: TrainingEngine, saver: Saver, state: RunState) -> RunState | None:
+    """Go back to the newest checkpoint and leave out the data read since; None where there is no checkpoint yet."""
+    saver.finish()
+    found = restore.newest_valid(saver.directory)
+    if found is None:
+        log.warning("there is no checkpoint yet to go back to: training continues")
+        return None
+    if state.rewinds >= options.max_rewinds:
+        raise TrainingError(
+            f"step {state.step}: the loss has spiked again after {state.rewinds} rewinds (train.max_rewinds); last "
+            f"checkpoint: {found}: lower optim.learning_rate or check the data"
+        )
+    saved = RunState.from_dict(restore.load(engine, found))
+    left_out = state.samples - saved.samples
+    log.warning(f"going back to {found} at step {saved.step}; the next {left_out} sequences are left out")
+    return state.rewound_to(saved)

@@ -96,20 +96,20 @@ def test_the_next_step_is_read_while_this_one_runs_and_its_error_reaches_the_cal
     stream = SlowStream()
     batches = StepBatches(tiny_config("dense", tiny_data, tmp_path, train__steps=3), stream, 1, 0)  # type: ignore[arg-type]
     stream.gate.release()
-    assert batches.take(1).shape == (1, 8, 3)
+    assert batches.take().rows.shape == (1, 8, 3)
     stream.gate.release()  # nobody has asked for step 2
     until = time.monotonic() + 30
     while stream.asked != [0, 8]:
         assert time.monotonic() < until
         time.sleep(0.01)
-    batches.take(2)
+    batches.take()
     stream.error = UserError("shard 7 is damaged")
     stream.gate.release()
     assert batches.failed()
     with pytest.raises(UserError, match="shard 7"):
         batches.check()
     with pytest.raises(UserError, match="shard 7"):
-        batches.take(3)
+        batches.take()
     batches.close()
 
 
@@ -119,7 +119,7 @@ def test_after_the_last_step_nothing_is_read(tiny_data: Path, tmp_path: Path, mo
     stream = SlowStream()
     batches = StepBatches(tiny_config("dense", tiny_data, tmp_path, train__steps=3), stream, 3, 16)  # type: ignore[arg-type]
     stream.gate.release(5)
-    batches.take(3)
+    batches.take()
     assert not batches.failed()
     batches.check()
     assert stream.asked == [16]

@@ -102,13 +102,13 @@ def recording(directory: Path) -> Iterator[None]:
     from mythos.engine.engine import TrainingEngine
     from mythos.train import loop
 
-    draw_depths, call = loop.draw_depths, TrainingEngine.__call__
+    train_step, call = loop.train_step, TrainingEngine.__call__
     life, step = uuid.uuid4().hex, 0
 
-    def draw(config: Any, number: int) -> Any:
+    def note_step(engine: TrainingEngine, batch: Any, *rest: Any) -> Any:
         nonlocal step
-        step = number
-        return draw_depths(config, number)
+        step = batch.step
+        return train_step(engine, batch, *rest)
 
     def train_on(engine: TrainingEngine, tokens: Any, targets: Any, plan: Any, *rest: Any) -> Any:
         if engine.module.training:
@@ -117,11 +117,11 @@ def recording(directory: Path) -> Iterator[None]:
                 file.write(json.dumps({"step": step, "life": life, "sequences": hashes}) + "\n")
         return call(engine, tokens, targets, plan, *rest)
 
-    loop.draw_depths, TrainingEngine.__call__ = draw, train_on  # type: ignore[method-assign]
+    loop.train_step, TrainingEngine.__call__ = note_step, train_on  # type: ignore[method-assign]
     try:
         yield
     finally:
-        loop.draw_depths, TrainingEngine.__call__ = draw_depths, call  # type: ignore[method-assign]
+        loop.train_step, TrainingEngine.__call__ = train_step, call  # type: ignore[method-assign]
 
 
 def sequences(directory: Path) -> dict[int, list[str]]:

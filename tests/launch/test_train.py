@@ -159,7 +159,7 @@ def test_a_signal_saves_and_exits_85_and_the_next_start_goes_on(
         os.kill(job.rank_process(1), signal.Signals[name])
     code, output = job.finish()
     assert code == 85, output
-    saved = int(re.search(r"asked to stop \(.*\): saved at step (\d+)", output).group(1))  # type: ignore[union-attr]
+    saved = int(re.search(r"stop requested \(.*\): saved at step (\d+)", output).group(1))  # type: ignore[union-attr]
     assert 7 <= saved < STEPS
     assert len(losses(tmp_path / "run")) == saved
 

@@ -4,16 +4,10 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from mythos.engine.schedule import learning_rate
-from mythos.run.health import depth_metrics, expert_metrics, model_metrics
 from mythos.run.metrics import MetricsWriter, read_metrics
-from mythos.run.throughput import StepClock, peak_memory_gib
 from tests.require import lacking
-from tests.tiny import tiny_config
 
 
 def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
@@ -44,42 +38,6 @@ def test_non_finite_values_are_null_so_that_every_line_is_json(tmp_path: Path) -
         "train/gradient_norm": None,
         "train/tokens": 8.0,
     }
-
-
-def test_expert_metrics() -> None:
-    load = torch.tensor([[4.0, 4.0, 4.0, 4.0], [0.0, 0.0, 12.0, 4.0]])
-    assert expert_metrics(load) == {"moe/load_max_over_mean": 3.0, "moe/experts_unused": 2.0}
-
-
-def test_depth_and_model_metrics() -> None:
-    assert depth_metrics(np.array([1, 3, 8]), 4) == {"depth/mean": 4.0, "depth/with_grad": pytest.approx(8 / 3)}
-    parts = [{"loop/state_norm": torch.tensor(2.0)}, {"loop/state_norm": torch.tensor(4.0)}]
-    assert model_metrics(parts) == {"loop/state_norm": 3.0}
-    assert model_metrics([{}]) == {}
-
-
-def test_the_clock_splits_waiting_from_working() -> None:
-    clock = StepClock()
-    with clock.waiting_for_data():
-        pass
-    assert 0 <= clock.data_wait_seconds <= clock.seconds()
-    assert peak_memory_gib(torch.device("cpu")) > 0.05
-
-
-def test_the_learning_rate_rises_stays_and_falls() -> None:
-    def rates(steps: int, **options: object) -> list[float]:
-        overrides = {f"optim__{name}": value for name, value in options.items()}
-        config = tiny_config("dense", Path("data"), Path("run"), **overrides).optim
-        return [learning_rate(config, step, steps) for step in range(steps)]
-
-    linear = rates(10, learning_rate=1.0, warmup_steps=2, cooldown="linear", cooldown_fraction=0.5)
-    assert linear == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
-    cosine = rates(
-        4, learning_rate=2.0, warmup_steps=0, cooldown="cosine", cooldown_fraction=1.0, final_learning_rate_fraction=0.5
-    )
-    assert cosine == pytest.approx([1 + 0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)])
-    assert rates(3, learning_rate=1.0, warmup_steps=0, cooldown="constant") == [1, 1, 1]
-    assert max(rates(5, learning_rate=1.0, warmup_steps=100, cooldown="constant")) == pytest.approx(0.05)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread

@@ -104,7 +104,7 @@ def test_usr1_saves_requeues_and_the_curve_is_the_undisturbed_one_bit_for_bit(
     assert job.show("Restarts") == "1"
     assert "start 1, " in job.log(), "the log of the first life is kept"
     assert "start 2, " in job.log()
-    saved = int(re.search(r"asked to stop \(SIGUSR1\): saved at step (\d+)", job.log()).group(1))  # type: ignore[union-attr]
+    saved = int(re.search(r"stop requested \(SIGUSR1\): saved at step (\d+)", job.log()).group(1))  # type: ignore[union-attr]
     assert 4 <= saved < STEPS
     assert losses(directory) == undisturbed
     events = EventAccumulator(str(directory / "tensorboard"))

@@ -116,7 +116,7 @@ def test_stopped_while_it_writes_its_sample_a_run_is_finished(
 ) -> None:
     config, run = make(tmp_path / "run"), tmp_path / "run"
     assert two_ranks.run(run_and_stop, config, 2, "sampling") == [DONE, DONE]
-    assert "no sample: asked to stop" in (run / "log" / "rank_00000.log").read_text()
+    assert "no sample: stop requested" in (run / "log" / "rank_00000.log").read_text()
     assert of_metrics(run, "train/loss") == of_metrics(straight, "train/loss")
     assert read_status(run).state == "finished"
 
@@ -151,4 +151,4 @@ def test_with_another_batch_the_run_goes_on_at_the_very_next_sequence(
     tokens = dict(of_metrics(tmp_path / "run", "train/tokens"))
     assert [tokens[step] / 15 for step in range(1, 7)] == [8, 16, 24, 40, 56, 72]
     log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
-    assert "data changed: global_batch_sequences: 8 -> 16; going on at sample 24" in log
+    assert "data changed: global_batch_sequences: 8 -> 16; resuming at sample 24" in log

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from mythos.data.dataset import TokenDataset
 from mythos.data.stream import Source
-from mythos.eval.exit import exit_rule
-from mythos.eval.val_loss import validation_losses
+from mythos.eval.forward import exit_rule
+from mythos.eval.validation import validation_losses
 from mythos.model import build_model, depth
 from tests.model.helpers import randomise
 from tests.spawn import RankPool

@@ -1,4 +1,4 @@
-"""Validation losses of a saved checkpoint, written beside the run as JSON."""
+"""`mythos eval`: the validation losses of a saved checkpoint, written beside the run as JSON."""
 
 import json
 import time
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mythos.checkpoint import layout
-from mythos.checkpoint import restore as checkpoint
+from mythos.checkpoint import restore
+from mythos.config.derive import eval_depths
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.eval.validation import validate
 from mythos.files import write_atomically
-from mythos.ranks import group, preflight
+from mythos.ranks import preflight
 from mythos.ranks.watchdog import Watchdog
 from mythos.run.directory import RunDirectory
 
 
-def checkpoint_losses(config: Config, device: torch.device, found: Path) -> dict[str, Any]:
+def evaluate_checkpoint(config: Config, device: torch.device, found: Path) -> dict[str, Any]:
     """Load the checkpoint ``found`` and measure the loss at each of ``eval.depths``. Collective.
 
-    Rank 0 writes the result to RUN/evaluations/step_XXXXXXXX.json; one that is there is replaced.
+    Rank 0 writes the result to RUN/evaluations/step_XXXXXXXX.json; an existing one is replaced.
 
     Raises:
         UserError: the checkpoint or the data do not fit the configuration, or cannot be read.
@@ -30,13 +30,14 @@ def checkpoint_losses(config: Config, device: torch.device, found: Path) -> dict
     preflight.check_ranks(config, device)
     with Watchdog(config.train.watchdog_s) as watchdog:
         data = preflight.open_data_everywhere(config)
-        checkpoint.check(found)
+        restore.check(found)
         engine = TrainingEngine(config, device)
-        state = checkpoint.load(engine, found)
-        losses = validate(config, engine, data.validation, state["step"], None, watchdog) or {}
+        step = restore.load(engine, found)["step"]
+        micro_batch = config.train.micro_batch_sequences
+        losses = validate(engine, data.validation, config.eval, eval_depths(config), micro_batch, step, watchdog) or {}
     result = {
         "checkpoint": found.name,
-        "step": state["step"],
+        "step": step,
         **losses,
         "sequences": config.eval.sequences,
         "data": data.identity["sources"],
@@ -48,8 +49,3 @@ def checkpoint_losses(config: Config, device: torch.device, found: Path) -> dict
         directory.mkdir(exist_ok=True)
         write_atomically(directory / f"{found.name}.json", json.dumps(result, indent=2))
     return result
-
-
-def find_checkpoint(run: Path, step: int | None) -> Path:
-    """The checkpoint at ``step``, by default the newest complete one. Collective; raises UserError if there is none."""
-    return group.agree(lambda: layout.find(run, step))

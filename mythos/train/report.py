@@ -1,0 +1,131 @@
+"""The report of a run: console, metrics.jsonl, TensorBoard, and the watches for spikes and collapse.
+
+docs/metrics.md defines every metric. To add one, put it into ``Report.step`` (what all ranks know of a step) or into
+the diagnostics that the model returns (averaged over micro batches and ranks).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import yaml
+from torch import Tensor
+
+from mythos.config.derive import tokens_per_step
+from mythos.config.load import flatten, to_dict
+from mythos.config.schema import Config
+from mythos.run.anomalies import CollapseWatch
+from mythos.run.console import Progress, log
+from mythos.run.metrics import MetricsWriter
+from mythos.train.batch import StepBatch
+from mythos.train.state import RunState
+from mythos.train.step import StepResult, StepVotes
+
+
+class Report:
+    """Reports each step; every rank has one, and all of them judge a spike alike. Rank 0 alone writes files.
+
+    Args:
+        resumed_step: step of the checkpoint that was resumed; later metrics of an attempt that was killed are dropped.
+            None where the run begins.
+    """
+
+    def __init__(self, config: Config, rank: int, resumed_step: int | None) -> None:
+        self._config = config
+        directory = Path(config.run.directory)
+        self._writer = MetricsWriter(directory, -1 if resumed_step is None else resumed_step) if rank == 0 else None
+        self._progress = Progress(resumed_step or 0, config.train.steps, rank)
+        experts = getattr(config.model, "core_experts", None)
+        self._collapse = CollapseWatch(experts.experts_per_token, config.train.collapse_steps) if experts else None
+
+    def write_config(self) -> None:
+        """Show the configuration in TensorBoard."""
+        if self._writer:
+            tree = to_dict(self._config)
+            self._writer.write_config(yaml.safe_dump(tree, sort_keys=False), flatten(tree))
+
+    def step(
+        self,
+        state: RunState,
+        batch: StepBatch,
+        result: StepResult,
+        votes: StepVotes,
+        learning_rate: float,
+        seconds: float,
+        of_saves: Mapping[str, float],
+    ) -> bool:
+        """Report a finished step; whether its loss is a spike. The loss statistics of ``state`` take the loss in.
+
+        Args:
+            seconds: wall time of the step.
+            of_saves: metrics of checkpoints, written whatever ``log.every`` is.
+        """
+        metrics = {
+            "train/loss": votes.loss,
+            **votes.diagnostics,
+            "perf/data_wait_seconds": votes.data_wait_seconds,
+            "perf/peak_memory_gib": votes.peak_memory_gib,
+            "train/learning_rate": learning_rate,
+            "train/gradient_norm": result.gradient_norm,
+            "train/tokens": float(state.tokens),
+            "train/skipped_steps": float(state.skipped_steps),
+            "train/rewinds": float(state.rewinds),
+            "perf/step_seconds": seconds,
+            "perf/tokens_per_second": tokens_per_step(self._config) / seconds,
+        }
+        if self._config.loop is not None:
+            metrics |= depth_metrics(batch.depths, self._config.loop.backprop_depth)
+        if votes.load_LE is not None:
+            metrics |= expert_metrics(votes.load_LE)
+            if self._collapse and (warning := self._collapse.update(votes.load_LE)):
+                log.warning(f"step {state.step}: {warning}")
+        train, step = self._config.train, state.step
+        if step % self._config.log.every == 0 or step == train.steps or not result.applied:
+            self._progress.report(step, metrics)
+            self.write(step, {**metrics, **of_saves})
+        else:
+            self.write(step, of_saves)
+        if not result.applied or train.spike_sigma is None:
+            return False
+        return _is_spike(state, votes.loss, train.spike_sigma)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics that are not those of a step, such as validation losses."""
+        if self._writer and metrics:
+            self._writer.write(step, metrics)
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of later steps: the run has gone back to this one."""
+        if self._writer:
+            self._writer.rewind(step)
+
+    def close(self) -> None:
+        """Flush and close the files: the last points before a failure are those that matter."""
+        self._progress.close()
+        if self._writer:
+            self._writer.close()
+
+
+def _is_spike(state: RunState, loss: float, sigma: float) -> bool:
+    deviations = state.loss.deviations(loss)
+    state.loss.update(loss, sigma)
+    if deviations > sigma:
+        log.warning(
+            f"step {state.step}: loss {loss:.4f} is a spike, {deviations:.1f} standard deviations above its mean"
+        )
+    return deviations > sigma
+
+
+def depth_metrics(depths: np.ndarray, backprop_depth: int) -> dict[str, float]:
+    """Mean loop steps of the global batch, and how many of them carried gradient."""
+    return {"depth/mean": float(depths.mean()), "depth/with_grad": float(np.minimum(depths, backprop_depth).mean())}
+
+
+def expert_metrics(load_LE: Tensor) -> dict[str, float]:
+    """From the tokens that each expert of each layer got in one step, summed over ranks.
+
+    ``moe/load_max_over_mean`` is 1 when balanced and E when one expert gets everything (of the worst layer);
+    ``moe/experts_unused`` counts experts without a single token, over all layers.
+    """
+    worst = (load_LE.amax(dim=1) / load_LE.mean(dim=1).clamp(min=1e-9)).max()
+    return {"moe/load_max_over_mean": worst.item(), "moe/experts_unused": float((load_LE == 0).sum())}

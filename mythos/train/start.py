@@ -1,0 +1,174 @@
+"""The start of a training run: preflight checks, data, run directory, journal, watchdog, and the resumed state."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+
+from mythos.checkpoint import restore
+from mythos.config.derive import eval_depths
+from mythos.config.schema import Config
+from mythos.data.open import RunData, check_data_unchanged
+from mythos.engine.engine import TrainingEngine
+from mythos.engine.sections import precision
+from mythos.eval.generate import sample_text
+from mythos.eval.validation import validate
+from mythos.ranks import group, preflight
+from mythos.ranks.preemption import StopRequest
+from mythos.ranks.watchdog import Watchdog
+from mythos.run import directory as run_directory
+from mythos.run.console import log, start_logging
+from mythos.run.directory import RunDirectory
+from mythos.run.journal import Journal, environment
+from mythos.run.metrics import read_metrics
+from mythos.train.batch import StepBatches
+from mythos.train.report import Report
+from mythos.train.state import RunState
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """Everything around the training itself, for the time of one attempt."""
+
+    config: Config
+    stop: StopRequest
+    directory: RunDirectory
+    data: RunData
+    changed: Mapping[str, Any]
+    """Options that differ from the start before, with the old and the new value."""
+    accept_changes: bool
+    found: Path | None
+    """The checkpoint to resume from."""
+    watchdog: Watchdog
+    journal: Journal
+
+    def restore(self, engine: TrainingEngine) -> RunState:
+        """The state to start from; the engine is filled from the checkpoint, where there is one. Collective.
+
+        Raises:
+            UserError: the checkpoint is of another model, or the data has changed and the user did not agree.
+        """
+        if self.found is None:
+            return RunState(self.data.identity)
+        self.watchdog.progress("reading the checkpoint")
+        state = RunState.from_dict(restore.load(engine, self.found))
+        for change in group.agree(lambda: check_data_unchanged(state.data, self.data.identity, self.accept_changes)):
+            log.warning(f"data changed: {change}; resuming at sample {state.samples}")
+        state.data = self.data.identity
+        log.info(f"resumed from {self.found} at step {state.step} of {self.config.train.steps}")
+        return state
+
+    def open_report(self, resumed_step: int) -> Report:
+        """The report of this attempt. From here on the run directory describes this configuration."""
+        report = Report(self.config, dist.get_rank(), resumed_step if self.found else None)
+        if dist.get_rank() == 0 and (self.changed or not self.found):
+            run_directory.write_config(self.config)
+            run_directory.keep_tokenizer(self.directory.path, self.data.tokenizer)
+            report.write_config()
+        return report
+
+    def open_batches(self, state: RunState) -> StepBatches:
+        """The batches from the state's position on."""
+        return StepBatches(self.config, self.data.stream(self.config), state.step + 1, state.samples)
+
+    def missing_validation(self, step: int) -> bool:
+        """Whether this step is still to be validated: at the start of a run, or after a stop or kill. Collective."""
+        if self.found is None:
+            return True
+        if step % self.config.eval.every and step < self.config.train.steps:
+            return False
+        return group.from_rank_0(lambda: not _has_validation(self.directory.path, step))
+
+    def validate(self, engine: TrainingEngine, step: int, report: Report) -> bool:
+        """Measure and report the validation losses; False when a rank was asked to stop meanwhile. Collective."""
+        losses = validate(
+            engine,
+            self.data.validation,
+            self.config.eval,
+            eval_depths(self.config),
+            self.config.train.micro_batch_sequences,
+            step,
+            self.watchdog,
+            self.stop,
+        )
+        report.write(step, losses or {})
+        return losses is not None
+
+    def sample(self, engine: TrainingEngine) -> str | None:
+        """Generated text; None when a rank was asked to stop meanwhile. Collective."""
+        depths = eval_depths(self.config)
+        return sample_text(
+            engine,
+            self.data.tokenizer,
+            self.config.sample,
+            self.config.eval,
+            longest=self.config.data.sequence_length,
+            loop_depth=max(depths) if depths else None,
+            seed=self.config.seed,
+            watchdog=self.watchdog,
+            stop=self.stop,
+        )
+
+    def end(self, exit_code: int) -> int:
+        """Record the end of the attempt, and print where its results are; returns the exit code."""
+        tensorboard = Path(sys.executable).with_name("tensorboard")
+        if tensorboard.is_relative_to(Path.cwd()):
+            tensorboard = tensorboard.relative_to(Path.cwd())
+        log.info(f"run directory: {self.directory.path}")
+        log.info(f"watch it: {tensorboard} --logdir {self.directory.path}")
+        self.journal.end(exit_code)
+        return exit_code
+
+
+@contextmanager
+def open_run(config: Config, device: torch.device, stop: StopRequest, accept_changes: bool) -> Iterator[OpenRun]:
+    """Check that all ranks fit together, open data and run directory, and watch the run until the block ends.
+
+    Whatever ends the block is recorded in the run's journal. Collective.
+
+    Raises:
+        UserError: the ranks, the run directory or the data do not fit the configuration.
+    """
+    directory = RunDirectory(Path(config.run.directory))
+    with Journal(directory.path, dist.get_rank()) as journal:
+        reports = preflight.check_ranks(config, device)
+    stop.has_begun = True
+    # The journal is the outer context: when a rank fails only because another rank died, it records the watchdog's
+    # diagnosis, not the secondary error.
+    with journal, Watchdog(config.train.watchdog_s) as watchdog, ExitStack() as cleanup:
+        data = preflight.open_data_everywhere(config)
+        changed, lock = _open_directory(config, accept_changes, device, reports)
+        cleanup.enter_context(lock or nullcontext())
+        journal.start(environment([report.host for report in reports], str(device), precision(config, device)))
+        watchdog.before_end, stop.before_leaving = journal.fail, watchdog.leave
+        found = restore.newest_valid(directory.checkpoints)
+        watchdog.progress("building the model")
+        yield OpenRun(config, stop, directory, data, changed, accept_changes, found, watchdog, journal)
+
+
+def _open_directory(
+    config: Config, accept_changes: bool, device: torch.device, reports: list[preflight.RankReport]
+) -> tuple[dict[str, tuple[Any, Any]], TextIO | None]:
+    """The options that changed since the last start, and the lock on the directory (rank 0)."""
+    rank, directory = dist.get_rank(), Path(config.run.directory)
+    changed = group.agree(lambda: run_directory.prepare(config, accept_changes) if rank == 0 else {})
+    lock = group.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
+    preflight.check_run_directory(config.run, config.model)
+    start_logging(RunDirectory(directory).log(rank), rank)
+    log.info(f"rank {rank} of {dist.get_world_size()} on {reports[0].host}, process {os.getpid()}, device {device}")
+    for report in reports:
+        log.info(str(report))
+    for path, (before, after) in changed.items():
+        log.info(f"changed since the last start: {path}: {before!r} -> {after!r}")
+    return changed, lock
+
+
+def _has_validation(directory: Path, step: int) -> bool:
+    lines = read_metrics(directory)
+    return any(line["step"] == step and any(name.startswith("val/") for name in line) for line in lines)

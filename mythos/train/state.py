@@ -1,0 +1,48 @@
+"""What a run has to remember besides its weights."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
+
+from mythos.run.anomalies import LossStatistics
+
+
+@dataclass
+class RunState:
+    """The position of a run, saved as state.json in every checkpoint; the same on every rank.
+
+    ``data`` identifies the data that ``samples`` counts (see ``mythos.data.open``); ``samples`` is the position in the
+    stream, which also counts the sequences that a rewind left out. ``epochs`` is the position in each data source.
+    """
+
+    data: dict[str, Any]
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    rewinds: int = 0
+    loss: LossStatistics = field(default_factory=LossStatistics)
+    epochs: dict[str, float] = field(default_factory=dict)
+
+    def count(self, sequences: int, tokens: int, applied: bool) -> None:
+        """A step is done: so many sequences and tokens were read, and the update was applied or skipped."""
+        self.step += 1
+        self.samples += sequences
+        self.tokens += tokens
+        self.bad_steps_in_a_row = 0 if applied else self.bad_steps_in_a_row + 1
+        self.skipped_steps += not applied
+
+    def rewound_to(self, saved: "RunState") -> "RunState":
+        """The state after going back to a checkpoint: its step and weights, but the data read since is left out."""
+        return replace(saved, samples=self.samples, rewinds=self.rewinds + 1, data=self.data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        """The state in a checkpoint's state.json, which also holds what only a reader of the file needs."""
+        known = {name: saved[name] for name in (each.name for each in fields(cls)) if name in saved}
+        return cls(**known | {"loss": LossStatistics(**saved["loss"])})

@@ -1,0 +1,124 @@
+"""One optimizer step, and the one exchange between the ranks that follows it."""
+
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mythos.checkpoint.saver import Saver
+from mythos.config.model_schema import Dense, Looped
+from mythos.engine.engine import TrainingEngine
+from mythos.model.moe import balance, expert_load, moe_layers
+from mythos.ranks import group
+from mythos.ranks.preemption import StopRequest
+from mythos.train.batch import StepBatch, StepBatches, tokens_and_targets
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one rank knows after its part of a step; ``applied`` and ``gradient_norm`` are the same on every rank."""
+
+    loss: float
+    """Mean over this rank's micro batches."""
+    diagnostics: dict[str, float]
+    """The model's diagnostics, averaged over this rank's micro batches."""
+    load_LE: Tensor | None
+    """Tokens that this rank sent to each expert of each layer; None without experts."""
+    applied: bool
+    """Whether the weights were updated: the gradient norm was finite."""
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class StepVotes:
+    """What all ranks know of a step after the exchange, so that they decide alike."""
+
+    loss: float
+    diagnostics: dict[str, float]
+    load_LE: Tensor | None
+    """Tokens of each expert of each layer over all ranks, fp32 on the CPU."""
+    stop: bool
+    """A rank was asked to stop."""
+    data_failed: bool
+    """A rank cannot read its rows of the next step."""
+    saving: bool
+    """A rank is still writing its part of a checkpoint."""
+    data_wait_seconds: float
+    """Of the rank that waited longest."""
+    peak_memory_gib: float
+    """Of the rank that used most."""
+
+
+def train_step(engine: TrainingEngine, batch: StepBatch, groups: Mapping[str, Mapping[str, float]]) -> StepResult:
+    """Forward and backward pass of every micro batch, then one update of the weights. Collective."""
+    losses: list[Tensor] = []
+    diagnostics: list[dict[str, Tensor]] = []
+    load_LE = None
+    for rows, plan in zip(batch.rows, batch.plans, strict=True):
+        tokens, targets = tokens_and_targets(rows, engine.device)
+        loss, health = engine(tokens, targets, plan)
+        if moe_layers(engine.module):  # before the backward pass, whose recomputation would count the tokens again
+            load_LE = expert_load(engine.module) + (0 if load_LE is None else load_LE)
+        engine.backward(loss)
+        losses.append(loss.detach())
+        diagnostics.append(health)
+    update = engine.step(groups)
+    return StepResult(
+        torch.stack(losses).mean().item(), _means(diagnostics), load_LE, update.applied, update.gradient_norm
+    )
+
+
+def exchange(
+    result: StepResult, stop: StopRequest, batches: StepBatches, saver: Saver, device: torch.device
+) -> StepVotes:
+    """Everything that a rank knows alone travels in one collective, and all ranks decide on the same numbers.
+
+    It waits for this rank's rows of the next step: what one rank cannot read, all ranks must know.
+    """
+    data_failed = batches.failed()
+    means = [result.loss, *result.diagnostics.values()]
+    largest = [
+        float(stop.asked),
+        float(data_failed),
+        float(saver.pending),
+        batches.waited_seconds,
+        _peak_memory_gib(device),
+    ]
+    numbers = torch.tensor([*means, *largest], dtype=torch.float64, device=device)
+    load_LE = result.load_LE
+    own = numbers if load_LE is None else torch.cat((numbers, load_LE.double().flatten()))
+    rows = group.gather(own)
+    loss, *diagnostics = rows[:, : len(means)].mean(dim=0).tolist()
+    stop_asked, failed, saving, waited, memory = rows[:, len(means) : len(numbers)].amax(dim=0).tolist()
+    total = None if load_LE is None else rows[:, len(numbers) :].sum(dim=0).float().view(load_LE.shape)
+    return StepVotes(
+        loss=loss,
+        diagnostics=dict(zip(result.diagnostics, diagnostics, strict=True)),
+        load_LE=total,
+        stop=bool(stop_asked),
+        data_failed=bool(failed),
+        saving=bool(saving),
+        data_wait_seconds=waited,
+        peak_memory_gib=memory,
+    )
+
+
+def balance_experts(engine: TrainingEngine, model: Looped | Dense, result: StepResult, votes: StepVotes) -> None:
+    """Move the experts' balance biases by the load of an applied step, alike on every rank."""
+    if isinstance(model, Looped) and model.core_experts and votes.load_LE is not None and result.applied:
+        balance(engine.module, votes.load_LE.to(engine.device), model.core_experts.balance_rate)
+
+
+def _means(diagnostics: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    return {name: sum(each[name].item() for each in diagnostics) / len(diagnostics) for name in diagnostics[0]}
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Largest memory of this rank so far: allocated on its GPU, or resident in RAM on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
