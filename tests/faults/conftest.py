@@ -1,21 +1,21 @@
-"""The undisturbed run that every disturbed one must equal, and the table of what the faults cost."""
+"""The undisturbed run that every disturbed run must equal, and the table of what the faults cost."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.supervise import TABLE, configuration, consumed, live, losses
+from tests.faults.supervise import TABLE, attempt, configuration, consumed, losses
 
 NO_FAULT = {"where": "nowhere", "rank": 0, "call": 0}
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[int, list[str]]]:
-    """Losses and consumed sequences of a run on two ranks that nothing happens to."""
+    """Losses and consumed sequences of a run on two ranks without a fault."""
     config = configuration(tiny_data, tmp_path_factory.mktemp("undisturbed"))
-    life = live(config, NO_FAULT)
-    assert life.exit_code == 0, life.output
+    only = attempt(config, NO_FAULT)
+    assert only.exit_code == 0, only.output
     return losses(config), consumed(config)
 
 

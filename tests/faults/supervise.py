@@ -1,11 +1,14 @@
-"""Starts a run again until it is done, as a scheduler would, and says what every life of it cost."""
+"""Starts a run again until it is done, as a scheduler would, and records what each attempt cost."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,23 +19,31 @@ from mythos.config.load import to_dict
 from mythos.config.schema import Config
 from mythos.run.directory import RunDirectory
 from mythos.run.metrics import read_metrics
-from tests.cluster import clean_environment, run
-from tests.faults.victim import sequences
+from tests.cluster import clean_environment
+from tests.faults import victim
+from tests.spawn import Job
 from tests.tiny import tiny_config
 
 BIN = Path(sys.executable).parent
 LIMIT_S = 150
 STEPS = 30
 SAVE_EVERY = 6
+LAUNCHERS: dict[str, list[Any]] = {
+    "mpiexec": [BIN / "mpiexec", "-n", "2"],
+    "torchrun": [BIN / "torchrun", "--nproc-per-node=2", "--no-python"],
+    "srun": ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"],
+}
 
 
-class Life(NamedTuple):
+class Attempt(NamedTuple):
+    """One start of a run, after its end."""
+
     exit_code: int
     output: str
     ended: float
     last_step: int
-    named: str | None
-    """What ``latest`` named when it had ended."""
+    newest_checkpoint: str | None
+    """What ``latest`` named at the end."""
 
 
 class Row(NamedTuple):
@@ -57,58 +68,68 @@ def configuration(data: Path, directory: Path, ranks: int = 2, **overrides: Any)
     return tiny_config("looped-moe", data, directory / "run", ranks=ranks, **(options | overrides))
 
 
-LAUNCHERS: dict[str, list[Any]] = {
-    "bare": [],
-    "mpiexec": [BIN / "mpiexec", "-n", "2"],
-    "torchrun": [BIN / "torchrun", "--nproc-per-node=2", "--no-python"],
-    "srun": ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"],
-}
-
-
-def live(
+def attempt(
     config: Config,
     fault: dict[str, Any],
     ranks: int = 2,
     launcher: str | None = None,
     env: dict[str, str] | None = None,
-    poke: Callable[[Path], None] | None = None,
-) -> Life:
-    """One life of the run, under mpiexec or bare by default; ``poke`` is called once it is on its way."""
-    directory = Path(config.run.directory).parent
-    file, plan = directory / f"config_{ranks}.yaml", directory / "fault.json"
-    file.write_text(yaml.safe_dump(to_dict(config)))
-    plan.write_text(json.dumps(fault))
-    start = LAUNCHERS[launcher or ("mpiexec" if ranks > 1 else "bare")]
-    command = [*start, sys.executable, "-m", "tests.faults.victim", plan, "train", file]
-    if poke is None:
-        done = run(command, LIMIT_S, env=env or clean_environment())
-        code, output = done.returncode, done.stdout + done.stderr
-    else:
-        with subprocess.Popen(
-            command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
-            try:
-                poke(Path(config.run.directory))
-                output, _ = process.communicate(timeout=LIMIT_S)
-            finally:
-                process.kill()
-            code = process.returncode
-    ended = time.time()
+    disturb: Callable[[Path], None] | None = None,
+) -> Attempt:
+    """Start the run once, in forked processes or by a launcher on two ranks; ``disturb`` is called after the start."""
     run_directory = Path(config.run.directory)
+    directory = run_directory.parent
+    file, plan, output = directory / f"config_{ranks}.yaml", directory / "fault.json", directory / "output"
+    file.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
+    plan.write_text(json.dumps(fault), encoding="utf-8")
+    output.unlink(missing_ok=True)
+    words = [str(plan), "train", str(file)]
+    if launcher is None:
+        job = Job(ranks, victim.run, words, output=output)
+        try:
+            if disturb:
+                disturb(run_directory)
+            exit_code = job.wait(LIMIT_S)
+        finally:
+            job.kill()
+    else:
+        command = [*LAUNCHERS[launcher], sys.executable, "-m", "tests.faults.victim", *words]
+        exit_code = _launch(command, env or clean_environment(), output, lambda: disturb and disturb(run_directory))
+    ended = time.time()
     steps = [line["step"] for line in read_metrics(run_directory) if "train/loss" in line]
-    named = layout.latest(RunDirectory(run_directory).checkpoints)
-    return Life(code, output, ended, max(steps, default=0), named.name if named else None)
+    newest = layout.latest(RunDirectory(run_directory).checkpoints)
+    text = output.read_text(encoding="utf-8", errors="replace")
+    return Attempt(exit_code, text, ended, max(steps, default=0), newest.name if newest else None)
 
 
-def resumed_at(life: Life) -> int:
-    """The step at which a life began."""
-    found = re.search(r"resumed from \S+ at step (\d+)", life.output)
+def _launch(command: list[Any], env: dict[str, str], output: Path, started: Callable[[], Any]) -> int:
+    with (
+        output.open("wb") as file,
+        subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        try:
+            started()
+            return process.wait(timeout=LIMIT_S)
+        finally:
+            # SIGTERM first: srun and mpiexec then end their tasks, which have sessions of their own.
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=10)
+
+
+def resumed_at(attempt: Attempt) -> int:
+    """The step from which an attempt resumed."""
+    found = re.search(r"resumed from \S+ at step (\d+)", attempt.output)
     return int(found[1]) if found else 0
 
 
-def lost_steps(before: Life, after: Life) -> int:
+def lost_steps(before: Attempt, after: Attempt) -> int:
     """Steps that were done twice; all of them were done after the last complete checkpoint."""
-    step = int(before.named.removeprefix("step_")) if before.named else 0
+    step = int(before.newest_checkpoint.removeprefix("step_")) if before.newest_checkpoint else 0
     assert resumed_at(after) == step, after.output
     return before.last_step - step
 
@@ -118,4 +139,4 @@ def losses(config: Config) -> list[float]:
 
 
 def consumed(config: Config) -> dict[int, list[str]]:
-    return sequences(Path(config.run.directory).parent)
+    return victim.sequences(Path(config.run.directory).parent)

@@ -1,4 +1,4 @@
-"""Files that are damaged, cut or gone, disks that are full or vanish, gradients that are NaN."""
+"""Damaged, truncated and missing files, full, read-only and missing disks."""
 
 import os
 import shutil
@@ -15,6 +15,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 
+from launch.cli import main
 from mythos.checkpoint import layout
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
@@ -27,7 +28,7 @@ from tests.cluster import clean_environment, run
 from tests.faults.supervise import BIN, SAVE_EVERY, STEPS, TABLE, Row, configuration, consumed, losses
 from tests.faults.victim import recording, sequences
 from tests.require import lacking
-from tests.spawn import RankPool
+from tests.spawn import Job, RankPool
 from tests.train.runs import record_training, run_training
 
 pytestmark = pytest.mark.slow
@@ -47,23 +48,23 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "a flipped byte in the state": lambda newest: flip(newest / STATE_FILE),
     "a truncated file": lambda newest: os.truncate(newest / layout.weights_file(0), 1000),
     "a missing file of a rank": lambda newest: (newest / layout.optimizer_file(1)).unlink(),
-    "a pointer to a directory that is not there": lambda newest: shutil.rmtree(newest),
-    "a pointer that is cut": lambda newest: (newest.parent / LATEST_FILE).write_text("step_00"),
+    "a pointer to a missing directory": lambda newest: shutil.rmtree(newest),
+    "a truncated pointer": lambda newest: (newest.parent / LATEST_FILE).write_text("step_00", encoding="utf-8"),
 }
 
 
 @pytest.fixture(scope="module")
 def straight(two_ranks: RankPool, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
-    """A finished run, and the place of a run of the same configuration that ended early, with three checkpoints."""
+    """A finished run, and the directory of a shorter run of the same configuration, with three checkpoints."""
     directory = tmp_path_factory.mktemp("straight")
     options = {"checkpoint__keep_last": 3, "optim__cooldown": "constant"}
-    whole = configuration(tiny_data, directory / "whole", **options)
+    straight_config = configuration(tiny_data, directory / "whole", **options)
     (directory / "whole").mkdir()
-    assert two_ranks.run(record_training, whole, directory / "whole") == [0, 0]
+    assert two_ranks.run(record_training, straight_config, directory / "whole") == [0, 0]
     early = configuration(tiny_data, directory / "early", **options, train__steps=FIRST)
     (directory / "early").mkdir()
     assert two_ranks.run(record_training, early, directory / "early") == [0, 0]
-    return whole, directory / "early"
+    return straight_config, directory / "early"
 
 
 def failure(config: Config) -> str:
@@ -78,60 +79,60 @@ def failure(config: Config) -> str:
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     name: str, straight: tuple[Config, Path], two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    whole, early = straight
+    straight_config, early = straight
     shutil.copytree(early, tmp_path, dirs_exist_ok=True)
     directory = RunDirectory(tmp_path / "run").checkpoints
     newest = directory / layout.tag(FIRST)
     DAMAGE[name](newest)
-    config = replace(whole, run=replace(whole.run, directory=str(tmp_path / "run")))
+    config = replace(straight_config, run=replace(straight_config.run, directory=str(tmp_path / "run")))
     (tmp_path / "run" / "config.yaml").unlink()
-    shutil.copy(Path(whole.run.directory) / "config.yaml", tmp_path / "run" / "config.yaml")
+    shutil.copy(Path(straight_config.run.directory) / "config.yaml", tmp_path / "run" / "config.yaml")
     assert two_ranks.run(record_training, config, tmp_path) == [0, 0]
-    assert losses(config) == losses(whole)
-    assert consumed(config) == consumed(whole)
-    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
-    back = FIRST if "cut" in name else SAVED[-2]
+    assert losses(config) == losses(straight_config)
+    assert consumed(config) == consumed(straight_config)
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text(encoding="utf-8")
+    back = FIRST if "truncated pointer" in name else SAVED[-2]
     assert f"{layout.tag(back)} at step {back} of" in log
     if "pointer" not in name:
         aside = directory / layout.SET_ASIDE / newest.name
-        assert aside.is_dir(), "never deleted"
+        assert aside.is_dir(), "a damaged checkpoint is never deleted"
         assert f"{newest.name} is damaged: {newest}" in log
-    elif "not there" in name:
+    elif "missing directory" in name:
         assert f"{LATEST_FILE} names {newest.name}, which is missing" in log
     found = "is damaged" if "pointer" not in name else "resumed from"
     TABLE.append(Row(name, seconds_until(log, found), FIRST - back, True))
 
 
 def seconds_until(log: str, text: str) -> float:
-    """From the start of the last life in a log to the first line with the text."""
-    life = log[log.rindex("rank 0 of 2 on ") - 30 :].splitlines()
+    """From the last start in a log to the first line with the text."""
+    lines = log[log.rindex("rank 0 of 2 on ") - 30 :].splitlines()
     stamps = [
         datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f")
-        for line in life
+        for line in lines
         if "rank 0 of 2 on" in line or text in line
     ]
     return (stamps[1] - stamps[0]).total_seconds()
 
 
-def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_run_does_not_begin_anew(
+def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_start_is_refused(
     straight: tuple[Config, Path], two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    whole, early = straight
+    straight_config, early = straight
     shutil.copytree(early / "run", tmp_path / "run")
-    shutil.copy(Path(whole.run.directory) / "config.yaml", tmp_path / "run" / "config.yaml")
+    shutil.copy(Path(straight_config.run.directory) / "config.yaml", tmp_path / "run" / "config.yaml")
     directory = RunDirectory(tmp_path / "run").checkpoints
     for step in SAVED:
         flip(directory / layout.tag(step) / layout.weights_file(0))
-    config = replace(whole, run=replace(whole.run, directory=str(tmp_path / "run")))
+    config = replace(straight_config, run=replace(straight_config.run, directory=str(tmp_path / "run")))
     for _ in range(2):
         messages = two_ranks.run(failure, config)
         assert messages[0] == messages[1]
         assert "every checkpoint is damaged" in messages[0]
         assert "move them away to start over" in messages[0]
     assert len(layout.complete(directory)) == 3
-    (directory / LATEST_FILE).write_text(layout.tag(12))
+    (directory / LATEST_FILE).write_text(layout.tag(12), encoding="utf-8")
     assert f"every checkpoint up to {layout.tag(12)} is damaged" in two_ranks.run(failure, config)[0]
-    (directory / LATEST_FILE).write_text(layout.tag(18))
+    (directory / LATEST_FILE).write_text(layout.tag(18), encoding="utf-8")
 
     done = run([BIN / "mythos", "checkpoint", "verify", tmp_path / "run"], 60, env=clean_environment())
     assert done.returncode == 2
@@ -144,7 +145,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_run_does_not_
     messages = two_ranks.run(failure, config)
     assert f"latest names {layout.tag(18)}, which is missing, and there is no other" in messages[0]
     assert messages[0] == messages[1]
-    assert losses(config), "the metrics of the run are as they were"
+    assert losses(config), "the metrics of the run are unchanged"
 
 
 def mount(*arguments: str) -> None:
@@ -158,12 +159,12 @@ def mount(*arguments: str) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """8 MB: the checkpoints of a run fit, together with nothing else of that size."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place))
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    """A disk of 8 MB, which holds the checkpoints of a run."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", str(directory))
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
 def full_disk(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -181,13 +182,13 @@ def full_disk(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
 
 
 def read_only(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
-    place = str(RunDirectory(run).checkpoints)
+    directory = str(RunDirectory(run).checkpoints)
 
     def break_it() -> None:
-        mount("--bind", place, place)
-        mount("-o", "remount,bind,ro", place)
+        mount("--bind", directory, directory)
+        mount("-o", "remount,bind,ro", directory)
 
-    return break_it, lambda: subprocess.run(["umount", "--lazy", place], check=True) and None
+    return break_it, lambda: subprocess.run(["umount", "--lazy", directory], check=True) and None
 
 
 def vanished(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -196,58 +197,58 @@ def vanished(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "mode"), [(full_disk, "sync"), (full_disk, "async"), (read_only, "async"), (vanished, "async")]
+    ("fault", "mode"), [(full_disk, "sync"), (full_disk, "async"), (read_only, "async"), (vanished, "async")]
 )
-def test_training_goes_on_while_checkpoints_cannot_be_written(
-    trouble: Any, mode: str, straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
+def test_training_continues_while_checkpoints_cannot_be_written(
+    fault: Any, mode: str, straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
 ) -> None:
-    """The trouble begins after the first checkpoint and ends after the second has failed; nothing is lost."""
-    config, told, detected_s = in_trouble(trouble, straight[0], two_ranks, small_disk, SAVE_EVERY, mode)
-    assert "checkpoint of step 12 not saved (rank " in told
-    assert f"last complete one: {config.run.directory}/checkpoints/step_00000006" in told
-    TABLE.append(Row(f"{trouble.__name__.replace('_', ' ')} during a save ({mode})", detected_s, 0, True))
+    """The fault begins after the first checkpoint and ends after the second has failed; no step is lost."""
+    config, message, detected_s = run_with_fault(fault, straight[0], two_ranks, small_disk, SAVE_EVERY, mode)
+    assert "checkpoint of step 12 not saved (rank " in message
+    assert f"last complete one: {config.run.directory}/checkpoints/step_00000006" in message
+    TABLE.append(Row(f"{fault.__name__.replace('_', ' ')} during a save ({mode})", detected_s, 0, True))
 
 
-def test_a_last_save_that_fails_is_tried_again(
+def test_a_last_save_that_fails_is_repeated(
     straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
 ) -> None:
-    """No later save would be due."""
-    _, told, _ = in_trouble(full_disk, straight[0], two_ranks, small_disk, STEPS - 1, "async")
-    assert f"checkpoint of step {STEPS} not saved (rank " in told
+    """No later save is due that could replace it."""
+    _, message, _ = run_with_fault(full_disk, straight[0], two_ranks, small_disk, STEPS - 1, "async")
+    assert f"checkpoint of step {STEPS} not saved (rank " in message
 
 
-def in_trouble(
-    trouble: Any, whole: Config, two_ranks: RankPool, disk: Path, every: int, mode: str
+def run_with_fault(
+    fault: Any, straight_config: Config, two_ranks: RankPool, disk: Path, every: int, mode: str
 ) -> tuple[Config, str, float]:
-    """Run to the end although nothing can be saved after the first checkpoint, until a failure was told.
+    """Run to the end; after the first checkpoint nothing can be saved until a failure has been logged.
 
-    Returns the configuration, what was told, and how many seconds after the trouble began.
+    Returns the configuration, the message, and the seconds from the beginning of the fault to the message.
     """
-    run_directory, told = disk / "run", disk.parent / "told"
+    run_directory, logged = disk / "run", disk.parent / "logged"
     config = replace(
-        whole,
-        run=replace(whole.run, directory=str(run_directory)),
-        checkpoint=replace(whole.checkpoint, every=every, max_failures=10, keep_last=2, mode=mode),
+        straight_config,
+        run=replace(straight_config.run, directory=str(run_directory)),
+        checkpoint=replace(straight_config.checkpoint, every=every, max_failures=10, keep_last=2, mode=mode),
     )
-    break_it, mend_it = trouble(run_directory)
+    break_it, mend_it = fault(run_directory)
     broken_at = 0.0
 
-    def meddle() -> None:
+    def break_and_mend() -> None:
         nonlocal broken_at
         wait_for(lambda: layout.latest(RunDirectory(run_directory).checkpoints) is not None)
         broken_at = time.time()
         break_it()
         try:
-            wait_for(told.exists)
+            wait_for(logged.exists)
         finally:
             mend_it()
 
-    meddler = threading.Thread(target=meddle)
-    meddler.start()
-    assert two_ranks.run(run_slowly, config, told, disk.parent) == [0, 0]
-    meddler.join()
-    assert losses(config) == losses(whole), "no line of metrics.jsonl is lost either"
-    assert sequences(disk.parent) == consumed(whole)
+    thread = threading.Thread(target=break_and_mend)
+    thread.start()
+    assert two_ranks.run(run_slowly, config, logged, disk.parent) == [0, 0]
+    thread.join()
+    assert losses(config) == losses(straight_config), "no line of metrics.jsonl is lost either"
+    assert sequences(disk.parent) == consumed(straight_config)
     name = "checkpoint/failures_in_a_row"
     failures = [line[name] for line in read_metrics(run_directory) if name in line]
     assert 1.0 in failures or every > SAVE_EVERY
@@ -255,22 +256,21 @@ def in_trouble(
     checkpoints = RunDirectory(run_directory).checkpoints
     assert layout.latest(checkpoints) == checkpoints / layout.tag(STEPS)
     assert not layout.half_written(checkpoints)
-    return config, told.read_text(), told.stat().st_mtime - broken_at
+    return config, logged.read_text(encoding="utf-8"), logged.stat().st_mtime - broken_at
 
 
-def run_slowly(config: Config, told: Path, record: Path) -> int:
-    """Slow enough for the test to break and mend things between two steps; passes on what is told of a failure, and
-    which sequences every step was given."""
+def run_slowly(config: Config, logged: Path, record: Path) -> int:
+    """Train slowly enough for faults between two steps; record sequences and rank 0's message of a failed save."""
     step, error = TrainingEngine.step, log.error
 
-    def tell(message: str) -> None:
+    def watched(message: str) -> None:
         error(message)
         if dist.get_rank() == 0 and "not saved" in message:
-            told.write_text(message)
+            logged.write_text(message, encoding="utf-8")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingEngine, "step", lambda *arguments: (time.sleep(0.1), step(*arguments))[1])
-        patch.setattr(log, "error", tell)
+        patch.setattr(log, "error", watched)
         with recording(record):
             return run_training(config)
 
@@ -283,21 +283,18 @@ def wait_for(condition: Callable[[], bool], limit_s: float = 60) -> None:
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_code_74(tiny_data: Path, small_disk: Path) -> None:
-    options = {"train__steps": 2000, "checkpoint__every": 50, "checkpoint__max_failures": 2}
+    options = {"train__steps": 2000, "checkpoint__every": 20, "checkpoint__max_failures": 2}
     config = configuration(tiny_data, small_disk, ranks=1, **options)
     run_directory, file = small_disk / "run", small_disk.parent / "c.yaml"
-    file.write_text(yaml.safe_dump(to_dict(config)))
-    with subprocess.Popen(
-        [BIN / "mythos", "train", file], env=clean_environment(), stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            wait_for(lambda: layout.latest(RunDirectory(run_directory).checkpoints) is not None)
-            full_disk(run_directory)[0]()
-            _, told = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert process.returncode == FAILED_TO_SAVE, told
-    assert "No space left on device" in told
-    assert "2 of 2 failures in a row (checkpoint.max_failures)" in told
-    assert f"last complete one: {run_directory}/checkpoints/step_" in told
-    assert "Traceback" not in told
+    file.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
+    job = Job(1, main, ["train", str(file)], output=small_disk.parent / "output")
+    try:
+        wait_for(lambda: layout.latest(RunDirectory(run_directory).checkpoints) is not None)
+        full_disk(run_directory)[0]()
+        assert job.wait(120) == FAILED_TO_SAVE, job.text()
+    finally:
+        job.kill()
+    assert "No space left on device" in job.text()
+    assert "2 of 2 failures in a row (checkpoint.max_failures)" in job.text()
+    assert f"last complete one: {run_directory}/checkpoints/step_" in job.text()
+    assert "Traceback" not in job.text()

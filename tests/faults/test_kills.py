@@ -1,4 +1,7 @@
-"""Ranks that die, hang or are told to go, at random moments of real runs, each started again until it is done."""
+"""Ranks that die, hang or are asked to stop at random moments of a run, which is started again until it is done.
+
+Most runs have no launcher that ends the other ranks: those must notice the fault by themselves.
+"""
 
 import os
 import random
@@ -14,7 +17,7 @@ import pytest
 from mythos.errors import PREEMPTED
 from mythos.run.metrics import read_metrics
 from tests.faults.conftest import NO_FAULT
-from tests.faults.supervise import STEPS, TABLE, Row, configuration, consumed, live, losses, lost_steps
+from tests.faults.supervise import STEPS, TABLE, Row, attempt, configuration, consumed, losses, lost_steps
 
 pytestmark = pytest.mark.slow
 Undisturbed = tuple[list[float], dict[int, list[str]]]
@@ -25,7 +28,7 @@ CALLS_A_SAVE = {"write": 130, "commit": 3, "snapshot": 1}
 
 
 def moment(where: str, rank: int | None = None, **more: Any) -> dict[str, Any]:
-    """Some moment between steps 7 and 25, or in one of the first three saves."""
+    """A random moment between steps 7 and 25, or in one of the first three saves."""
     if where in CALLS_A_STEP:
         call = CALLS_A_STEP[where] * RANDOM.randrange(7, 25) + RANDOM.randrange(CALLS_A_STEP[where])
     else:
@@ -51,32 +54,47 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
     name: str, undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path
 ) -> None:
     config = configuration(tiny_data, tmp_path)
-    first = live(config, KILLS[name])
-    fired = float((tmp_path / "fault.fired").read_text())
+    first = attempt(config, KILLS[name])
+    fired = fired_at(tmp_path)
     assert first.exit_code not in (0, 2, PREEMPTED), first.output
-    named = f"rank {KILLS[name]['rank']} on " in first.output
-    # mpiexec may end the others before they can speak; then it names process, host and cause itself.
-    assert named or f"PID {process_of(tmp_path / 'run', KILLS[name]['rank'])} RUNNING AT" in first.output
-    second = live(config, KILLS[name])
+    assert f"rank {KILLS[name]['rank']} on " in first.output, "the other rank names the one that died"
+    second = attempt(config, KILLS[name])
     assert second.exit_code == 0, second.output
     assert losses(config) == undisturbed[0]
     assert consumed(config) == undisturbed[1]
     TABLE.append(Row(name, first.ended - fired, lost_steps(first, second), True))
 
 
+@pytest.mark.parametrize(
+    "name", ["kill -9 of a rank in its backward pass", "kill -9 of rank 0 before the pointer moves"]
+)
+def test_a_killed_rank_under_mpiexec(name: str, undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
+    config = configuration(tiny_data, tmp_path)
+    first = attempt(config, KILLS[name], launcher="mpiexec")
+    fired, rank = fired_at(tmp_path), KILLS[name]["rank"]
+    assert first.exit_code not in (0, 2, PREEMPTED), first.output
+    # mpiexec may end the other rank before it logs anything; then mpiexec names process, host and cause itself.
+    assert f"rank {rank} on " in first.output or f"PID {process_of(tmp_path / 'run', rank)} RUNNING AT" in first.output
+    second = attempt(config, KILLS[name])
+    assert second.exit_code == 0, second.output
+    assert losses(config) == undisturbed[0]
+    assert consumed(config) == undisturbed[1]
+    TABLE.append(Row(f"{name}, under mpiexec", first.ended - fired, lost_steps(first, second), True))
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_a_killed_rank_under_other_launchers(
     launcher: str, undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path, slurm_cluster: dict[str, str]
 ) -> None:
-    """Two nodes under srun: the rank that dies is told from the other node."""
+    """Under srun on two nodes: the other node's rank names the one that died."""
     config = configuration(tiny_data, tmp_path)
     fault = {"where": "backward", "rank": 0, "call": 15}
-    first = live(config, fault, launcher=launcher, env=slurm_cluster)
-    fired = float((tmp_path / "fault.fired").read_text())
+    first = attempt(config, fault, launcher=launcher, env=slurm_cluster)
+    fired = fired_at(tmp_path)
     assert first.exit_code not in (0, 2, PREEMPTED), first.output
-    log = (tmp_path / "run" / "log" / "rank_00001.log").read_text()
+    log = rank_log(tmp_path / "run", 1)
     assert f"rank 0 on {host_of(tmp_path / 'run', 0)} (process " in first.output + log
-    second = live(config, fault, launcher=launcher, env=slurm_cluster)
+    second = attempt(config, fault)
     assert second.exit_code == 0, second.output
     assert losses(config) == undisturbed[0]
     assert consumed(config) == undisturbed[1]
@@ -84,21 +102,20 @@ def test_a_killed_rank_under_other_launchers(
     TABLE.append(Row(name, first.ended - fired, lost_steps(first, second), True))
 
 
-def test_a_nan_in_one_ranks_gradient_is_left_out_by_all(
+def test_a_nan_in_one_ranks_gradient_is_skipped_by_all(
     undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path
 ) -> None:
     config = configuration(tiny_data, tmp_path)
-    life = live(config, {"where": "nan gradient", "rank": 1, "call": 17})
-    assert life.exit_code == 0, life.output
-    assert "step 17: loss or gradient not finite, update skipped (1 in a row)" in life.output
+    only = attempt(config, {"where": "nan gradient", "rank": 1, "call": 17})
+    assert only.exit_code == 0, only.output
+    assert "step 17: loss or gradient not finite, update skipped (1 in a row)" in only.output
     assert losses(config)[:17] == undisturbed[0][:17]
-    assert losses(config)[17:] != undisturbed[0][17:], "one update is left out"
+    assert losses(config)[17:] != undisturbed[0][17:], "one update is skipped"
     assert consumed(config) == undisturbed[1]
     skipped = [line["train/skipped_steps"] for line in read_metrics(tmp_path / "run") if "train/loss" in line]
     assert skipped == [0.0] * 16 + [1.0] * (STEPS - 16)
-    fired = float((tmp_path / "fault.fired").read_text())
-    detected_s = told_at(tmp_path / "run", "not finite, update skipped") - fired
-    TABLE.append(Row("NaN in one rank's gradient (its update is left out)", detected_s, 0, True))
+    detected_s = logged_at(tmp_path / "run", "not finite, update skipped") - fired_at(tmp_path)
+    TABLE.append(Row("NaN in one rank's gradient (its update is skipped)", detected_s, 0, True))
 
 
 def test_kill_9_of_all(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
@@ -112,8 +129,8 @@ def test_kill_9_of_all(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path
         for rank in range(2):
             os.kill(process_of(run, rank), signal.SIGKILL)
 
-    first = live(config, NO_FAULT, poke=kill_all)
-    second = live(config, NO_FAULT)
+    first = attempt(config, NO_FAULT, disturb=kill_all)
+    second = attempt(config, NO_FAULT)
     assert second.exit_code == 0, second.output
     assert losses(config) == undisturbed[0]
     assert consumed(config) == undisturbed[1]
@@ -121,18 +138,18 @@ def test_kill_9_of_all(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path
 
 
 def test_a_kill_while_another_layout_is_read(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
-    """Two ranks stop, one goes on, and is killed while it reads what the two have written."""
+    """Two ranks stop; one rank resumes and is killed while it reads the checkpoint of the two."""
     term = {"where": "forward", "rank": 1, "call": 14, "signal": "SIGTERM"}
     two, one = configuration(tiny_data, tmp_path), configuration(tiny_data, tmp_path, ranks=1)
-    first = live(two, term)
+    first = attempt(two, term)
     assert first.exit_code == PREEMPTED, first.output
     assert 0 < first.last_step < STEPS
     (tmp_path / "fault.fired").unlink()
     kill = {"where": "load", "rank": 0, "call": RANDOM.randrange(5, 40)}
-    second = live(one, kill, ranks=1)
+    second = attempt(one, kill, ranks=1)
     assert second.exit_code == -signal.SIGKILL, second.output
-    fired = float((tmp_path / "fault.fired").read_text())
-    third = live(one, kill, ranks=1)
+    fired = fired_at(tmp_path)
+    third = attempt(one, kill, ranks=1)
     assert third.exit_code == 0, third.output
     assert losses(one) == pytest.approx(undisturbed[0], rel=1e-5)
     assert consumed(one) == undisturbed[1]
@@ -144,11 +161,11 @@ def test_a_kill_while_another_layout_is_read(undisturbed: Undisturbed, tiny_data
 def test_sigterm_during_a_save(where: str, undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
     config = configuration(tiny_data, tmp_path)
     fault = moment(where, 0, signal="SIGTERM")
-    first = live(config, fault)
+    first = attempt(config, fault)
     assert first.exit_code == PREEMPTED, first.output
     assert first.last_step < STEPS
-    fired = float((tmp_path / "fault.fired").read_text())
-    second = live(config, fault)
+    fired = fired_at(tmp_path)
+    second = attempt(config, fault)
     assert second.exit_code == 0, second.output
     assert losses(config) == undisturbed[0]
     assert consumed(config) == undisturbed[1]
@@ -157,14 +174,15 @@ def test_sigterm_during_a_save(where: str, undisturbed: Undisturbed, tiny_data: 
     TABLE.append(Row(f"SIGTERM during a save ({where})", first.ended - fired, lost, True))
 
 
-def test_a_save_that_is_stuck_ends_when_the_grace_is_over(
+def test_a_save_that_hangs_is_abandoned_when_the_grace_is_over(
     undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path
 ) -> None:
+    """Under mpiexec, which must pass on the exit code of ranks that leave without finalising MPI."""
     config = configuration(tiny_data, tmp_path, preemption__grace_s=3.0)
     fault = {"where": "stuck write", "rank": 1, "call": CALLS_A_SAVE["write"] + 40}
     asked_at = 0.0
 
-    def tell_twice(run: Path) -> None:
+    def ask_twice(run: Path) -> None:
         nonlocal asked_at
         while not (tmp_path / "fault.fired").exists():
             time.sleep(0.02)
@@ -173,34 +191,33 @@ def test_a_save_that_is_stuck_ends_when_the_grace_is_over(
             os.kill(process_of(run, 1), signal.SIGTERM)
             time.sleep(1)
 
-    first = live(config, fault, poke=tell_twice)
+    first = attempt(config, fault, launcher="mpiexec", disturb=ask_twice)
     assert first.exit_code == PREEMPTED, first.output
     assert "not saved within 3 s of the signal (preemption.grace_s)" in first.output
-    second = live(config, fault)
+    second = attempt(config, fault)
     assert second.exit_code == 0, second.output
     assert losses(config) == undisturbed[0]
     assert consumed(config) == undisturbed[1]
     lost = lost_steps(first, second)
-    TABLE.append(Row("two SIGTERMs, and a save that gets stuck", first.ended - asked_at, lost, True))
+    TABLE.append(Row("two SIGTERMs, and a save that hangs", first.ended - asked_at, lost, True))
 
 
-def test_a_rank_that_stops_answering(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_rank_that_does_not_respond(undisturbed: Undisturbed, tiny_data: Path, tmp_path: Path) -> None:
     config = configuration(tiny_data, tmp_path, train__watchdog_s=5.0)
     fault = moment("forward", 1, signal="SIGSTOP")
-    first = live(config, fault)
+    first = attempt(config, fault)
     assert first.exit_code not in (0, PREEMPTED), first.output
     assert re.search(r"no step finished for 5 s .*; no answer from rank 1 on \S+ \(process \d+\)", first.output)
-    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    log = rank_log(tmp_path / "run", 0)
     assert "the stacks of all threads" in log
     assert "mythos/train/loop.py" in log
-    fired = float((tmp_path / "fault.fired").read_text())
-    second = live(config, fault)
+    fired = fired_at(tmp_path)
+    second = attempt(config, fault)
     assert second.exit_code == 0, second.output
     assert losses(config) == undisturbed[0]
     assert consumed(config) == undisturbed[1]
-    TABLE.append(
-        Row("a rank that stops answering (watchdog 5 s)", first.ended - fired, lost_steps(first, second), True)
-    )
+    name = "a rank that does not respond (watchdog 5 s)"
+    TABLE.append(Row(name, first.ended - fired, lost_steps(first, second), True))
 
 
 def wait_for_step(run: Path, step: int, limit_s: float = 120) -> None:
@@ -212,18 +229,26 @@ def wait_for_step(run: Path, step: int, limit_s: float = 120) -> None:
     raise AssertionError(f"step {step} was not reached in {limit_s} s")
 
 
-def told_at(run: Path, text: str) -> float:
-    """When rank 0's log first held a text, in seconds since the epoch."""
-    lines = (run / "log" / "rank_00000.log").read_text().splitlines()
-    stamp = next(line[:23] for line in lines if text in line)
+def fired_at(directory: Path) -> float:
+    """When the fault occurred, in seconds since the epoch."""
+    return float((directory / "fault.fired").read_text(encoding="utf-8"))
+
+
+def rank_log(run: Path, rank: int) -> str:
+    return (run / "log" / f"rank_{rank:05d}.log").read_text(encoding="utf-8")
+
+
+def logged_at(run: Path, text: str) -> float:
+    """When rank 0 first logged a text, in seconds since the epoch."""
+    stamp = next(line[:23] for line in rank_log(run, 0).splitlines() if text in line)
     return datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S,%f").timestamp()
 
 
 def host_of(run: Path, rank: int) -> str:
-    found = re.search(rf"rank {rank} of 2 on (\S+),", (run / "log" / f"rank_{rank:05d}.log").read_text())
+    found = re.search(rf"rank {rank} of 2 on (\S+),", rank_log(run, rank))
     assert found
     return found[1]
 
 
 def process_of(run: Path, rank: int) -> int:
-    return int(re.findall(r"process (\d+)", (run / "log" / f"rank_{rank:05d}.log").read_text())[-1])
+    return int(re.findall(r"process (\d+)", rank_log(run, rank))[-1])

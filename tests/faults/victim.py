@@ -1,8 +1,8 @@
 """`mythos` with a fault in it: ``python -m tests.faults.victim FAULT.json train CONFIG.yaml ...``
 
-FAULT.json says ``{"where": "backward", "rank": 1, "call": 7}``: at that rank's seventh call of that place the process
-kills itself, once over all lives of the run. It also writes down which sequences every step was given, so that a test
-can tell whether one was lost or came twice.
+With ``{"where": "backward", "rank": 1, "call": 7}`` in FAULT.json, rank 1 kills itself in its seventh backward pass,
+once in all attempts of the run. The ranks also record which sequences each step consumed, so that a test can check
+that none was lost or used twice.
 """
 
 import json
@@ -23,22 +23,22 @@ from launch.cli import main
 
 
 class Fault:
-    """Fires once: where, when and with which signal the file says."""
+    """Fires once, at the place and call and with the signal that the file names."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.plan = json.loads(path.read_text())
+        self.plan = json.loads(path.read_text(encoding="utf-8"))
         self.calls = 0
 
     def reached(self, where: str) -> bool:
-        """Count a call of a place; whether this is the one."""
+        """Count a call of a place; True if the fault is due at this call."""
         if where != self.plan["where"] or int(os.environ.get("RANK", "0")) != self.plan["rank"]:
             return False
         self.calls += 1
         fired = self.path.with_suffix(".fired")
         if self.calls != self.plan["call"] or fired.exists():
             return False
-        fired.write_text(repr(time.time()))
+        fired.write_text(repr(time.time()), encoding="utf-8")
         return True
 
     def strike(self) -> None:
@@ -47,7 +47,7 @@ class Fault:
 
 
 def before(function: Callable[..., Any], action: Callable[[], None]) -> Callable[..., Any]:
-    """The function with something done before it."""
+    """The function, with an action before each call."""
 
     def changed(*arguments: Any, **options: Any) -> Any:
         action()
@@ -57,7 +57,7 @@ def before(function: Callable[..., Any], action: Callable[[], None]) -> Callable
 
 
 def arm(fault: Fault) -> None:
-    """Put the fault in its place."""
+    """Patch the place where the fault occurs."""
     import torch
 
     from mythos.checkpoint import layout, pieces, saver, tensors
@@ -98,12 +98,12 @@ def arm(fault: Fault) -> None:
 
 @contextmanager
 def recording(directory: Path) -> Iterator[None]:
-    """Append to sequences_RANK.jsonl, step by step, a hash of each sequence that this rank trains on."""
+    """At each step append a hash of each sequence that this rank trains on to sequences_RANK.jsonl."""
     from mythos.engine.engine import TrainingEngine
     from mythos.train import loop
 
     train_step, call = loop.train_step, TrainingEngine.__call__
-    life, step = uuid.uuid4().hex, 0
+    attempt, step = uuid.uuid4().hex, 0
 
     def note_step(engine: TrainingEngine, batch: Any, *rest: Any) -> Any:
         nonlocal step
@@ -113,8 +113,8 @@ def recording(directory: Path) -> Iterator[None]:
     def train_on(engine: TrainingEngine, tokens: Any, targets: Any, plan: Any, *rest: Any) -> Any:
         if engine.module.training:
             hashes = [xxhash.xxh3_64_hexdigest(row.numpy().tobytes()) for row in tokens]
-            with (directory / f"sequences_{os.environ['RANK']}.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "life": life, "sequences": hashes}) + "\n")
+            with (directory / f"sequences_{os.environ['RANK']}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "attempt": attempt, "sequences": hashes}) + "\n")
         return call(engine, tokens, targets, plan, *rest)
 
     loop.train_step, TrainingEngine.__call__ = note_step, train_on  # type: ignore[method-assign]
@@ -125,25 +125,25 @@ def recording(directory: Path) -> Iterator[None]:
 
 
 def sequences(directory: Path) -> dict[int, list[str]]:
-    """By step, the sequences of the life whose work counted, in sorted order: which rank has which may change."""
+    """Step -> the sequences that the last attempt at this step consumed, sorted, because any rank may have had them."""
     found: dict[int, dict[str, tuple[str, list[str]]]] = {}
     for path in sorted(directory.glob("sequences_*.jsonl")):
-        for text in path.read_text().splitlines():
+        for text in path.read_text(encoding="utf-8").splitlines():
             line = json.loads(text)
             of_rank = found.setdefault(line["step"], {})
-            life, known = of_rank.get(path.name, (line["life"], []))
-            of_rank[path.name] = (line["life"], (known if life == line["life"] else []) + line["sequences"])
+            attempt, known = of_rank.get(path.name, (line["attempt"], []))
+            of_rank[path.name] = (line["attempt"], (known if attempt == line["attempt"] else []) + line["sequences"])
     return {step: sorted(s for _, each in ranks.values() for s in each) for step, ranks in found.items()}
 
 
-def run() -> int:
-    """As `mythos`, with the fault armed."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed wants to know when it is imported
-    fault = Fault(Path(sys.argv[1]))
+def run(arguments: list[str]) -> int:
+    """As `mythos`, with the fault armed; the first argument is FAULT.json."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+    fault = Fault(Path(arguments[0]))
     arm(fault)
     with recording(fault.path.parent):
-        return main(sys.argv[2:])
+        return main(arguments[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run(sys.argv[1:]))
