@@ -1,34 +1,34 @@
-"""How far the work is, for a person: a bar on a terminal, a line now and then elsewhere."""
+"""The progress of data preparation: a bar on a terminal, a line every 30 seconds elsewhere."""
 
 import sys
 import time
 from types import TracebackType
 from typing import Self
 
-from tqdm import tqdm
+from mythos.run.bar import Bar, can_draw
 
 LINE_EVERY_S = 30
 
 
 class Progress:
-    """Counts the bytes that all workers together have worked off; shows MB, MB/s and the time left."""
+    """Counts the bytes that all workers together have processed; shows MB, MB/s and the time left."""
 
     def __init__(self, what: str, total_bytes: int, done_bytes: int = 0) -> None:
         self._what = what
         self._total = max(total_bytes, done_bytes)
         self._first = self._done = done_bytes
         self._started = self._last_line = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty() and total_bytes > done_bytes:
-            self._bar = tqdm(
-                desc=what, total=self._total, initial=done_bytes, unit="B", unit_scale=True, dynamic_ncols=True
-            )
+        self._bar: Bar | None = None
+        if total_bytes > done_bytes and can_draw():
+            from rich.progress import DownloadColumn, TransferSpeedColumn
+
+            self._bar = Bar(what, self._total, done_bytes, [DownloadColumn(), TransferSpeedColumn()])
 
     def __call__(self, done_bytes: int) -> None:
-        """So much more is done. The total is an estimate, and never passed."""
-        before, self._done = self._done, min(self._done + done_bytes, self._total)
+        """Count more bytes. The total is an estimate, and is never exceeded."""
+        self._done = min(self._done + done_bytes, self._total)
         if self._bar is not None:
-            self._bar.update(self._done - before)
+            self._bar.update(self._done)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
             print(self._line(), file=sys.stderr, flush=True)
@@ -41,7 +41,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             if error is None:
-                self._bar.update(self._total - self._done)
+                self._bar.update(self._total)
             self._bar.close()
 
     def _line(self) -> str:

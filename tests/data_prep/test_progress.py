@@ -3,12 +3,13 @@ import re
 import pytest
 
 from data_prep import progress
+from tests.screen import run_on_terminal, screen_lines
 
 
-def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     with progress.Progress("tokenising", 4_000_000, done_bytes=1_000_000) as shown:
         shown(500_000)
-        assert capsys.readouterr().err == ""  # only now and then
+        assert capsys.readouterr().err == ""  # a line every LINE_EVERY_S seconds
         monkeypatch.setattr(progress, "LINE_EVERY_S", 0)
         shown(500_000)
         line = capsys.readouterr().err
@@ -17,11 +18,18 @@ def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], mo
         assert "4 of 4 MB" in capsys.readouterr().err
 
 
-def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with progress.Progress("tokenising", 4_000_000) as shown:
+BAR = """
+    from data_prep.progress import Progress
+
+    with Progress("tokenising", 4_000_000, 1_000_000) as shown:
         shown(1_000_000)
-    written = capsys.readouterr().err
-    assert "tokenising: 100%" in written
-    assert "4.00M/4.00M" in written
-    assert "B/s" in written
+        shown(500_000)
+"""
+
+
+def test_a_bar_on_a_terminal():
+    code, written = run_on_terminal(BAR)
+    assert code == 0
+    lines = [line.rstrip() for line in screen_lines(written)]
+    assert re.fullmatch(r"tokenising \S+ +4\.0/4\.0 MB [\d.]+ .B/s 0:00:00 left 0:00:00", lines[0])
+    assert not any(lines[1:])
