@@ -8,14 +8,14 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 CHUNK_LOGITS = 1 << 24
-"""Logits that are in memory at once: 64 MiB in fp32."""
+"""Largest number of logits in memory at a time: 64 MiB in fp32."""
 
 
 def cross_entropy(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, z_loss: float = 0.0) -> Tensor:
     """Mean over the targets that are not ``IGNORED`` of -log softmax(head h)[target] + z_loss * logsumexp(head h)^2.
 
-    In fp32; 0 if all targets are ignored. Never more than ``CHUNK_LOGITS`` logits are in memory. z-loss: PaLM,
-    arXiv 2204.02311.
+    ``hidden_BSD`` is h, ``head_VD`` the output matrix. In fp32; 0 if all targets are ignored. At most ``CHUNK_LOGITS``
+    logits are in memory at a time. z-loss: PaLM, arXiv 2204.02311.
     """
     hidden_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
     chunk_tokens = max(1, CHUNK_LOGITS // head_VD.shape[0])
@@ -40,7 +40,7 @@ def _sum(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z_loss: float) -
 
 
 def _sum_in_chunks(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z_loss: float, chunk_tokens: int) -> Tensor:
-    """The library's form has no z-loss. Here the logits of a chunk are made again in the backward pass."""
+    """torch's linear_cross_entropy has no z-loss. The logits of a chunk are recomputed in the backward pass."""
     total = hidden_TD.new_zeros((), dtype=torch.float32)
     for hidden_tD, targets_t in zip(hidden_TD.split(chunk_tokens), targets_T.split(chunk_tokens), strict=True):
         arguments = (hidden_tD, head_VD, targets_t, z_loss)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mythos.config.model_schema import Looped
 from mythos.config.schema import Config
 from mythos.engine.muon import Exchange, MuonAdamW
-from mythos.engine.optimizer import build_optimizer, stacked_matrices
+from mythos.engine.optimizer import build_optimizer
 from mythos.engine.placement import (
     GlobalParameter,
     ParameterShard,
@@ -31,6 +31,7 @@ from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
 from mythos.model.loop import ExitRule, Loop
 from mythos.model.moe import TOKENS_PER_EXPERT, MoE
+from mythos.model.parameters import stacked_matrices
 
 # DeepSpeed accepts only optimizers that were tested with ZeRO. The tests of this project test MuonAdamW.
 ZERO_SUPPORTED_OPTIMIZERS.append(MuonAdamW)

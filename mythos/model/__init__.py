@@ -1,4 +1,4 @@
-"""The model: knows nothing of ranks, process groups, environment variables or DeepSpeed."""
+"""The model, which knows nothing of ranks, process groups, environment variables or DeepSpeed."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ def build_model(config: Config) -> nn.Module:
 
 
 def build_structure(config: Config) -> nn.Module:
-    """The model of the configuration, its weights still to be set by ``initialise``."""
+    """The model of the configuration, before ``initialise`` sets its weights."""
     match config.model:
         case Looped():
             assert config.loop is not None

@@ -1,4 +1,7 @@
-"""Causal self-attention: grouped-query and multi-head latent, both through one scaled_dot_product_attention."""
+"""Causal self-attention: grouped-query and multi-head latent, both through one scaled_dot_product_attention.
+
+A new kind is a class with the methods of these two, and a case in ``build_attention``.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,16 +10,17 @@ from torch import Tensor, nn
 from mythos.config.check import VALUE_GATE_CHANNELS
 from mythos.config.model_schema import Dense, GroupedQuery, Latent, Looped
 from mythos.model.layers import rotary_angles, rotate
+from mythos.model.parameters import Rule
 
 QK_NORM_EPSILON = 1e-6
 
 
 class GroupedQueryAttention(nn.Module):
-    """softmax(q k^T / sqrt(C) + causal) v, each of K key/value heads serving H/K query heads.
+    """softmax(q k^T / sqrt(C) + causal) v, where each of K key/value heads serves H/K query heads.
 
     Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245); multi-head attention when K = H.
-    Queries and keys are rotated over the whole head, then RMS-normalised without a learned scale.
-    A value embedding u (one row for each input token) is let in by a gate for each head:
+    All channels of queries and keys are rotated, then RMS-normalised without a learned scale.
+    A value embedding u (one row for each input token) is added through a gate for each head:
     v <- v + 2 sigmoid(W x[:32]) u (arXiv 2604.12946).
     """
 
@@ -28,13 +32,25 @@ class GroupedQueryAttention(nn.Module):
         self.value_gate = nn.Linear(VALUE_GATE_CHANNELS, config.kv_heads, bias=False) if value_gate else None
         self.out = nn.Linear(config.heads * config.head_size, width, bias=False)
 
+    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+        """The output projection is zero: every block starts as the identity."""
+        return {self.out.weight: torch.zeros_like}
+
+    def stacked_matrices(self) -> dict[Tensor, int]:
+        """Key and value."""
+        return {self.key_value.weight: 2}
+
     @property
     def cached_channels(self) -> int:
-        """Numbers that a cache keeps for each token: keys and values."""
+        """Numbers per token in a cache: keys and values."""
         return self.key_value.out_features
 
+    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin for all channels of a head, (S, C/2)."""
+        return rotary_angles(length, self.config.head_size, self.config.rope_base, device)
+
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
-        """``value_embedding`` is (B, S, K x C), or None in the layers that have none."""
+        """Map (B, S, D) to (B, S, D). ``value_embedding`` is (B, S, K x C), or None in a layer without one."""
         batch, length, _ = x_BSD.shape
         heads, kv_heads, size = self.config.heads, self.config.kv_heads, self.config.head_size
         q_BHSC = self.query(x_BSD).view(batch, length, heads, size).transpose(1, 2)
@@ -54,8 +70,8 @@ class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
     c_q = norm(W x); q = W c_q, for each head a part without and a part with rotation.
-    c_kv = norm(W x); k, v = W c_kv; one rotated key W x is shared by all heads. Scores over both parts of q and k.
-    A cache needs c_kv and the shared key alone.
+    c_kv = norm(W x); k, v = W c_kv; one rotated key W x is shared by all heads. Scores use both parts of q and k.
+    A cache needs only c_kv and the shared key.
     """
 
     def __init__(self, width: int, config: Latent) -> None:
@@ -72,13 +88,21 @@ class LatentAttention(nn.Module):
         self.key_value_up = nn.Linear(latent, heads * (config.content_head_size + config.value_head_size), bias=False)
         self.out = nn.Linear(heads * config.value_head_size, width, bias=False)
 
+    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+        """The output projection is zero: every block starts as the identity."""
+        return {self.out.weight: torch.zeros_like}
+
     @property
     def cached_channels(self) -> int:
-        """Numbers that a cache keeps for each token: the latent and the shared rotated key."""
+        """Numbers per token in a cache: the latent and the shared rotated key."""
         return self.key_value_down.out_features
 
+    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin for the channels of a head that are rotated."""
+        return rotary_angles(length, self.config.rotary_head_size, self.config.rope_base, device)
+
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
-        """``value_embedding`` must be None: values come out of the latent."""
+        """Map (B, S, D) to (B, S, D). ``value_embedding`` must be None: values are computed from the latent."""
         batch, length, _ = x_BSD.shape
         content, rotated, value = (
             self.config.content_head_size,
@@ -97,9 +121,9 @@ class LatentAttention(nn.Module):
 
 
 class ValueEmbeddings(nn.Module):
-    """A table for every second layer, counted back from the last, looked up by the input tokens.
+    """A table for every second layer, counted from the last, that is looked up by the input tokens.
 
-    A layer inside the loop has one table, looked up once a forward pass and used at every loop step.
+    A layer inside the loop has one table: it is looked up once per forward pass and used at every loop step.
     """
 
     def __init__(self, config: Looped | Dense, layers: int) -> None:
@@ -118,7 +142,7 @@ class ValueEmbeddings(nn.Module):
 
 
 def has_value_embedding(config: Looped | Dense, layer: int, layers: int) -> bool:
-    """Whether this layer of the model (a core layer counts once) has a table: every second one, the last included."""
+    """Whether this layer of the model (a core layer counts once) has a table: every second one, including the last."""
     attention = config.attention
     return isinstance(attention, GroupedQuery) and attention.value_embeddings and (layers - 1 - layer) % 2 == 0
 
@@ -129,21 +153,19 @@ def value_embedding_channels(config: Looped | Dense) -> int:
     return attention.kv_heads * attention.head_size if isinstance(attention, GroupedQuery) else 0
 
 
-def build_attention(width: int, config: GroupedQuery | Latent, value_gate: bool) -> nn.Module:
+def build_attention(
+    width: int, config: GroupedQuery | Latent, value_gate: bool
+) -> GroupedQueryAttention | LatentAttention:
     """The attention that the configuration names."""
-    if isinstance(config, Latent):
-        return LatentAttention(width, config)
-    return GroupedQueryAttention(width, config, value_gate)
-
-
-def rotary_for(config: GroupedQuery | Latent, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin for the channels of a head that are rotated."""
-    size = config.rotary_head_size if isinstance(config, Latent) else config.head_size
-    return rotary_angles(length, size, config.rope_base, device)
+    match config:
+        case GroupedQuery():
+            return GroupedQueryAttention(width, config, value_gate)
+        case Latent():
+            return LatentAttention(width, config)
 
 
 def _attend(q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
-    """Causal attention, heads side by side: (B, S, H x C)."""
+    """Causal attention with concatenated heads: (B, S, H x C)."""
     grouped = q_BHSC.shape[1] != k_BKSC.shape[1]
     y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BKSC, v_BKSC, is_causal=True, enable_gqa=grouped)
     return y_BHSC.transpose(1, 2).flatten(2)

@@ -1,4 +1,4 @@
-"""Transformer blocks: the plain one of prelude, coda and dense baseline, and that of the recurrent core."""
+"""Transformer blocks: the plain one of prelude, coda and dense baseline, and the block of the recurrent core."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,13 @@ from mythos.config.model_schema import Dense, Looped
 from mythos.model.attention import build_attention
 from mythos.model.layers import feed_forward
 from mythos.model.moe import MoE, Routing, observe_routing, routing_penalty
+from mythos.model.parameters import Role, Rule
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x <- x + attention(norm(x)); x <- x + feed_forward(norm(x)); x is (B, S, D)."""
+
+    parameter_role = Role.BLOCK
 
     def __init__(self, config: Looped | Dense, feed_forward: nn.Module, value_gate: bool) -> None:
         super().__init__()
@@ -27,16 +30,20 @@ class Block(nn.Module):
 
 
 class Adapter(nn.Module):
-    """U_t V_t x: a low-rank difference between the loop steps that share weights otherwise.
+    """U_t V_t x: a low-rank difference between the loop steps, which otherwise share their weights.
 
-    One pair for each of the first ``loops`` steps, later steps use the last one (relaxed recursive transformers, Bae
-    et al. 2024, arXiv 2410.20672). U starts at zero.
+    ``up`` is U (loops, D, rank), ``down`` is V (loops, rank, D). Steps after the last pair use the last one (relaxed
+    recursive transformers, Bae et al. 2024, arXiv 2410.20672).
     """
 
     def __init__(self, width: int, rank: int, loops: int) -> None:
         super().__init__()
         self.down = nn.Parameter(torch.empty(loops, rank, width))
         self.up = nn.Parameter(torch.empty(loops, width, rank))
+
+    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+        """U is zero: all steps start with the same weights."""
+        return {self.up: torch.zeros_like}
 
     def forward(self, x_BSD: Tensor, loop_step_B: Tensor) -> Tensor:
         """``loop_step_B`` is each sequence's own loop step, from 0."""
@@ -45,7 +52,7 @@ class Adapter(nn.Module):
 
 
 class CoreOutput(NamedTuple):
-    """What a core block gives: the stream (B, S, D), its routing penalty (B,) and, when asked for, its routing."""
+    """Output of a core block: the residual stream, its routing penalty and, if requested, its routing."""
 
     x_BSD: Tensor
     penalty_B: Tensor | None
@@ -53,7 +60,10 @@ class CoreOutput(NamedTuple):
 
 
 class CoreBlock(Block):
-    """A block whose feed-forward layer may be a mixture-of-experts, with an adapter beside it for each loop step."""
+    """A block whose feed-forward layer may be a mixture of experts, with a parallel adapter for each loop step.
+
+    x <- x + attention(norm(x)); x <- x + feed_forward(n) + U_t V_t n with n = norm(x) and t the sequence's loop step.
+    """
 
     def __init__(self, config: Looped, value_gate: bool) -> None:
         experts = config.core_experts
@@ -71,7 +81,7 @@ class CoreBlock(Block):
         loop_step_B: Tensor,
         observe: bool,
     ) -> CoreOutput:
-        """One pass; ``observe`` asks for the routing."""
+        """``loop_step_B`` counts each sequence's own loop steps from 0; ``observe`` requests the routing."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, value_embedding)
         normed_BSD = self.feed_forward_norm(x_BSD)
         x_BSD = x_BSD + self.feed_forward(normed_BSD)

@@ -1,19 +1,36 @@
 """Adaptive computation time: how much each loop step counts for each token."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from mythos.config.model_schema import Halting
+from mythos.model.parameters import Rule
+
+
+class HaltingState(NamedTuple):
+    """Per token, over the steps so far: sum of weighted states, sum of the weights (fp32), ponder cost (fp32)."""
+
+    output_BSD: Tensor
+    weight_BS: Tensor
+    ponder_BS: Tensor
+
+    def weighted_mean(self, h_BSD: Tensor) -> Tensor:
+        """The output; the weight that an early exit has left of a token goes to its last state ``h_BSD``."""
+        rest_BS = (1 - self.weight_BS)[..., None].type_as(h_BSD)
+        return self.output_BSD + rest_BS * h_BSD
 
 
 class ACTHalting(nn.Module):
     """Adaptive computation time (Graves 2016, arXiv 1603.08983) over the steps of the loop.
 
-    p_t = sigmoid(w . h_t + b). While sum p stays below the threshold a step has weight p_t; the step that reaches it,
-    or the last one, has the remainder 1 - sum of the weights before, so the weights sum to 1 for every token. The
-    output is sum_t weight_t h_t. Ponder cost of a token: steps taken + remainder.
+    p_t = sigmoid(w . h_t + b). While sum p is below the threshold, a step has weight p_t; the step that reaches it, or
+    the last one, has the remainder 1 - sum of the previous weights, so the weights of every token sum to 1. The output
+    is sum_t weight_t h_t. Ponder cost of a token: number of steps + remainder.
 
-    In training it weighs states and never changes how often the loop runs: that must be the same on all ranks.
+    In training this only weighs states and never changes the number of loop steps, which must be the same everywhere.
     """
 
     def __init__(self, width: int, config: Halting) -> None:
@@ -21,25 +38,34 @@ class ACTHalting(nn.Module):
         self.threshold = config.threshold
         self.gate = nn.Linear(width, 1)
 
-    def start(self, h_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Before the first step: weighted output (B, S, D), sum of the weights (B, S), ponder cost (B, S); all zero."""
+    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+        """p = 1 / mean depth at every step: tokens halt at that depth on average."""
+        probability = min(1 / mean_depth, 0.99)
+        bias = math.log(probability / (1 - probability))
+        return {
+            self.gate.weight: torch.zeros_like,
+            self.gate.bias: lambda normal: torch.full_like(normal, bias),
+        }
+
+    def start(self, h_BSD: Tensor) -> HaltingState:
+        """The state before the first step: all zero."""
         zeros_BS = torch.zeros(h_BSD.shape[:2], device=h_BSD.device, dtype=torch.float32)
-        return torch.zeros_like(h_BSD), zeros_BS, zeros_BS.clone()
+        return HaltingState(torch.zeros_like(h_BSD), zeros_BS, zeros_BS.clone())
 
-    def forward(
-        self, h_BSD: Tensor, output_BSD: Tensor, sum_BS: Tensor, ponder_BS: Tensor, last: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Let in the state after a loop step."""
+    def forward(self, h_BSD: Tensor, before: HaltingState, last: bool) -> HaltingState:
+        """Add the state ``h_BSD`` after a loop step."""
+        weight_BS = before.weight_BS
         probability_BS = torch.sigmoid(self.gate(h_BSD).float()).squeeze(-1)
-        running = sum_BS < self.threshold
-        halts = running & ((sum_BS + probability_BS >= self.threshold) | last)
-        remainder_BS = 1 - sum_BS
-        weight_BS = torch.where(halts, remainder_BS, torch.where(running, probability_BS, 0.0))
-        output_BSD = output_BSD + weight_BS[..., None].type_as(h_BSD) * h_BSD
-        sum_BS = torch.where(halts, 1.0, sum_BS + weight_BS)
-        ponder_BS = ponder_BS + running + torch.where(halts, remainder_BS, 0.0)
-        return output_BSD, sum_BS, ponder_BS
+        running = weight_BS < self.threshold
+        halts = running & ((weight_BS + probability_BS >= self.threshold) | last)
+        remainder_BS = 1 - weight_BS
+        step_BS = torch.where(halts, remainder_BS, torch.where(running, probability_BS, 0.0))
+        return HaltingState(
+            before.output_BSD + step_BS[..., None].type_as(h_BSD) * h_BSD,
+            torch.where(halts, 1.0, weight_BS + step_BS),
+            before.ponder_BS + running + torch.where(halts, remainder_BS, 0.0),
+        )
 
-    def halted(self, sum_BS: Tensor) -> Tensor:
-        """Which tokens need no further step."""
-        return sum_BS >= self.threshold
+    def halted(self, state: HaltingState) -> Tensor:
+        """Which tokens (B, S) need no further step."""
+        return state.weight_BS >= self.threshold

@@ -1,4 +1,7 @@
-"""How the loop's state and the prelude's output meet at the start of every loop step."""
+"""How the prelude's output enters the loop's state at the start of every loop step.
+
+In all equations h is the state and e the normalised output of the prelude, both (B, S, D).
+"""
 
 import math
 
@@ -7,19 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.model_schema import Looped
+from mythos.model.parameters import Rule
 
 POWER_ITERATIONS = 100
+INITIAL_DECAY = math.sqrt(1 / 5)
+"""a of every channel at the start (arXiv 2604.12946)."""
 
 
 class LTIInjection(nn.Module):
     """h <- a * h + dt * (B e): a linear time-invariant system, stable by construction (arXiv 2604.12946).
 
-    a = exp(-dt * exp(log_decay)) in (0, 1) for each channel, dt = softplus(step_bias), B (D, D). The spectral radius of
-    the linear part is max(a) < 1: exp(-x) rounds to exactly 1 in fp32 for x below 3e-8 (in bf16 below 2e-3), so a is
-    computed in fp32 whatever the training type, and x is kept above 1e-7.
-
-    Args:
-        h: state, (B, S, D). e: normalised output of the prelude, (B, S, D).
+    a = exp(-dt * exp(log_decay)) in (0, 1) and dt = softplus(step_bias) for each channel (D,); B is (D, D). The
+    spectral radius of the linear part is max(a) < 1: exp(-x) rounds to exactly 1 in fp32 for x below 3e-8 (in bf16
+    below 2e-3), so a is computed in fp32 whatever the training type, and x is kept above 1e-7.
     """
 
     LEAST_EXPONENT = 1e-7
@@ -31,6 +34,15 @@ class LTIInjection(nn.Module):
         self.step_bias = nn.Parameter(torch.empty(width))
         self.input = nn.Linear(width, width, bias=False)
 
+    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+        """a = ``INITIAL_DECAY`` and dt = -log a in every channel, B the identity."""
+        step_bias = math.log(math.expm1(-math.log(INITIAL_DECAY)))  # softplus of it is dt
+        return {
+            self.log_decay: torch.zeros_like,
+            self.step_bias: lambda normal: torch.full_like(normal, step_bias),
+            self.input.weight: lambda normal: torch.eye(len(normal)),
+        }
+
     def decay(self) -> Tensor:
         """a, (D,), in fp32."""
         # Clamped so that neither factor can overflow: 0 * inf would be NaN.
@@ -38,7 +50,7 @@ class LTIInjection(nn.Module):
         return torch.exp(-(self._step() * torch.exp(log_decay)).clamp(min=self.LEAST_EXPONENT))
 
     def spectral_radius(self) -> Tensor:
-        """Largest factor by which the linear part stretches the state, below 1."""
+        """max(a), below 1."""
         return self.decay().max()
 
     def forward(self, h_BSD: Tensor, e_BSD: Tensor) -> Tensor:
@@ -50,20 +62,27 @@ class LTIInjection(nn.Module):
 
 
 class LinearInjection(nn.Module):
-    """h <- W_h h + W_e e, learned and unconstrained, for comparison: nothing keeps rho(W_h) below 1."""
+    """h <- W_h h + W_e e, learned and unconstrained, for comparison: the spectral radius of W_h may exceed 1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.state = nn.Linear(width, width, bias=False)
         self.input = nn.Linear(width, width, bias=False)
 
+    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+        """The same function of (h, e) as the initial LTI injection."""
+        return {
+            self.state.weight: lambda normal: INITIAL_DECAY * torch.eye(len(normal)),
+            self.input.weight: lambda normal: -math.log(INITIAL_DECAY) * torch.eye(len(normal)),
+        }
+
     def spectral_radius(self) -> Tensor:
         """rho(W_h) = lim |W_h^k x|^(1/k) (Gelfand), from the second half of the iterations.
 
-        Averaged growth, unlike a Rayleigh quotient, is right for complex pairs of eigenvalues too.
+        Unlike a Rayleigh quotient, averaged growth is also right for complex pairs of eigenvalues.
         """
         weight = self.state.weight.float()
-        # A fixed start with some of every direction; a random one would make the metric irreproducible.
+        # A fixed start with a component in every direction; a random one would make the metric irreproducible.
         vector = torch.cos(torch.arange(weight.shape[1], device=weight.device, dtype=torch.float32) ** 2)
         growth = torch.zeros((), device=weight.device)
         for iteration in range(POWER_ITERATIONS):
@@ -79,10 +98,10 @@ class LinearInjection(nn.Module):
 
 
 class AdditiveInjection(nn.Module):
-    """h <- h + e, without parameters, for comparison: its spectral radius is 1."""
+    """h <- h + e, without parameters, for comparison."""
 
     def spectral_radius(self) -> Tensor:
-        """1: the state is kept whole."""
+        """1: the state is kept unchanged."""
         return torch.ones(())
 
     def forward(self, h_BSD: Tensor, e_BSD: Tensor) -> Tensor:

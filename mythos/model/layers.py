@@ -1,4 +1,4 @@
-"""The small parts that every block is made of.
+"""The basic layers of every block.
 
 Shape suffixes in this package: B batch, S sequence, D width, H query heads, K key/value heads, C channels of a head,
 F hidden size of a feed-forward layer, E experts, T tokens (B x S), V vocabulary.
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.model_schema import FeedForward
+from mythos.model.parameters import Rule
 
 
 def initial_deviation(width: int) -> float:
@@ -26,6 +27,14 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden_size, bias=False)
         self.down = nn.Linear(hidden_size, width, bias=False)
 
+    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+        """The output projection is zero: every block starts as the identity."""
+        return {self.down.weight: torch.zeros_like}
+
+    def stacked_matrices(self) -> dict[Tensor, int]:
+        """Gate and up."""
+        return {self.gate_up.weight: 2}
+
     def forward(self, x_BSD: Tensor) -> Tensor:
         gate_BSF, up_BSF = self.gate_up(x_BSD).chunk(2, dim=-1)
         return self.down(F.silu(gate_BSF) * up_BSF)
@@ -38,6 +47,10 @@ class SquaredReLU(nn.Module):
         super().__init__()
         self.up = nn.Linear(width, hidden_size, bias=False)
         self.down = nn.Linear(hidden_size, width, bias=False)
+
+    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+        """The output projection is zero: every block starts as the identity."""
+        return {self.down.weight: torch.zeros_like}
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x_BSD)).square())
@@ -55,7 +68,7 @@ def feed_forward(width: int, config: FeedForward) -> nn.Module:
 def rotary_angles(length: int, head_size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of position x base^(-2i/C), each (S, C/2) in fp32 (RoPE, Su et al. 2021, arXiv 2104.09864).
 
-    Made anew in each forward pass: a buffer would be rounded to bf16 together with the weights.
+    Computed in each forward pass: a buffer would be rounded to bf16 together with the weights.
     """
     frequencies = base ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
     angles_SC = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
@@ -63,7 +76,7 @@ def rotary_angles(length: int, head_size: int, base: float, device: torch.device
 
 
 def rotate(x_BHSC: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn channel pairs (i, i + C/2) by the position's angle, in fp32."""
+    """Rotate channel pairs (i, i + C/2) by the position's angle, in fp32."""
     cos, sin = rotary
     first, second = x_BHSC.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x_BHSC)

@@ -1,6 +1,6 @@
-"""Sparse mixture-of-experts in plain PyTorch, under the names that DeepSpeed's AutoEP replaces.
+"""Sparse mixture of experts in plain PyTorch, with the names by which DeepSpeed's AutoEP finds its parts.
 
-AutoEP swaps the whole module for its own expert-parallel layer. The contract, kept by both forms: children
+AutoEP replaces the complete module by its own expert-parallel layer. The contract of both forms: children
 ``router`` (with buffer ``e_score_correction_bias``), ``experts`` and ``shared_experts``, and a buffer
 ``tokens_per_expert`` that grows with every forward pass.
 """
@@ -14,13 +14,18 @@ from torch import Tensor, nn
 
 from mythos.config.model_schema import MixtureOfExperts
 from mythos.model.layers import SwiGLU
+from mythos.model.parameters import Role, Rule
 
 TOKENS_PER_EXPERT = "tokens_per_expert"
 
 
 class Router(nn.Linear):
-    """Scores sigmoid(W x); the balance bias takes part in the choice of experts, not in their weights."""
+    """Logits W x, (..., D) -> (..., E); ``router_scores`` turns them into scores.
 
+    The balance bias (E,) is added to the scores when experts are chosen, but not to the experts' weights.
+    """
+
+    parameter_role = Role.ROUTER
     e_score_correction_bias: Tensor
 
     def __init__(self, width: int, experts: int) -> None:
@@ -31,14 +36,24 @@ class Router(nn.Linear):
 class Experts(nn.Module):
     """The routed experts' SwiGLU weights as 3-D parameters: gate_up_proj (E, 2F, D), down_proj (E, D, F)."""
 
+    parameter_role = Role.EXPERT
+
     def __init__(self, width: int, config: MixtureOfExperts) -> None:
         super().__init__()
         hidden = config.expert_hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(config.experts, 2 * hidden, width))
         self.down_proj = nn.Parameter(torch.empty(config.experts, width, hidden))
 
+    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+        """The output projections are zero: every block starts as the identity."""
+        return {self.down_proj: torch.zeros_like}
+
+    def stacked_matrices(self) -> dict[Tensor, int]:
+        """Gate and up of each expert."""
+        return {self.gate_up_proj: 2}
+
     def forward(self, x_TD: Tensor, tokens_per_expert: list[int]) -> Tensor:
-        """``x_TD`` holds the tokens of expert 0, then those of expert 1, and so on."""
+        """``x_TD`` has the tokens of expert 0, then those of expert 1, and so on."""
         outputs = []
         for expert, x_tD in enumerate(x_TD.split(tokens_per_expert)):
             gate, up = F.linear(x_tD, self.gate_up_proj[expert]).chunk(2, dim=-1)
@@ -47,10 +62,10 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """y = shared(x) + scale * sum over the chosen experts of w_e expert_e(x), dropless.
+    """y = shared(x) + scale * sum over the chosen experts of w_e expert_e(x); no token is dropped.
 
     s = sigmoid or softmax of W x, in fp32; chosen = top-k of s + balance bias, among the best groups if there are
-    groups; w = s of the chosen, normalised to sum 1 if so configured (DeepSeek-V3, arXiv 2412.19437).
+    groups; w = s of the chosen, normalised to sum 1 if so configured (DeepSeek-V3, arXiv 2412.19437). x, y: (B, S, D).
     """
 
     tokens_per_expert: Tensor
@@ -83,14 +98,14 @@ class MoE(nn.Module):
 
 
 def router_scores(logits: Tensor, config: MixtureOfExperts) -> Tensor:
-    """Scores (..., E) in fp32."""
+    """Scores (..., E) from the router's logits, in fp32."""
     return torch.sigmoid(logits.float()) if config.scores == "sigmoid" else torch.softmax(logits.float(), dim=-1)
 
 
 def choose_experts(scores_TE: Tensor, bias_E: Tensor, config: MixtureOfExperts) -> Tensor:
     """Indices (T, k) of the experts that each token goes to.
 
-    With groups, a group counts as much as its two best experts together, and only the experts of the best
+    With groups, a group's score is the sum of its two best experts' scores, and only experts of the best
     ``groups_per_token`` groups can be chosen.
     """
     biased_TE = scores_TE + bias_E
@@ -103,7 +118,7 @@ def choose_experts(scores_TE: Tensor, bias_E: Tensor, config: MixtureOfExperts) 
 
 
 class Routing(NamedTuple):
-    """What a router says of a batch of sequences, seen from outside the layer."""
+    """A router's output for a batch of sequences, computed outside the layer."""
 
     scores_BSE: Tensor
     logits_BSE: Tensor
@@ -112,7 +127,7 @@ class Routing(NamedTuple):
 
 
 def observe_routing(layer: Any, x_BSD: Tensor, config: MixtureOfExperts) -> Routing:
-    """Ask a layer's router again: AutoEP's form of the layer keeps its scores to itself."""
+    """Evaluate a layer's router again, since AutoEP's form of the layer does not return its scores."""
     gate = getattr(layer.router, "gate", layer.router)
     logits_BSE = gate(x_BSD).float()
     scores_BSE = router_scores(logits_BSE, config)
@@ -124,7 +139,7 @@ def observe_routing(layer: Any, x_BSD: Tensor, config: MixtureOfExperts) -> Rout
 def routing_penalty(routing: Routing, config: MixtureOfExperts) -> Tensor:
     """For each sequence (B,): balance_loss * sum_e f_e P_e + router_z_loss * mean of logsumexp(logits)^2.
 
-    f_e = share of the sequence's choices that fell on e, times E; P_e = mean normalised score of e
+    f_e = share of the sequence's choices that are e, times E; P_e = mean normalised score of e
     (DeepSeek-V3's sequence-wise auxiliary loss, arXiv 2412.19437; router z-loss: ST-MoE, arXiv 2202.08906).
     """
     share_BE = routing.chosen_BSE.float().mean(dim=1) * (config.experts / config.experts_per_token)
@@ -136,33 +151,33 @@ def routing_penalty(routing: Routing, config: MixtureOfExperts) -> Tensor:
 
 
 def moe_layers(model: nn.Module) -> list[Any]:
-    """The mixture-of-experts layers of a model, in the plain and in AutoEP's form, in their order in the model."""
+    """The mixture-of-experts layers of a model, in the plain or in AutoEP's form, in the model's order."""
     return [module for module in model.modules() if TOKENS_PER_EXPERT in module._buffers]
 
 
 def forget_load(layers: Iterable[Any]) -> None:
-    """Set the counters of tokens per expert back to zero."""
+    """Reset the counters of tokens per expert to zero."""
     for layer in layers:
         layer.tokens_per_expert.zero_()
 
 
 def expert_load(model: nn.Module) -> Tensor:
-    """Tokens that each expert got since the counters were last zeroed on this rank: (layers, E), fp32."""
+    """Tokens that each expert has received in this process since the last reset: (layers, E), fp32."""
     return torch.stack([layer.tokens_per_expert.float() for layer in moe_layers(model)])
 
 
 @torch.no_grad()
 def balance(model: nn.Module, load_LE: Tensor, rate: float) -> None:
-    """bias += rate * sign(mean load - load), once an optimizer step (Wang et al. 2024, arXiv 2408.15664).
+    """bias += rate * sign(mean load - load), once per optimizer step (Wang et al. 2024, arXiv 2408.15664).
 
-    ``load_LE`` must be summed over all ranks, so that every rank keeps the same bias.
+    ``load_LE`` must be the load of the whole batch, so that the bias is the same everywhere.
     """
     for layer, load_E in zip(moe_layers(model), load_LE, strict=True):
         layer.router.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
 
 
 def plain_parameters(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The parameters of the plain model, each with those that AutoEP made of it, to be joined along dimension 1."""
+    """The plain model's parameters, each with those into which AutoEP splits it along dimension 1."""
     plain: dict[str, tuple[str, ...]] = {}
     for name in names:
         layer, found, part = name.rpartition(".experts.")

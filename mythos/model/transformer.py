@@ -1,11 +1,11 @@
-"""The two kinds of model: the looped transformer (prelude, recurrent core, coda) and the standard one, its baseline."""
+"""The two kinds of model: the looped transformer (prelude, recurrent core, coda) and its baseline, the standard one."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.model_schema import Dense, Looped
 from mythos.loss import cross_entropy
-from mythos.model.attention import ValueEmbeddings, has_value_embedding, rotary_for
+from mythos.model.attention import ValueEmbeddings, has_value_embedding
 from mythos.model.block import Block
 from mythos.model.depth import DepthPlan
 from mythos.model.layers import feed_forward
@@ -15,7 +15,7 @@ from mythos.model.loop import ExitRule, Loop
 class LoopedTransformer(nn.Module):
     """e = norm(prelude(embed(x))); h = loop(e); y = head(coda(C h)) (arXiv 2604.12946).
 
-    The norm after the prelude keeps long runs from blowing up although the loop itself is stable.
+    The norm after the prelude prevents divergence in long runs, although the loop itself is stable.
     """
 
     def __init__(self, config: Looped, recompute: bool, z_loss: float) -> None:
@@ -42,10 +42,10 @@ class LoopedTransformer(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss (scalar), or logits (B, S, V) when ``targets_BS`` is None; and diagnostics.
 
-        In training the loss includes the routing penalty and the ponder cost; the diagnostics then say how much of it
-        they are (``train/penalty``).
+        In training the loss includes the routing penalty and the ponder cost; their sum is in the diagnostics
+        (``train/penalty``).
         """
-        rotary = rotary_for(self.config.attention, tokens_BS.shape[1], tokens_BS.device)
+        rotary = _rotary(self.prelude, tokens_BS)
         x_BSD, values = self.embedding(tokens_BS), self.value_embeddings(tokens_BS)
         first, end = len(self.prelude), len(self.prelude) + self.config.core_layers
         for block, value in zip(self.prelude, values[:first], strict=True):
@@ -63,26 +63,19 @@ class LoopedTransformer(nn.Module):
 
 
 class DenseTransformer(nn.Module):
-    """y = head(blocks(embed(x))): every block has weights of its own and is run once."""
+    """y = head(blocks(embed(x))): every block has its own weights and is run once."""
 
     def __init__(self, config: Dense, z_loss: float) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.value_embeddings = ValueEmbeddings(config, config.layers)
-        self.blocks = nn.ModuleList(
-            Block(
-                config,
-                feed_forward(config.width, config.feed_forward),
-                has_value_embedding(config, layer, config.layers),
-            )
-            for layer in range(config.layers)
-        )
+        self.blocks = _blocks(config, range(config.layers), config.layers)
         self.head = TiedHead(config, self.embedding, z_loss)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss (scalar), or logits (B, S, V) when ``targets_BS`` is None. There are no diagnostics."""
-        rotary = rotary_for(self.config.attention, tokens_BS.shape[1], tokens_BS.device)
+        rotary = _rotary(self.blocks, tokens_BS)
         x_BSD = self.embedding(tokens_BS)
         for block, value in zip(self.blocks, self.value_embeddings(tokens_BS), strict=True):
             x_BSD = block(x_BSD, rotary, value)
@@ -90,7 +83,7 @@ class DenseTransformer(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """Logits = E norm(x), E the token table (V, D); with targets the loss instead of the logits."""
+    """Logits (B, S, V) = E norm(x), where E is the token table (V, D); with targets, the loss instead of the logits."""
 
     def __init__(self, config: Looped | Dense, embedding: nn.Embedding, z_loss: float) -> None:
         super().__init__()
@@ -105,7 +98,14 @@ class TiedHead(nn.Module):
         return cross_entropy(x_BSD, self.weight, targets_BS, self.z_loss if self.training else 0.0)
 
 
-def _blocks(config: Looped, numbers: range, layers: int) -> nn.ModuleList:
+def _rotary(blocks: nn.ModuleList, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotations, which are the same in every block."""
+    first = blocks[0]
+    assert isinstance(first, Block)
+    return first.attention.rotary(tokens_BS.shape[1], tokens_BS.device)
+
+
+def _blocks(config: Looped | Dense, numbers: range, layers: int) -> nn.ModuleList:
     return nn.ModuleList(
         Block(config, feed_forward(config.width, config.feed_forward), has_value_embedding(config, number, layers))
         for number in numbers

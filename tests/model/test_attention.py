@@ -10,7 +10,6 @@ from mythos.model.attention import (
     ValueEmbeddings,
     build_attention,
     has_value_embedding,
-    rotary_for,
 )
 from mythos.model.layers import rotary_angles, rotate
 from tests.model.helpers import gradients, numbers, randomise
@@ -75,7 +74,7 @@ def test_grouped_query_attention_equals_transformers_llama(kv_heads: int) -> Non
             target.weight.copy_(source)
     x = numbers(2, 7, 20)
     angles = LlamaRotaryEmbedding(llama)(x, torch.arange(7)[None])
-    own_output = ours(x, rotary_for(config, 7, CPU), None)
+    own_output = ours(x, ours.rotary(7, CPU), None)
     their_output, _ = theirs(x, position_embeddings=angles, attention_mask=causal_mask(7))
     assert_close(own_output, their_output, rtol=1e-5, atol=1e-6)
     own = gradients(own_output, x, ours.query.weight, ours.key_value.weight, ours.out.weight)
@@ -125,7 +124,7 @@ def test_latent_attention_equals_transformers_deepseek_v3() -> None:
             target.copy_(source)
     x = numbers(2, 7, 12)
     angles = DeepseekV3RotaryEmbedding(deepseek)(x, torch.arange(7)[None])
-    own_output = ours(x, rotary_for(LATENT, 7, CPU), None)
+    own_output = ours(x, ours.rotary(7, CPU), None)
     their_output, _ = theirs(x, position_embeddings=angles, attention_mask=causal_mask(7))
     assert_close(own_output, their_output, rtol=1e-5, atol=1e-6)
     own = gradients(own_output, x, *(source for source, _ in pairs))
@@ -143,7 +142,7 @@ def test_rotation_equals_multiplication_by_a_complex_unit() -> None:
 @pytest.mark.parametrize("config", [GroupedQuery(kind="gqa", heads=2, kv_heads=2, head_size=4), LATENT])
 def test_no_position_sees_a_later_one(config: GroupedQuery | Latent) -> None:
     module = randomise(build_attention(8, config, value_gate=False))
-    rotary = rotary_for(config, 6, CPU)
+    rotary = module.rotary(6, CPU)
     x = numbers(1, 6, 8).detach()
     changed = x.clone()
     changed[:, 4:] += 1

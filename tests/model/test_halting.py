@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from mythos.config.model_schema import Halting
 from mythos.model import build_model
 from mythos.model.depth import fixed
-from mythos.model.halting import ACTHalting
+from mythos.model.halting import ACTHalting, HaltingState
 from mythos.model.loop import Loop
 from tests.model.helpers import gradients, numbers, randomise
 from tests.tiny import VOCABULARY, tiny_config
@@ -22,11 +22,11 @@ def halting(bias: float, threshold: float = 0.9) -> ACTHalting:
     return module
 
 
-def weigh(module: ACTHalting, states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    output, total, ponder = module.start(states[0])
+def weigh(module: ACTHalting, states: list[torch.Tensor]) -> HaltingState:
+    halting = module.start(states[0])
     for number, h in enumerate(states):
-        output, total, ponder = module(h, output, total, ponder, last=number == len(states) - 1)
-    return output, total, ponder
+        halting = module(h, halting, last=number == len(states) - 1)
+    return halting
 
 
 @pytest.mark.parametrize("bias", [-4.0, -1.0, 0.0, 3.0])

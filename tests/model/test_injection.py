@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mythos.model.init import INITIAL_DECAY, initialise
-from mythos.model.injection import AdditiveInjection, LinearInjection, LTIInjection
+from mythos.model.init import initialise
+from mythos.model.injection import INITIAL_DECAY, AdditiveInjection, LinearInjection, LTIInjection
 from tests.model.helpers import numbers, randomise
 
 

@@ -1,5 +1,6 @@
 """The loop against slower forms of itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,9 @@ def test_compacted_loop_equals_masked_loop_in_state_and_gradients(variant: str, 
     loop, own = make_loop(variant), make_plan(backprop_depth)
     e, values = make_inputs(loop, 5)
     state = masked_loop(loop, LoopInputs(e, values, ROTARY), own)
-    output = state["h"] if loop.halting is None else state["output"]
-    ponder = state["ponder"].mean() if loop.halting is not None else torch.zeros(())
-    penalties = torch.stack(((state["penalty"] / torch.tensor(own.with_grad)).mean() / len(loop.core), ponder))
+    output = state.h_BSD if state.halting is None else state.halting.output_BSD
+    ponder = torch.zeros(()) if state.halting is None else state.halting.ponder_BS.mean()
+    penalties = torch.stack(((state.penalty_B / torch.tensor(own.with_grad)).mean() / len(loop.core), ponder))
     together = torch.cat((output.flatten(), penalties * 10))
     expected = [output, penalties, *gradients(together, *leaves(loop, e, values))]
     for value, reference in zip(outcome(loop, own), expected, strict=True):
@@ -102,7 +103,7 @@ def test_full_backpropagation_equals_an_unrolled_stack_with_tied_weights() -> No
     loop = make_loop("dense core", recompute=True)
     own = plan(np.array([4]), 4, slice(0, 1), [3])
     e, values = make_inputs(loop, 1)
-    start = loop._initial_state(e, own)["h"]
+    start = loop._initial_state(e, own).h_BSD
     copies = [make_loop("dense core", recompute=False) for _ in range(4)]
     h = start
     for copy in copies:
@@ -126,25 +127,25 @@ def test_gradient_stops_at_the_steps_without_it() -> None:
     state, inputs = loop._initial_state(e, own), LoopInputs(e, values, ROTARY)
     for _ in range(4):
         state = loop.step(state, inputs, False, False)
-    state = {name: tensor.detach() for name, tensor in state.items()}
+    state = replace(state, h_BSD=state.h_BSD.detach())
     for _ in range(2):
         state = loop.step(state, inputs, False, False)
     output, _, _ = loop(e, values, ROTARY, own)
-    assert_close(output, state["h"], rtol=1e-5, atol=1e-6)
-    expected = gradients(state["h"], e, *loop.parameters())
+    assert_close(output, state.h_BSD, rtol=1e-5, atol=1e-6)
+    expected = gradients(state.h_BSD, e, *loop.parameters())
     for value, reference in zip(gradients(output, e, *loop.parameters()), expected, strict=True):
         assert_close(value, reference, rtol=1e-5, atol=1e-6)
 
 
-def test_a_rank_without_sequences_due_takes_all_steps_and_nothing_else_is_computed() -> None:
+def test_a_rank_without_sequences_due_makes_all_steps_and_computes_nothing_else() -> None:
     loop = make_loop("experts, everything")
     calls = []
     step = loop.step
-    loop.step = lambda state, *rest: calls.append(len(state["h"])) or step(state, *rest)  # type: ignore[method-assign]
+    loop.step = lambda state, *rest: calls.append(len(state.h_BSD)) or step(state, *rest)  # type: ignore[method-assign]
     with torch.no_grad():
         loop(*make_inputs(loop, 2), ROTARY, plan(np.array([1, 2, 9, 5]), 3, slice(0, 2), [0, 1]))
     assert calls == [0] * 6 + [0, 1, 2]
-    assert sum(calls) == 1 + 2, "arithmetic done equals arithmetic due"
+    assert sum(calls) == 1 + 2, "only the sequences that are due are computed"
 
 
 def test_load_counts_the_steps_with_gradient_and_no_recomputation() -> None:
@@ -163,29 +164,30 @@ def test_diagnostics_describe_the_last_step() -> None:
         states.append(loop.step(states[-1], inputs, False, True))
     _, _, health = loop(e, values, ROTARY, own)
     last, before = states[-1], states[-2]
-    h, h_before = last["h"], before["h"]
+    h, h_before = last.h_BSD, before.h_BSD
     assert health["loop/state_norm"].item() == pytest.approx(h.square().sum(dim=-1).mean().sqrt().item(), rel=1e-5)
     assert health["loop/state_change"].item() == pytest.approx(((h - h_before).norm() / h.norm()).item(), rel=1e-4)
     assert health["loop/spectral_radius"].item() == pytest.approx(loop.injection.decay().max().item())
     entropies, changes = [], []
     for layer in range(2):
-        shares = last[f"scores_{layer}"] / last[f"scores_{layer}"].sum(dim=-1, keepdim=True)
+        now, then = last.routing[layer], before.routing[layer]
+        shares = now.scores_BSE / now.scores_BSE.sum(dim=-1, keepdim=True)
         entropies.append(torch.distributions.Categorical(probs=shares).entropy().mean().item())
-        changes.append((last[f"chosen_{layer}"] != before[f"chosen_{layer}"]).any(dim=-1).float().mean().item())
+        changes.append((now.chosen_BSE != then.chosen_BSE).any(dim=-1).float().mean().item())
     assert health["moe/router_entropy"].item() == pytest.approx(sum(entropies) / 2, rel=1e-5)
     assert health["moe/choice_changed"].item() == pytest.approx(sum(changes) / 2)
 
 
-def test_the_first_state_is_the_sequences_own_truncated_noise() -> None:
+def test_the_first_state_is_truncated_noise_from_the_sequences_own_seed() -> None:
     loop = make_loop("dense core")
     loop.noise_deviation = initial_deviation(32)
     e = torch.zeros(64, 200, 32)
-    noise = loop._initial_state(e, fixed(1, 64, first_seed=5))["h"]
+    noise = loop._initial_state(e, fixed(1, 64, first_seed=5)).h_BSD
     assert noise.abs().max() <= 3 * loop.noise_deviation
     # standard deviation of a normal cut at 3: sqrt(1 - 6 phi(3) / (2 Phi(3) - 1)) = 0.98658
     assert noise.std().item() == pytest.approx(0.98658 * loop.noise_deviation, rel=0.01)
-    again = loop._initial_state(e[:3], fixed(1, 3, first_seed=7))["h"]
-    assert torch.equal(again, noise[2:5]), "it depends on the sequence's seed alone"
+    again = loop._initial_state(e[:3], fixed(1, 3, first_seed=7)).h_BSD
+    assert torch.equal(again, noise[2:5]), "it depends only on the sequence's seed"
 
 
 def test_an_exit_rule_ends_the_loop() -> None:
