@@ -12,6 +12,14 @@ Configuration = Annotated[
         help="YAML files (later ones win), then options that override them, for example optim.learning_rate=2e-4",
     ),
 ]
+Accept = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept",
+        metavar="OPTION",
+        help="resume the run although this option (or an option in this section) or its data has changed; repeatable",
+    ),
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory")]
 Step = Annotated[
     int | None,

@@ -5,11 +5,9 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import typer
-
-from launch.arguments import Configuration, split_configuration
+from launch.arguments import Accept, Configuration, split_configuration
 
 if TYPE_CHECKING:  # imported only when needed, so that a mistake in the configuration is reported without delay
     import torch
@@ -21,9 +19,7 @@ LAUNCHER_GRACE_S = 3
 
 def run(
     configuration: Configuration,
-    accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="resume a run although options that define it have changed")
-    ] = False,
+    accept: Accept = None,
 ) -> int:
     """Train a model, or resume its run.
 
@@ -42,14 +38,16 @@ def run(
     from mythos.ranks.preemption import StopRequest
 
     stop = StopRequest()  # before anything slow, so that a signal at any time ends in a saved run
+    from mythos.config.consent import check_names
     from mythos.config.load import load
 
     def work(config: "Config", device: "torch.device") -> int:
         from mythos.train.loop import train  # imports DeepSpeed, which must know the device first
 
-        return train(config, device, stop, accept_changes)
+        return train(config, device, stop, accept or ())
 
     def configure(world_size: int) -> "Config":
+        check_names(accept or ())
         config = load(*split_configuration(configuration), world_size)
         stop.leave_after(config.preemption.grace_s)
         return config

@@ -62,7 +62,7 @@ def tiny_config(model: str, data: Path, run: Path, ranks: int = 1, **overrides: 
         "device": "cpu",
         "train": {"steps": 20, "global_batch_sequences": 8, "micro_batch_sequences": 8 // ranks},
         "optim": {"learning_rate": 3e-3, "warmup_steps": 5},
-        "parallel": {"zero_stage": 3, "persistent_parameter_elements": 0},
+        "parallel": {"zero_stage": 3},
         "eval": {"every": 1000, "sequences": 5},
         "data": {"directory": str(data), "sequence_length": SEQUENCE_LENGTH},
     }
@@ -72,4 +72,6 @@ def tiny_config(model: str, data: Path, run: Path, ranks: int = 1, **overrides: 
         for part in sections:
             section = section.setdefault(part, {})
         section[option] = value
+    if tree["parallel"]["zero_stage"] == 3:
+        tree["parallel"].setdefault("persistent_parameter_elements", 0)
     return validate(tree, ranks)

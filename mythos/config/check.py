@@ -1,20 +1,21 @@
 """Rules between options, and between options and the number of processes.
 
-Each rule yields findings instead of raising, so that the user sees all of them at once.
+Each rule yields findings instead of raising, so that the user sees all of them at once. Whether an option has an effect
+is no rule here: the option itself declares what it needs (see ``mythos.config.option.Needs``).
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 
 from mythos.config.derive import data_sources, global_batch_sequences
-from mythos.config.model_schema import Dense, Latent, Looped, MixtureOfExperts
+from mythos.config.model_schema import VALUE_GATE_CHANNELS, Latent, Looped, MixtureOfExperts
+from mythos.config.option import needs_of
 from mythos.config.schema import Config
+from mythos.config.tree import get, has, options
 
-VALUE_GATE_CHANNELS = 32
-"""First channels of an attention layer's input, which decide how much of the value embedding is let in."""
 SOURCE_NAME = r"[A-Za-z0-9_-]+"
-"""A name stands in metrics and in dotted paths."""
+"""A source's name is part of metrics' names and of dotted paths."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def check(config: Config, world_size: int) -> list[Finding]:
         _loop(config),
         _batch(config, world_size),
         _data(config),
+        _without_effect(config),
     )
     return [finding for rule in rules for finding in rule]
 
@@ -57,7 +59,7 @@ def _attention(config: Config) -> Iterator[Finding]:
     if attention.head_size % 2:
         yield Finding(f"{path}.head_size", attention.head_size, "must be even, for rotary embedding")
     if attention.value_embeddings and config.model.width < VALUE_GATE_CHANNELS:
-        remedy = f"needs a model.width of at least {VALUE_GATE_CHANNELS}, on which its gate looks"
+        remedy = f"needs a model.width of at least {VALUE_GATE_CHANNELS}, the channels that its gate reads"
         yield Finding(f"{path}.value_embeddings", True, remedy, ("model.width",))
 
 
@@ -68,8 +70,6 @@ def _experts(config: Config, world_size: int) -> Iterator[Finding]:
     if world_size % size:
         yield Finding(path, size, f"must divide the number of processes ({world_size})")
     if experts is None:
-        if size > 1:
-            yield Finding(path, size, "the model has no experts: set it to 1, or give model.core_experts")
         return
     if experts.experts % size:
         yield Finding(
@@ -98,14 +98,8 @@ def _routing(experts: MixtureOfExperts) -> Iterator[Finding]:
 
 
 def _loop(config: Config) -> Iterator[Finding]:
-    if isinstance(config.model, Dense):
-        if config.loop is not None:
-            yield Finding("loop", "given", "a dense model has no loop: remove the section, or set model.kind=looped")
-        if config.eval.depths is not None:
-            yield Finding("eval.depths", list(config.eval.depths), "a dense model has one depth: set it to null")
+    if not isinstance(config.model, Looped):
         return
-    if config.eval.exit_when_halted and config.model.halting is None:
-        yield Finding("eval.exit_when_halted", True, "the model does not halt: give model.halting, or set it to false")
     if config.loop is None:
         yield Finding("loop", None, "a looped model needs it: give at least loop.mean_depth")
     elif config.loop.depth == "fixed" and config.loop.mean_depth != round(config.loop.mean_depth):
@@ -154,8 +148,26 @@ def _data(config: Config) -> Iterator[Finding]:
         return
     for name in data.sources:
         if not re.fullmatch(SOURCE_NAME, name):
-            yield Finding(f"data.sources.{name}", name, "a name has letters, digits, - and _ alone")
+            yield Finding(f"data.sources.{name}", name, "a name may only contain letters, digits, - and _")
     for directory, _ in data_sources(config).values():
         if "://" in directory and data.cache_directory is None:
             remedy = f"{directory} needs one: give a directory on each node's own disk"
             yield Finding("data.cache_directory", None, remedy, ("data.directory", "data.sources"))
+
+
+def _without_effect(config: Config) -> Iterator[Finding]:
+    for path, field in options().items():
+        needs = needs_of(field)
+        if needs is None or not has(config, path):
+            continue
+        value, found = get(config, path), get(config, needs.path)
+        if value == field.default or needs.met(found):
+            continue
+        if needs.values:
+            why = f"has no effect with {needs.path} = {found!r}"
+            remedy = f"set {needs.path}={' or '.join(map(str, needs.values))}"
+        else:
+            why, remedy = f"has no effect without {needs.path}", f"give {needs.path}"
+        shown = "given" if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        default = "null" if field.default is None else repr(field.default)
+        yield Finding(path, shown, f"{why}: leave it at {default}, or {remedy}", (needs.path,))

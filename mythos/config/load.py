@@ -1,26 +1,21 @@
-"""YAML layers and key=value -> one frozen, validated tree, or one error that lists everything wrong with it."""
+"""Configuration files and key=value -> one frozen, validated tree, or one error that lists everything wrong with it."""
 
 import copy
-import dataclasses
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
 from mythos.config.check import Finding, check
+from mythos.config.layers import merge
 from mythos.config.model_schema import Dense, Looped
 from mythos.config.schema import Config
+from mythos.config.tree import default_kind, dotted, find, get, kinds_with, options, sections_in, similar, unions
 from mythos.errors import UserError
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
-_UNION_TAGS = {"model": {"looped", "dense"}, "attention": {"gqa", "mla"}}
 
 OUTSIDE_A_RUN: dict[str, Any] = {
     "run": {"directory": "none"},
@@ -28,7 +23,7 @@ OUTSIDE_A_RUN: dict[str, Any] = {
     "optim": {"learning_rate": 1.0},
     "data": {"directory": "none", "sequence_length": 2},
 }
-"""What a model's configuration lacks when it is looked at by itself."""
+"""The required options of a run, for a model's configuration without a run."""
 
 
 def load(files: Sequence[str | Path], overrides: Sequence[str] = (), world_size: int = 1) -> Config:
@@ -37,7 +32,7 @@ def load(files: Sequence[str | Path], overrides: Sequence[str] = (), world_size:
     Raises:
         UserError: one line for each unknown key, wrong type, value out of range and broken rule, all at once.
     """
-    return validate(_merge(files, overrides), world_size)
+    return validate(merge(files, overrides), world_size)
 
 
 def load_model(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Looped | Dense:
@@ -46,7 +41,7 @@ def load_model(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Lo
     Raises:
         UserError: as ``load``.
     """
-    return validate(OUTSIDE_A_RUN | _merge(files, overrides)).model
+    return validate(OUTSIDE_A_RUN | merge(files, overrides)).model
 
 
 def load_for_most(files: Sequence[str | Path], overrides: Sequence[str], sizes: Sequence[int]) -> tuple[Config, int]:
@@ -55,7 +50,7 @@ def load_for_most(files: Sequence[str | Path], overrides: Sequence[str], sizes: 
     Raises:
         UserError: it is valid for none; what is wrong for the first of them.
     """
-    merged = _merge(files, overrides)
+    merged = merge(files, overrides)
     first_error = None
     for size in sizes:
         try:
@@ -74,7 +69,7 @@ def load_run(saved: Path, overrides: Sequence[str] = (), world_size: int = 1) ->
     Raises:
         UserError: as ``load``; also when there is no run.
     """
-    raw = _merge([saved], overrides)
+    raw = merge([saved], overrides)
     train = raw.get("train")
     if isinstance(train, dict) and isinstance(train.get("micro_batch_sequences"), int):
         train["global_batch_sequences"] = train["micro_batch_sequences"] * world_size
@@ -86,6 +81,7 @@ def validate(raw: dict[str, Any], world_size: int = 1) -> Config:
     """Validate a plain tree. Options that are wrong by themselves do not hide broken rules between the others."""
     findings: list[Finding] = []
     config = None
+    _fill_kinds(raw)
     try:
         config = _strictly(raw)
     except ValidationError as error:
@@ -121,84 +117,28 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted path -> (value before, value after) for every option in which two plain trees differ."""
-    old, new = flatten(before), flatten(after)
-    return {path: (old.get(path), new.get(path)) for path in sorted(old | new) if old.get(path) != new.get(path)}
-
-
-def options(section: Any = Config, prefix: str = "") -> dict[str, FieldInfo]:
-    """Dotted path -> field of every option of the tree, both kinds of model included."""
-    found: dict[str, FieldInfo] = {}
-    for name, field in section.__pydantic_fields__.items():
-        any_name = "NAME." if get_origin(field.annotation) is dict else ""
-        for kind in _sections_in(field.annotation):
-            found |= options(kind, f"{prefix}{name}.{any_name}")
-        found[prefix + name] = field
-    return found
-
-
 def _strictly(raw: dict[str, Any]) -> Config:
     """Strict pydantic takes plain dictionaries and lists in JSON only, so the tree goes through JSON."""
     return _ADAPTER.validate_json(json.dumps(raw, default=str))
 
 
-def _sections_in(annotation: Any) -> list[Any]:
-    candidates = (annotation, *getattr(annotation, "__args__", ()))
-    return [kind for kind in candidates if dataclasses.is_dataclass(kind)]
-
-
-def _merge(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:
-    layers = []
-    for file in files:
-        try:
-            layer = OmegaConf.load(file)
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror}; give the path of a YAML file") from None
-        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-        if not OmegaConf.is_dict(layer):
-            raise UserError(f"{file}: must hold options as `key: value`, not {type(layer).__name__}")
-        layers.append(layer)
-    for layer, file in zip(layers, files, strict=True):
-        _refuse_missing(layer, str(file))
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"{override!r}: an override has the form key=value, for example train.steps=100")
-        try:
-            layer = OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{override!r}: not valid: {' '.join(str(error).split())}") from None
-        _refuse_missing(layer, repr(override))
-        layers.append(layer)
-    try:
-        merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
-    except (OmegaConfBaseException, TypeError) as error:
-        raise UserError(f"the configuration cannot be merged: {' '.join(str(error).split())}") from None
-    assert isinstance(merged, dict)
-    return {str(key): value for key, value in merged.items()}
-
-
-def _refuse_missing(layer: Any, where: str) -> None:
-    """OmegaConf's mark for a missing value would silently leave an earlier layer's value in place."""
-    if missing := sorted(OmegaConf.missing_keys(layer)):
-        raise UserError(f"{where}: {missing[0]} = '???': give a value")
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """pydantic's location as a dotted path: without the tags of kinds and without list indices."""
-    parts = [
-        part for i, part in enumerate(location) if not (i > 0 and part in _UNION_TAGS.get(str(location[i - 1]), ()))
-    ]
-    return ".".join(part for part in parts if isinstance(part, str))
+def _fill_kinds(raw: dict[str, Any]) -> None:
+    """pydantic chooses a section by its ``kind`` before it knows defaults."""
+    for union in unions():
+        section, kind = get(raw, union), default_kind(union)
+        if kind is not None and isinstance(section, dict):
+            section.setdefault("kind", kind)
 
 
 def _finding(details: Any) -> Finding:
-    path, value = _path(details["loc"]), details["input"]
+    path, value = dotted(details["loc"]), details["input"]
     match details["type"]:
         case "unexpected_keyword_argument":
-            close = difflib.get_close_matches(path, options(), n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]}?" if close else "see `mythos config` for the options there are"
+            if find(path) is not None:
+                kinds, union = " or ".join(kinds_with(path)), path.rpartition(".")[0]
+                return Finding(path, value, f"only {union}.kind={kinds} has it: leave it out, or choose that kind")
+            close = similar(path)
+            hint = f"did you mean {close}?" if close else "see docs/configuration.md for the options there are"
             return Finding(path, value, f"unknown option; {hint}")
         case "missing":
             return Finding(path, None, "required; give it in a YAML file or as key=value")
@@ -219,16 +159,16 @@ def _without(error: ValidationError, raw: dict[str, Any]) -> Config | None:
 
     None when too much is missing. Rules that read a wrong option are left out by the caller.
     """
-    wrong = {_path(details["loc"]) for details in error.errors()}
+    wrong = {dotted(details["loc"]) for details in error.errors()}
     for path in wrong:
         _set(raw, path, None)
     try:
         return _strictly(raw)
     except ValidationError as again:
         for details in again.errors():
-            path = _path(details["loc"])
+            path = dotted(details["loc"])
             field = options().get(path)  # none for a part of a named section
-            if path in wrong and field is not None and not _sections_in(field.annotation):
+            if path in wrong and field is not None and not sections_in(field.annotation):
                 _set(raw, path, "?" if field.annotation is str else 2)
     try:
         return _strictly(raw)

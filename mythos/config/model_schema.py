@@ -4,7 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mythos.config.option import option, section
+from mythos.config.option import Needs, option, section
+
+VALUE_GATE_CHANNELS = 32
+"""Channels of an attention layer's input from which the gate on the value embedding is computed: the first ones."""
 
 
 @section
@@ -60,10 +63,12 @@ class MixtureOfExperts:
     route_scale: float = option("factor on the routed experts' weights", 1.0, gt=0)
     groups: int | None = option("groups of experts; a token chooses groups first (null: no groups)", None, gt=0)
     groups_per_token: int | None = option("groups that each token may choose experts from", None, gt=0)
-    balance_rate: float = option("step of the balance bias after each optimizer step; 0 switches it off", 0.001, ge=0)
-    balance_loss: float = option("weight of the sequence-wise balance loss", 0.0, ge=0)
+    balance_rate: float = option(
+        "step of the balance bias after each optimizer step; 0: no bias", 0.001, ge=0, change="ask"
+    )
+    balance_loss: float = option("weight of the sequence-wise balance loss", 0.0, ge=0, change="ask")
     router_z_loss: float = option(
-        "weight of the router's z-loss, the mean squared log-sum-exp of its logits", 0.0, ge=0
+        "weight of the router's z-loss, the mean squared log-sum-exp of its logits", 0.0, ge=0, change="ask"
     )
 
 
@@ -71,7 +76,7 @@ class MixtureOfExperts:
 class Halting:
     """Adaptive computation time: every token weighs the states of its loop steps."""
 
-    ponder_weight: float = option("weight of the ponder cost in the loss", 0.001, ge=0)
+    ponder_weight: float = option("weight of the ponder cost in the loss", 0.001, ge=0, change="ask")
     threshold: float = option("a token has halted when its halting probabilities sum to this", 0.99, gt=0, lt=1)
 
 
@@ -89,7 +94,7 @@ class Looped:
     feed_forward: FeedForward = option("feed-forward layer of prelude and coda, and of the core unless it has experts")
     core_experts: MixtureOfExperts | None = option("experts of the core's blocks; null: dense core", None)
     injection: Literal["lti", "linear", "additive"] = option(
-        "how state and input meet: lti (stable by construction), or for comparison linear (learned map) and additive",
+        "how the input enters the state: lti (stable by construction), for comparison: linear (learned map), additive",
         "lti",
     )
     initial_state: Literal["noise", "zero"] = option("the loop's first state: truncated normal noise, or zero", "noise")
@@ -97,8 +102,10 @@ class Looped:
         "rows of a table added to the state by loop step; later steps use the last; 0: none", 0, ge=0
     )
     adapter_rank: int = option("rank of the low-rank adapters of each core block, one a loop step; 0: none", 0, ge=0)
-    adapter_loops: int = option("loop steps with an adapter of their own; later steps use the last", 1, gt=0)
-    halting: Halting | None = option("adaptive computation time; null: the last state counts alone", None)
+    adapter_loops: int = option(
+        "loop steps with an adapter of their own; later steps use the last", 1, gt=0, needs=Needs("model.adapter_rank")
+    )
+    halting: Halting | None = option("adaptive computation time; null: the last state is the output", None)
     norm_epsilon: float = option("added to the mean square in RMSNorm", 1e-5, gt=0)
 
 

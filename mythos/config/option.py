@@ -2,25 +2,54 @@
 
 from collections.abc import Callable
 from dataclasses import MISSING
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
 section = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+
+Change = Literal["free", "ask", "never"]
+"""How an option may change when a run is resumed: freely, with ``--accept``, or not at all."""
+
+
+class Needs(NamedTuple):
+    """The option without which another one has no effect: ``path`` must have one of ``values``.
+
+    Without ``values`` it must be switched on: anything but null, false, 0 and empty.
+    """
+
+    path: str
+    values: tuple[str | int, ...] = ()
+
+    def met(self, value: Any) -> bool:
+        """Whether the option has its effect where the one at ``path`` has this value."""
+        return value in self.values if self.values else bool(value)
 
 
 def option(
     documentation: str,
     default: Any = MISSING,
     *,
-    changeable: bool = False,
+    change: Change = "never",
+    needs: Needs | None = None,
     default_factory: Callable[[], Any] | None = None,
     **bounds: Any,
 ) -> Any:
-    """One option. ``changeable`` options may differ when a run is resumed, the others only if the user agrees."""
+    """One option. Unless ``needs`` is met it has no effect, and a value other than the default is an error."""
     if default_factory is not None:
         bounds["default_factory"] = default_factory
     elif default is not MISSING:
         bounds["default"] = default
-    return Field(description=documentation, json_schema_extra={"changeable": changeable}, **bounds)
+    return Field(description=documentation, json_schema_extra={"change": change, "needs": needs}, **bounds)  # type: ignore[dict-item]
+
+
+def change_of(field: FieldInfo) -> Change:
+    """How the option may change."""
+    return field.json_schema_extra["change"]  # type: ignore[index,call-overload,return-value]
+
+
+def needs_of(field: FieldInfo) -> Needs | None:
+    """What the option needs to have an effect."""
+    return field.json_schema_extra["needs"]  # type: ignore[index,call-overload,return-value]

@@ -8,8 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from mythos.config.consent import arguments, differences, is_accepted
 from mythos.config.derive import data_sources, global_batch_sequences
-from mythos.config.load import differences
 from mythos.config.schema import Config
 from mythos.data.cache import GIB, Cached, NodeCache
 from mythos.data.dataset import KEEP_OPEN, TokenDataset
@@ -81,23 +81,44 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{path}: damaged ({error}); run `mythos data prepare` again") from error
 
 
-def check_data_unchanged(before: dict[str, Any], now: dict[str, Any], accept_changes: bool) -> Sequence[str]:
-    """What has changed since the run was saved, a line each, where the user accepts it.
+def check_data_unchanged(before: dict[str, Any], now: dict[str, Any], accept: Sequence[str]) -> list[str]:
+    """What has changed since the checkpoint was saved, one line each, where ``accept`` names its option.
 
-    The run then goes on at the same sample number, in the order of the new data or seed: nobody knows which of its
-    rows the run has seen. A new global batch changes nothing in the order.
+    The run then resumes at the same sample number, in the order of the new data or seed: which of its rows it has seen
+    already is unknown. A new global batch does not change the order.
+
+    Args:
+        before: the identity (see ``RunData``) in the checkpoint.
+        now: that of the data which the configuration names.
 
     Raises:
-        UserError: the data has changed and the user did not agree.
+        UserError: the data has changed, and the user has not accepted it.
     """
     changed = differences(before, now)
-    lines = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items()]
-    if lines and not accept_changes:
+    refused = [path for path in changed if not any(is_accepted(option, accept) for option in _options_behind(path))]
+    if refused:
+        lines = ", ".join(f"{path}: {changed[path][0]!r} -> {changed[path][1]!r}" for path in refused)
+        remedy = arguments(dict.fromkeys(_options_behind(path)[0] for path in refused))
         raise UserError(
-            f"the run was started on other data ({', '.join(lines)}): give the data of before, or go on with the new: "
-            "--accept-changes"
+            f"the run was started on other data ({lines}): give the previous data, or accept the change: {remedy}"
         )
-    return lines
+    return [f"{path}: {old!r} -> {new!r}" for path, (old, new) in changed.items()]
+
+
+def _options_behind(path: str) -> tuple[str, ...]:
+    """The options that decide about a part of the data's identity; accepting one of them is enough."""
+    match path.split("."):
+        case ["sources", "data", _]:  # the name of a single data set
+            return "data.directory", "data.sources.data"
+        case ["sources", name, "fingerprint"]:
+            return (f"data.sources.{name}.directory",)
+        case ["sources", name, "weight"]:
+            return (f"data.sources.{name}.weight",)
+        case ["global_batch_sequences"]:
+            return "train.global_batch_sequences", "train.global_batch_tokens"
+        case ["shuffle_shards"]:
+            return ("data.shuffle_shards",)
+    return (path,)
 
 
 def _metadata(directory: str, cache: NodeCache | None) -> Path:

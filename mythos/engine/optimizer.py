@@ -7,7 +7,7 @@ parameter groups.
 import torch
 from torch import Tensor, nn
 
-from mythos.config.schema import Optim
+from mythos.config.optim_schema import AdamW, Muon, Optim
 from mythos.engine.muon import MuonAdamW
 from mythos.engine.schedule import EXPERTS, MATRICES, OTHERS
 from mythos.model.parameters import Role, parameter_roles
@@ -15,10 +15,10 @@ from mythos.model.parameters import Role, parameter_roles
 
 def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     """The routed experts, if there are any, are the last group: ZeRO needs them in a group of their own."""
-    return _muon(model, config) if config.kind == "muon" else _adamw(model, config)
+    return _muon(model, config) if isinstance(config, Muon) else _adamw(model, config)
 
 
-def _adamw(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
+def _adamw(model: nn.Module, config: AdamW) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); decay for matrices, none for tables, norms and vectors.
 
     torch's fused form needs no compiler, and DeepSpeed adapts its groups when experts are spread over ranks.
@@ -34,7 +34,7 @@ def _adamw(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     )
 
 
-def _muon(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
+def _muon(model: nn.Module, config: Muon) -> torch.optim.Optimizer:
     """Muon for the blocks' matrices and the routed experts, AdamW without decay for the rest, as published.
 
     The rest: embedding tables and the tied head, norms, vectors, routers, and the injection's B and the readout C,

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.config.check import VALUE_GATE_CHANNELS
-from mythos.config.model_schema import Dense, GroupedQuery, Latent, Looped
+from mythos.config.model_schema import VALUE_GATE_CHANNELS, Dense, GroupedQuery, Latent, Looped
 from mythos.model.layers import rotary_angles, rotate
 from mythos.model.parameters import Rule
 

@@ -2,8 +2,15 @@
 
 from dataclasses import dataclass
 
-from mythos.config.check import VALUE_GATE_CHANNELS
-from mythos.config.model_schema import Dense, FeedForward, GroupedQuery, Latent, Looped, MixtureOfExperts
+from mythos.config.model_schema import (
+    VALUE_GATE_CHANNELS,
+    Dense,
+    FeedForward,
+    GroupedQuery,
+    Latent,
+    Looped,
+    MixtureOfExperts,
+)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 import mythos
-from mythos.config.load import differences, flatten, to_dict
+from mythos.config.consent import differences
+from mythos.config.load import flatten, to_dict
 from mythos.config.model_schema import Model
 from mythos.config.schema import Config, Run
 from mythos.data.open import RunData, open_data

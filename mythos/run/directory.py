@@ -13,22 +13,23 @@ environment.json             of version 0.1: the environments that are in events
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
-from mythos.config.load import differences, options, to_dict
+from mythos.config import consent
+from mythos.config.layers import CHECKPOINT_DIRECTORY, CONFIG_FILE
+from mythos.config.load import to_dict
 from mythos.config.schema import Config
 from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError, os_errors_as_user_errors
-from mythos.files import take_lock, write_atomically
+from mythos.files import read_json_lines, take_lock, write_atomically
 from mythos.run.console import log
 
-CONFIG_FILE = "config.yaml"
 LOG_DIRECTORY = "log"
-CHECKPOINT_DIRECTORY = "checkpoints"
 LATEST_FILE = "latest"
 MANIFEST_FILE = "manifest.json"
 """In each checkpoint, as is state.json."""
@@ -37,8 +38,6 @@ LOCK_WAIT_S = 1.0
 """For an attempt that is just ending, and for a reader that is testing the lock."""
 LOCK_WAIT_AFTER_RESTART_S = 300.0
 """For the previous attempt of a job that Slurm has restarted: a file server keeps the locks of a lost node a while."""
-NEVER_CHANGEABLE = ("model.", "data.sequence_length")
-"""Without the same values the saved weights and the position in the data would have no meaning."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,11 @@ class RunDirectory:
         return self.path / ".lock"
 
 
-def prepare(config: Config, accept_changes: bool) -> dict[str, tuple[Any, Any]]:
+def prepare(config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """Create the run directory, or check that it belongs to this configuration; rank 0 only.
+
+    Args:
+        accept: options that may differ from the run's configuration although they are not free to change.
 
     Returns:
         The options that changed since the run's last start and may change, with the old and the new value.
@@ -127,7 +129,7 @@ def prepare(config: Config, accept_changes: bool) -> dict[str, tuple[Any, Any]]:
     place = f"run.directory = {config.run.directory!r}"
     with os_errors_as_user_errors(place, "choose a directory that can be written"):
         if directory.config.exists():
-            changed = _check_same_run(directory.config, config, accept_changes)
+            changed = _check_same_run(directory.config, config, accept)
         elif directory.path.exists() and any(path.name != LOG_DIRECTORY for path in directory.path.iterdir()):
             raise UserError(f"{place}: not empty and no run ({CONFIG_FILE} is missing): choose another directory")
         else:
@@ -186,24 +188,22 @@ def is_locked(directory: Path) -> bool:
         return False
 
 
-def _check_same_run(saved: Path, config: Config, accept_changes: bool) -> dict[str, tuple[Any, Any]]:
+def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     try:
         before = yaml.safe_load(saved.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{saved}: damaged: {' '.join(str(error).split())}") from error
     if not isinstance(before, dict) or not isinstance(before.get("model"), dict):
         raise UserError(f"{saved}: damaged, not a configuration: restore it, or choose another run.directory")
-    changed = differences(before, to_dict(config))
-    known = options()
-    # Options that only one of the two versions knows are ignored.
-    breaking = [
-        path
-        for path in changed
-        if path in known and not known[path].json_schema_extra["changeable"]  # type: ignore[index,call-overload]
-    ]
-    never = [path for path in breaking if path.startswith(NEVER_CHANGEABLE)]
-    if never or (breaking and not accept_changes):
-        lines = "\n".join(f"  {path}: {changed[path][0]!r} -> {changed[path][1]!r}" for path in breaking)
-        remedy = "Choose another run.directory" + ("" if never else ", or go on with the changes: --accept-changes")
-        raise UserError(f"{saved.parent} holds a run with another configuration:\n{lines}\n{remedy}")
+    changed = consent.differences(before, to_dict(config))
+    if refusal := consent.refusal(changed, accept):
+        if _has_trained(saved.parent):
+            raise UserError(f"{saved.parent} holds a run with another configuration:\n{refusal}")
+        log.info(f"{saved.parent}: no checkpoint and no metrics yet: the run starts with another configuration")
     return changed
+
+
+def _has_trained(directory: Path) -> bool:
+    """Whether anything but its configuration would be lost with this run."""
+    run = RunDirectory(directory)
+    return bool(read_json_lines(run.metrics)) or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))

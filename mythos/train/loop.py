@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import closing
 
 import torch
@@ -23,13 +24,13 @@ from mythos.train.state import RunState
 from mythos.train.step import balance_experts, exchange, train_step
 
 
-def train(config: Config, device: torch.device, stop: StopRequest, accept_changes: bool = False) -> int:
+def train(config: Config, device: torch.device, stop: StopRequest, accept: Sequence[str] = ()) -> int:
     """Train to ``train.steps``, resuming from the run directory's newest checkpoint; returns the exit code. Collective.
 
     Args:
         device: this rank's, from ``group.start``.
         stop: asks for a save and an early return.
-        accept_changes: resume a run although options that define it, or its data, have changed.
+        accept: options that may have changed since the run was started, as dotted paths; the data behind them, too.
 
     Raises:
         UserError: the run directory or the data do not fit the configuration.
@@ -37,7 +38,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept_change
             loss has spiked more often than ``train.max_rewinds``.
         SaveError: checkpoints could not be written, ``checkpoint.max_failures`` times in a row.
     """
-    with open_run(config, device, stop, accept_changes) as run:
+    with open_run(config, device, stop, accept) as run:
         engine = TrainingEngine(config, device)
         state = run.restore(engine)
         unvalidated = run.missing_validation(state.step)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ class OpenRun:
     data: RunData
     changed: Mapping[str, Any]
     """Options that differ from the start before, with the old and the new value."""
-    accept_changes: bool
+    accept: Sequence[str]
     found: Path | None
     """The checkpoint to resume from."""
     watchdog: Watchdog
@@ -58,7 +58,7 @@ class OpenRun:
             return RunState(self.data.identity)
         self.watchdog.progress("reading the checkpoint")
         state = RunState.from_dict(restore.load(engine, self.found))
-        for change in group.agree(lambda: check_data_unchanged(state.data, self.data.identity, self.accept_changes)):
+        for change in group.agree(lambda: check_data_unchanged(state.data, self.data.identity, self.accept)):
             log.warning(f"data changed: {change}; resuming at sample {state.samples}")
         state.data = self.data.identity
         log.info(f"resumed from {self.found} at step {state.step} of {self.config.train.steps}")
@@ -127,7 +127,7 @@ class OpenRun:
 
 
 @contextmanager
-def open_run(config: Config, device: torch.device, stop: StopRequest, accept_changes: bool) -> Iterator[OpenRun]:
+def open_run(config: Config, device: torch.device, stop: StopRequest, accept: Sequence[str]) -> Iterator[OpenRun]:
     """Check that all ranks fit together, open data and run directory, and watch the run until the block ends.
 
     Whatever ends the block is recorded in the run's journal. Collective.
@@ -143,21 +143,21 @@ def open_run(config: Config, device: torch.device, stop: StopRequest, accept_cha
     # diagnosis, not the secondary error.
     with journal, Watchdog(config.train.watchdog_s) as watchdog, ExitStack() as cleanup:
         data = preflight.open_data_everywhere(config)
-        changed, lock = _open_directory(config, accept_changes, device, reports)
+        changed, lock = _open_directory(config, accept, device, reports)
         cleanup.enter_context(lock or nullcontext())
         journal.start(environment([report.host for report in reports], str(device), precision(config, device)))
         watchdog.before_end, stop.before_leaving = journal.fail, watchdog.leave
         found = restore.newest_valid(directory.checkpoints)
         watchdog.progress("building the model")
-        yield OpenRun(config, stop, directory, data, changed, accept_changes, found, watchdog, journal)
+        yield OpenRun(config, stop, directory, data, changed, accept, found, watchdog, journal)
 
 
 def _open_directory(
-    config: Config, accept_changes: bool, device: torch.device, reports: list[preflight.RankReport]
+    config: Config, accept: Sequence[str], device: torch.device, reports: list[preflight.RankReport]
 ) -> tuple[dict[str, tuple[Any, Any]], TextIO | None]:
     """The options that changed since the last start, and the lock on the directory (rank 0)."""
     rank, directory = dist.get_rank(), Path(config.run.directory)
-    changed = group.agree(lambda: run_directory.prepare(config, accept_changes) if rank == 0 else {})
+    changed = group.agree(lambda: run_directory.prepare(config, accept) if rank == 0 else {})
     lock = group.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
     preflight.check_run_directory(config.run, config.model)
     start_logging(RunDirectory(directory).log(rank), rank)

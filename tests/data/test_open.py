@@ -15,6 +15,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 
+from mythos.config.consent import check_names
 from mythos.config.load import to_dict, validate
 from mythos.config.schema import Config
 from mythos.config.show import documented_yaml
@@ -32,10 +33,10 @@ from tests.tiny import VOCABULARY, tiny_config
 from tests.train.runs import curve, run_training
 
 
-def failure(config: Config, accept_changes: bool = False) -> tuple[str, bool]:
+def failure(config: Config, accept: tuple[str, ...] = ()) -> tuple[str, bool]:
     """The one line that this rank ends with, and whether every rank has it."""
     try:
-        run_training(config, accept_changes)
+        run_training(config, accept)
     except UserError as error:
         return str(error), error.agreed
     return "no error", False
@@ -155,28 +156,65 @@ def test_a_mixture_trains_resumes_and_tells_its_position(two_ranks: RankPool, ti
     )
     messages = two_ranks.run(failure, changed)
     assert messages[0] == messages[1]
-    assert (
-        "(sources.web.weight: 3.0 -> 2.0): give the data of before, or go on with the new: --accept-changes"
-        in (messages[0][0])
-    )
-    assert two_ranks.run(run_training, changed, True) == [0, 0]
+    assert "data.sources.web.weight: 3.0 -> 2.0" in messages[0][0]
+    assert "accept the changes: --accept data.sources.web.weight" in messages[0][0]
+    assert two_ranks.run(run_training, changed, ("data.sources.web.weight",)) == [0, 0]
     log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
     assert "data changed: sources.web.weight: 3.0 -> 2.0; going on at sample 48" in log
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000007" / "state.json").read_text())
     assert state["data"]["sources"]["web"]["weight"] == 2
 
 
-def test_which_changes_of_the_data_may_be_accepted() -> None:
-    before = {"seed": 1, "global_batch_sequences": 8, "shuffle_shards": 4, "sources": {"a": {"weight": 1.0}}}
-    assert check_data_unchanged(before, dict(before), accept_changes=False) == []
-    accepted = check_data_unchanged(before, before | {"shuffle_shards": 5}, accept_changes=True)
-    assert accepted == ["shuffle_shards: 4 -> 5"]
-    with pytest.raises(UserError, match=r"shuffle_shards: 4 -> 5\): give .*--accept-changes"):
-        check_data_unchanged(before, before | {"shuffle_shards": 5}, accept_changes=False)
-    for name in ("seed", "global_batch_sequences"):
-        with pytest.raises(UserError, match=f"{name}: .* -> 77.*--accept-changes"):
-            check_data_unchanged(before, before | {name: 77}, accept_changes=False)
-        assert check_data_unchanged(before, before | {name: 77}, accept_changes=True)
+@pytest.mark.parametrize(
+    ("change", "line", "options"),
+    [
+        ({"shuffle_shards": 5}, "shuffle_shards: 4 -> 5", ["data.shuffle_shards"]),
+        ({"seed": 77}, "seed: 1 -> 77", ["seed"]),
+        ({"global_batch_sequences": 77}, "global_batch_sequences: 8 -> 77", ["train.global_batch_sequences"]),
+        (
+            {"sources": {"a": {"fingerprint": "y", "weight": 1.0}}},
+            "sources.a.fingerprint: 'x' -> 'y'",
+            ["data.sources.a.directory"],
+        ),
+        (
+            {"sources": {"a": {"fingerprint": "x", "weight": 2.0}}},
+            "sources.a.weight: 1.0 -> 2.0",
+            ["data.sources.a.weight"],
+        ),
+        (
+            {"sources": {"data": {"fingerprint": "x", "weight": 1.0}}},
+            "sources.a.fingerprint: 'x' -> absent",
+            ["data.sources.a.directory", "data.sources.a.weight", "data.directory"],
+        ),
+    ],
+)
+def test_a_change_of_the_data_is_refused_with_the_options_that_accept_it(
+    change: dict[str, Any], line: str, options: list[str]
+) -> None:
+    before = {
+        "seed": 1,
+        "global_batch_sequences": 8,
+        "shuffle_shards": 4,
+        "sources": {"a": {"fingerprint": "x", "weight": 1.0}},
+    }
+    now = before | change
+    assert check_data_unchanged(before, dict(before), ()) == []
+    with pytest.raises(UserError) as error:
+        check_data_unchanged(before, now, ["optim"])
+    assert line in str(error.value)
+    assert str(error.value).endswith(" " + " ".join(f"--accept {option}" for option in options))
+    check_names(options)
+    assert line in check_data_unchanged(before, now, options)
+    if "sources" in change:
+        assert line in check_data_unchanged(before, now, ["data"]), "a section accepts all options in it"
+        with pytest.raises(UserError):
+            check_data_unchanged(before, now, ["data.sources.b"])
+
+
+def test_a_batch_in_tokens_is_accepted_under_its_own_name() -> None:
+    assert check_data_unchanged(
+        {"global_batch_sequences": 8}, {"global_batch_sequences": 4}, ["train.global_batch_tokens"]
+    )
 
 
 def damage_late_shard(data: Path, config: Config) -> tuple[Path, int]:

@@ -8,7 +8,8 @@ SHIPPED = ["configs/model/tiny-looped-moe.yaml", "configs/run/demo.yaml"]
 def test_it_takes_the_words_of_train_and_prints_nodes_and_run_directory(capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         *SHIPPED,
-        "--accept-changes",
+        "--accept",
+        "optim.learning_rate",
         "run.directory=some/where",
         "train.global_batch_sequences=16",
         "train.micro_batch_sequences=4",

@@ -12,37 +12,49 @@ from mythos.run.directory import lock, prepare, write_config
 from tests.tiny import tiny_config
 
 
+def trained_run(model: str, data: Path, run: Path) -> None:
+    """The directory of a run that has written a line of metrics."""
+    prepare(tiny_config(model, data, run), accept=())
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 4.5}\n')
+
+
 def test_another_configuration_in_the_same_directory_is_refused_with_the_difference(tmp_path: Path) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
-    prepare(tiny_config("looped-moe", data, run), accept_changes=False)
+    trained_run("looped-moe", data, run)
     before = (run / "config.yaml").read_text()
-    other = tiny_config("looped-moe", data, run, optim__learning_rate=1e-4, train__steps=99)
+    other = tiny_config("looped-moe", data, run, optim__learning_rate=1e-4, optim__beta1=0.8, train__steps=99)
     with pytest.raises(UserError) as error:
-        prepare(other, accept_changes=False)
+        prepare(other, accept=["optim.beta2", "seed", "model"])
     message = str(error.value)
     assert "  optim.learning_rate: 0.003 -> 0.0001\n" in message
     assert "train.steps" not in message, "a longer run is the same run"
-    assert "--accept-changes" in message
+    assert message.endswith("or accept the changes: --accept optim.beta1 --accept optim.learning_rate")
+    with pytest.raises(UserError, match=r"accept the changes: --accept optim\.beta1$"):
+        prepare(other, accept=["optim.learning_rate"])
 
-    assert prepare(other, accept_changes=True) == {"optim.learning_rate": (0.003, 0.0001), "train.steps": (20, 99)}
+    changed = {"optim.beta1": (0.9, 0.8), "optim.learning_rate": (0.003, 0.0001), "train.steps": (20, 99)}
+    assert prepare(other, accept=["optim.learning_rate", "optim.beta1"]) == changed
+    assert prepare(other, accept=["optim"]) == changed, "a section accepts all options in it"
     assert (run / "config.yaml").read_text() == before, "it is replaced only once all checks of the start have passed"
     write_config(other)
-    assert prepare(other, accept_changes=False) == {}
+    assert prepare(other, accept=()) == {}
+    assert prepare(other, accept=["optim.learning_rate"]) == {}, "a requeued job, which has the same arguments"
 
 
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
         ({"model__width": 64}, "model.width: 32 -> 64"),
+        ({"model__halting": {}}, "model.halting: None -> {'ponder_weight': 0.001, 'threshold': 0.99}"),
         ({"data__sequence_length": 31}, "data.sequence_length: 15 -> 31"),
     ],
 )
 def test_what_the_saved_state_depends_on_never_changes(tmp_path: Path, overrides: dict[str, Any], line: str) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
-    prepare(tiny_config("looped-moe", data, run), accept_changes=False)
-    with pytest.raises(UserError, match=line) as error:
-        prepare(tiny_config("looped-moe", data, run, **overrides), accept_changes=True)
-    assert "--accept-changes" not in str(error.value)
+    trained_run("looped-moe", data, run)
+    option = line.split(":")[0]
+    with pytest.raises(UserError, match=f"{line}\nChoose another run.directory: a run keeps its {option}"):
+        prepare(tiny_config("looped-moe", data, run, **overrides), accept=[option])
 
 
 @pytest.mark.parametrize(
@@ -50,24 +62,49 @@ def test_what_the_saved_state_depends_on_never_changes(tmp_path: Path, overrides
     [
         ({"seed": 7}, "seed: 42 -> 7"),
         ({"train__global_batch_sequences": 16}, "train.global_batch_sequences: 8 -> 16"),
+        ({"model__core_experts__balance_rate": 0.01}, "model.core_experts.balance_rate: 0.001 -> 0.01"),
+        ({"model__core_experts__balance_loss": 0.1}, "model.core_experts.balance_loss: 0.0 -> 0.1"),
+        ({"model__core_experts__router_z_loss": 0.1}, "model.core_experts.router_z_loss: 0.0 -> 0.1"),
+        ({"data__shuffle_shards": 4}, "data.shuffle_shards: 32 -> 4"),
+        ({"optim__kind": "muon"}, "optim.kind: 'adamw' -> 'muon'"),
     ],
 )
-def test_what_changes_the_run_is_refused_unless_asked_for(tmp_path: Path, overrides: dict[str, Any], line: str) -> None:
+def test_what_changes_the_run_is_refused_unless_accepted(tmp_path: Path, overrides: dict[str, Any], line: str) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
-    prepare(tiny_config("looped-moe", data, run), accept_changes=False)
-    changed = tiny_config("looped-moe", data, run, **overrides)
-    with pytest.raises(UserError, match=f"{line}\n.*--accept-changes"):
-        prepare(changed, accept_changes=False)
-    assert len(prepare(changed, accept_changes=True)) == 1
+    trained_run("looped-moe", data, run)
+    changed, option = tiny_config("looped-moe", data, run, **overrides), line.split(":")[0]
+    with pytest.raises(UserError, match=f"{line}\n.*accept the changes: --accept {option}$"):
+        prepare(changed, accept=())
+    assert option in prepare(changed, accept=[option])
+
+
+@pytest.mark.parametrize("trace", ["nothing", "metrics", "checkpoint"])
+def test_only_a_run_that_has_trained_keeps_its_configuration(
+    tmp_path: Path, trace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    prepare(tiny_config("looped-moe", data, run), accept=())
+    if trace == "metrics":
+        (run / "metrics.jsonl").write_text('{"step": 0, "val/loss": 4.5}\n')
+    elif trace == "checkpoint":
+        (run / "checkpoints" / "step_00000001").mkdir()
+    other = tiny_config("dense", data, run)
+    if trace == "nothing":
+        with caplog.at_level("INFO", "mythos"):
+            assert "model.kind" in prepare(other, accept=())
+        assert "no checkpoint and no metrics yet" in caplog.text
+    else:
+        with pytest.raises(UserError, match="model.kind: 'looped' -> 'dense'"):
+            prepare(other, accept=())
 
 
 @pytest.mark.parametrize("content", ["", "train: 5", "a: [", "\xff\xfe"])
 def test_a_damaged_config_is_named(tmp_path: Path, content: str) -> None:
     config = tiny_config("looped", tmp_path / "data", tmp_path / "run")
-    prepare(config, accept_changes=False)
+    prepare(config, accept=())
     (tmp_path / "run" / "config.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match="config.yaml: damaged"):
-        prepare(config, accept_changes=False)
+        prepare(config, accept=())
 
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
@@ -100,20 +137,13 @@ def test_a_job_that_slurm_has_restarted_waits_for_the_lock_of_its_previous_attem
     again.close()
 
 
-def test_another_model_is_refused(tmp_path: Path) -> None:
-    run, data = tmp_path / "run", tmp_path / "data"
-    prepare(tiny_config("looped-moe", data, run), accept_changes=False)
-    with pytest.raises(UserError, match="model.kind: 'looped' -> 'dense'"):
-        prepare(tiny_config("dense", data, run), accept_changes=False)
-
-
 def test_what_changes_no_number_may_change(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    prepare(tiny_config("looped-moe", tmp_path / "data", run), accept_changes=False)
+    trained_run("looped-moe", tmp_path / "data", run)
     moved = tiny_config(
         "looped-moe", tmp_path / "moved", run, checkpoint__every=7, eval__every=3, loop__recompute=False
     )
-    assert set(prepare(moved, accept_changes=False)) == {
+    assert set(prepare(moved, accept=())) == {
         "data.directory",
         "checkpoint.every",
         "eval.every",
@@ -124,11 +154,11 @@ def test_what_changes_no_number_may_change(tmp_path: Path) -> None:
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="not empty and no run"):
-        prepare(tiny_config("looped", tmp_path / "data", tmp_path), accept_changes=False)
+        prepare(tiny_config("looped", tmp_path / "data", tmp_path), accept=())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run.directory = .*file/run.*choose a directory that can be written"):
-        prepare(tiny_config("looped", tmp_path / "data", tmp_path / "file" / "run"), accept_changes=False)
+        prepare(tiny_config("looped", tmp_path / "data", tmp_path / "file" / "run"), accept=())

@@ -33,7 +33,7 @@ def describe(status: Status) -> str:
 def directory(tmp_path: Path) -> Path:
     """A run of 20 steps of 120 tokens that is at step 10."""
     run_directory = tmp_path / "run"
-    prepare(tiny_config("looped", tmp_path / "data", run_directory), accept_changes=False)
+    prepare(tiny_config("looped", tmp_path / "data", run_directory), accept=())
     lines = [{"step": 0, "val/loss_depth_3": 4.0}, {"step": 9, **METRICS}, {"step": 10, **METRICS}]
     run = RunDirectory(run_directory)
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1')

@@ -1,5 +1,6 @@
 """Whole training runs on a pool of ranks."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from mythos.train.loop import train
 from tests.faults.victim import recording
 
 
-def run_training(config: Config, accept_changes: bool = False) -> int:
+def run_training(config: Config, accept: Sequence[str] = ()) -> int:
     """The real training run, on one rank of a pool; returns the exit code."""
-    return train(config, torch.device("cpu"), StopRequest(), accept_changes)
+    return train(config, torch.device("cpu"), StopRequest(), accept)
 
 
-def record_training(config: Config, directory: Path, accept_changes: bool = False) -> int:
+def record_training(config: Config, directory: Path, accept: Sequence[str] = ()) -> int:
     """The training run; into the directory it writes down which sequences every step was given."""
     with recording(directory):
-        return run_training(config, accept_changes)
+        return run_training(config, accept)
 
 
 def run_some_steps(config: Config, steps: int) -> int:

@@ -157,9 +157,9 @@ def test_training_draws_nothing_from_global_generators(
         assert first == second == third
 
 
-def failure(config: Config, accept_changes: bool = False) -> str:
+def failure(config: Config, accept: tuple[str, ...] = ()) -> str:
     try:
-        run_training(config, accept_changes)
+        run_training(config, accept)
     except UserError as error:
         return str(error)
     return "no error"

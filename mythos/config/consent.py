@@ -1,0 +1,91 @@
+"""Which options may differ when a run is resumed, and what the user has accepted with ``--accept``.
+
+``--accept`` names an option, or a section for all options in it: ``optim.learning_rate``, ``optim``. It only accepts
+what it names, so a job that Slurm starts again with the same words accepts nothing that nobody has seen. A name that
+has nothing to accept is no error: after the first start with it, nothing differs any more.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from mythos.config.option import Change, change_of
+from mythos.config.tree import find, similar
+from mythos.errors import UserError
+
+
+class Absent(Enum):
+    """The value of an option in a tree that does not have it."""
+
+    ABSENT = "absent"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+ABSENT = Absent.ABSENT
+
+Differences = Mapping[str, tuple[Any, Any]]
+"""Dotted path -> (value before, value after)."""
+
+
+def check_names(accept: Iterable[str]) -> None:
+    """Every name is that of an option or of a section.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in accept:
+        if find(name) is None:
+            close = similar(name)
+            hint = f"did you mean {close}?" if close else "see docs/configuration.md for the options there are"
+            raise UserError(f"--accept {name}: unknown option; {hint}")
+
+
+def is_accepted(path: str, accept: Iterable[str]) -> bool:
+    """Whether ``accept`` names this option or a section that it is in."""
+    return any(f"{path}.".startswith(f"{name}.") for name in accept)
+
+
+def arguments(paths: Iterable[str]) -> str:
+    """What to add to the command line to accept these changes."""
+    return " ".join(f"--accept {path}" for path in paths)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Every option in which two plain trees differ. A section that one tree does not have counts as empty."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted({*before, *after}):
+        old, new = before.get(name, ABSENT), after.get(name, ABSENT)
+        sections = [{} if value is ABSENT else value for value in (old, new)]
+        if all(isinstance(section, dict) for section in sections):
+            found |= differences(sections[0], sections[1], f"{prefix}{name}.")
+        elif old != new:
+            found[prefix + name] = (old, new)
+    return found
+
+
+def refusal(changed: Differences, accept: Sequence[str]) -> str | None:
+    """Why a run cannot be resumed with these changes, and the remedy; None if it can be."""
+    rules = {path: _rule(path, changed) for path in changed}
+    never = [path for path, rule in rules.items() if rule == "never"]
+    ask = [path for path, rule in rules.items() if rule == "ask" and not is_accepted(path, accept)]
+    if not never and not ask:
+        return None
+    lines = [f"  {path}: {changed[path][0]!r} -> {changed[path][1]!r}" for path in changed if path in (*never, *ask)]
+    if never:
+        lines.append(f"Choose another run.directory: a run keeps its {', '.join(never)}")
+    else:
+        lines.append(f"Choose another run.directory, or accept the changes: {arguments(ask)}")
+    return "\n".join(lines)
+
+
+def _rule(path: str, changed: Differences) -> Change:
+    """How this option may change. Options that only one of two versions, or of two kinds, has are not asked about."""
+    field, (before, after) = find(path), changed[path]
+    section = path.rpartition(".")[0]
+    if field is None or after is ABSENT:
+        return "free"
+    if before is ABSENT and (f"{section}.kind" in changed or after == field.default):
+        return "free"
+    return change_of(field)
