@@ -160,7 +160,7 @@ def test_a_mixture_trains_resumes_and_tells_its_position(two_ranks: RankPool, ti
     assert "accept the changes: --accept data.sources.web.weight" in messages[0][0]
     assert two_ranks.run(run_training, changed, ("data.sources.web.weight",)) == [0, 0]
     log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
-    assert "data changed: sources.web.weight: 3.0 -> 2.0; going on at sample 48" in log
+    assert "data changed: sources.web.weight: 3.0 -> 2.0; resuming at sample 48" in log
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000007" / "state.json").read_text())
     assert state["data"]["sources"]["web"]["weight"] == 2
 
