@@ -1,8 +1,8 @@
-"""How often each sequence goes through the core: a plan that every rank computes alike, never drawn inside the model.
+"""How many loop steps each sequence gets: a plan that is computed outside the model, identically on every rank.
 
 Ranks with different numbers of loop steps would hang, because the core's collectives (ZeRO-3 gathers, exchange of
-tokens between experts) involve all of them. So the loop runs as often as the deepest sequence of the micro-step over
-all ranks, and shallower sequences join late.
+tokens between experts) involve all of them. Therefore the loop runs as often as the deepest sequence of the micro-step
+over all ranks, and shallower sequences join late.
 """
 
 import math
@@ -36,9 +36,9 @@ class DepthPlan:
 def draw_depths(config: Loop, seed: int, step: int, sequences: int) -> np.ndarray:
     """Loop steps of every sequence of the global batch, (sequences,): a pure function of its arguments.
 
-    A uniform number for each sequence, put through the inverse of the depth's distribution. The numbers are either
-    independent, or stratified: each has the same uniform distribution, but any 2^k neighbours (from a multiple of 2^k)
-    fall one in each of the 2^k equal parts of [0, 1), so that every micro batch has nearly the same total.
+    T = F^-1(u): the inverse of the depth's distribution function F, at a uniform number u for each sequence. The u are
+    either independent or stratified: each is uniform, but of any 2^k neighbours (from a multiple of 2^k) one is in each
+    of the 2^k equal parts of [0, 1), so that every micro batch has nearly the same total.
 
     Args:
         step: number of the update, from 1; the curriculum's mean depends on it.
@@ -83,25 +83,25 @@ def plan(depths: np.ndarray, backprop_depth: int, own: slice, state_seeds: Seque
 
 
 def fixed(depth: int, sequences: int, first_seed: int = 0) -> DepthPlan:
-    """Every sequence goes through the core ``depth`` times; for evaluation, where nothing carries gradient anyway."""
+    """``depth`` loop steps for every sequence; for evaluation, where no step carries gradient."""
     return DepthPlan((0,) * sequences, (depth,) * sequences, 0, depth, tuple(range(first_seed, first_seed + sequences)))
 
 
 def state_seed(seed: int, sample: int) -> int:
-    """Seed of the initial state of a sample, which is numbered over the whole run: the same on every world size."""
+    """Seed of a sample's initial state. Samples are numbered over the entire run, whatever the number of ranks."""
     return (seed * 0x9E3779B97F4A7C15 + sample) % 2**63
 
 
 def due(steps: Sequence[int], steps_left: int) -> list[int]:
-    """Sequences that take part when ``steps_left`` loop steps remain; all end together, the shallow ones join late."""
+    """Sequences that take part when ``steps_left`` loop steps remain: all end together, shallow ones join late."""
     return [i for i, own_steps in enumerate(steps) if own_steps >= steps_left]
 
 
 def _stratified(generator: np.random.Generator, count: int) -> np.ndarray:
     """Bit-reversed indices (van der Corput) with Owen's scrambling, plus jitter: (scrambled + jitter) / 2^bits.
 
-    Every binary digit is flipped at random, once for each value of the digits before it. That keeps neighbours in
-    different parts of [0, 1) and places them independently within their parts.
+    Every binary digit is flipped at random, with one flip for each value of the preceding digits. Neighbours stay in
+    different parts of [0, 1) and are placed independently within their parts.
     """
     bits = max(1, math.ceil(math.log2(count)))
     scrambled = np.zeros(count, dtype=np.int64)
@@ -115,10 +115,10 @@ def _stratified(generator: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _cumulative(config: Loop, mean: float) -> np.ndarray:
-    """P(T <= 0), P(T <= 1), ... as long as they differ from 1.
+    """P(T <= 0), P(T <= 1), ... until they are 1 to rounding.
 
     Poisson: T = max(1, Poisson(mean)). Log-normal Poisson (Huginn, arXiv 2502.05171):
-    T = 1 + Poisson(exp(tau)), tau normal with mean log(mean - 1) - sigma^2 / 2, so that T has the asked mean.
+    T = 1 + Poisson(exp(tau)), tau normal with mean log(mean - 1) - sigma^2 / 2, so that T has the requested mean.
     """
     longest = int(mean + 20 * math.sqrt(mean) + 50)
     if config.depth == "log_normal_poisson_per_sequence":

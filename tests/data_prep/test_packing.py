@@ -33,7 +33,7 @@ def test_best_fit_follows_its_rules(seed: int, row_tokens: int, longest: int, bu
     rows, left = pack(fast, given)
     assert rows == expected
     assert fast.documents_cut == slow.cut
-    assert sorted(piece.tokens.tolist() for piece in left) == sorted(slow.rests + slow.whole)
+    assert sorted(piece.tokens.tolist() for piece in left) == sorted(slow.remainders + slow.documents)
 
 
 @pytest.mark.parametrize("packer", [StraightPacker(16), BestFitPacker(16, 100)])

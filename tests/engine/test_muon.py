@@ -1,4 +1,4 @@
-"""Muon: every sharding against the plain form in one process, and its parts against closed forms."""
+"""Muon: every form of sharding against the plain form in one process, and its parts against closed forms."""
 
 import math
 from functools import lru_cache
@@ -60,7 +60,7 @@ def test_two_ranks_train_like_one_plain_process(
     plain = plain_curve(model, tiny_data)
     assert curve(config, "train/loss") == pytest.approx([loss for loss, _ in plain], rel=1e-4)
     assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-3)
-    assert plain[-1][0] < plain[0][0] - 0.15, "it must learn"
+    assert plain[-1][0] < plain[0][0] - 0.15, "the loss falls"
 
 
 @pytest.mark.parametrize(("model", "stage"), [("looped-moe", 3), ("dense", 0)])
@@ -88,7 +88,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(
 
 
 def good_then_bad_step(config: Config) -> tuple[list[bool], list[bool], int]:
-    """Whether two steps were applied, the second with a NaN loss; which tensors it left alone; how many momenta."""
+    """Whether two steps were applied (the second loss is NaN), which tensors the second changed, number of momenta."""
     engine = TrainingEngine(config, torch.device("cpu"))
     inner = getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
 
@@ -123,7 +123,7 @@ def test_orthogonal_form_against_the_singular_value_decomposition(shape: tuple[i
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1)) * 1e-3
     for matrix, found in zip(matrices, orthogonalise(matrices), strict=True):
         left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-        inside = left.T @ found.double() @ right.T  # diagonal: the singular vectors stay, the values become nearly 1
+        inside = left.T @ found.double() @ right.T  # diagonal: the vectors are kept, the values become nearly 1
         assert inside.diagonal().min() > 0.8
         assert inside.diagonal().max() < 1.2
         assert (inside - inside.diagonal().diag()).abs().max() < 1e-3
@@ -161,7 +161,7 @@ def test_momentum_and_decay_by_hand(tiny_data: Path) -> None:
     assert schedule(adamw, 0, 1000) == {MATRICES: rate, EXPERTS: rate, OTHERS: rate}
 
 
-def test_what_muon_and_what_adamw_updates(tiny_data: Path) -> None:
+def test_which_parameters_muon_and_adamw_update(tiny_data: Path) -> None:
     config = tiny_config("looped-moe", tiny_data, Path("unused"), **MUON)
     model = build_model(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -183,7 +183,7 @@ def test_what_muon_and_what_adamw_updates(tiny_data: Path) -> None:
 
 
 def test_matrices_of_a_parameter_and_their_owners() -> None:
-    # (2, 6, 4), gate and up fused: 4 matrices of 3 x 4; elements 10 to 30 lie at position 100 of the flat tensor
+    # (2, 6, 4), gate and up fused: 4 matrices of 3 x 4; elements 10 to 30 are at position 100 of the flat tensor
     matrices = _matrices(FlatSlice((2, 6, 4), 2, 10, 30, 100))
     assert [(m.rows, m.columns, m.start, m.stop) for m in matrices] == [
         (3, 4, 10, 12),

@@ -1,4 +1,4 @@
-"""bf16 with fp32 optimizer state, as on GPUs: it learns what fp32 learns; counters and balance biases stay exact."""
+"""bf16 with fp32 optimizer state, as on GPUs: the loss follows that of fp32; counters and balance biases stay exact."""
 
 from pathlib import Path
 from typing import Any

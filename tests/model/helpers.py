@@ -1,4 +1,4 @@
-"""Modules with weights that say something: nothing at zero, nothing symmetric."""
+"""Modules with generic weights (none zero, none symmetric), inputs and gradients."""
 
 import torch
 from torch import Tensor, nn

@@ -9,7 +9,7 @@ from mythos.model.depth import draw_depths, due, fixed, mean_depth, plan, state_
 SEQUENCES = 4096
 
 
-def test_poisson_depths_have_the_asked_mean_and_are_at_least_one() -> None:
+def test_poisson_depths_have_the_requested_mean_and_are_at_least_one() -> None:
     config = Loop(mean_depth=8.0, depth="poisson_per_sequence")
     depths = draw_depths(config, 1, 1, SEQUENCES)
     assert depths.min() >= 1
@@ -45,7 +45,7 @@ def test_stratified_micro_batches_cost_nearly_the_same(micro_batch: int) -> None
     assert spread(True) < {2: 0.7, 4: 0.45, 8: 0.35}[micro_batch] * spread(False)
     config = Loop(mean_depth=8.0)
     steps = np.array([draw_depths(config, 0, step, 64).sum() for step in range(1, 301)])
-    assert steps.std() / steps.mean() < 0.01, "and so do the steps"
+    assert steps.std() / steps.mean() < 0.01, "the cost of steps is also nearly the same"
 
 
 def test_log_normal_poisson_has_its_mean_and_is_wider_than_poisson() -> None:
@@ -67,8 +67,8 @@ def test_the_curriculum_raises_the_mean_from_one() -> None:
 
 def test_the_depth_of_a_sequence_does_not_depend_on_how_the_batch_is_split() -> None:
     config = Loop(mean_depth=5.0)
-    whole = draw_depths(config, 7, 3, 48)
-    assert np.array_equal(whole, draw_depths(config, 7, 3, 48))
+    depths = draw_depths(config, 7, 3, 48)
+    assert np.array_equal(depths, draw_depths(config, 7, 3, 48))
     assert (
         len({state_seed(1, sample) for sample in range(1000)} | {state_seed(2, sample) for sample in range(1000)})
         == 2000
@@ -92,13 +92,13 @@ def test_per_batch_depths_are_one_number_a_step() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_ranks_parts_make_up_the_whole_plan(ranks: int) -> None:
+def test_the_plans_of_the_ranks_form_the_global_plan(ranks: int) -> None:
     depths = draw_depths(Loop(mean_depth=4.0), 0, 1, 16)
     own = 16 // ranks
     parts = [plan(depths, 3, slice(rank * own, (rank + 1) * own), ()) for rank in range(ranks)]
-    whole = plan(depths, 3, slice(0, 16), ())
-    assert sum((part.with_grad for part in parts), ()) == whole.with_grad
-    assert sum((part.without_grad for part in parts), ()) == whole.without_grad
+    complete = plan(depths, 3, slice(0, 16), ())
+    assert sum((part.with_grad for part in parts), ()) == complete.with_grad
+    assert sum((part.without_grad for part in parts), ()) == complete.without_grad
     assert {(part.most_without_grad, part.most_with_grad) for part in parts} == {
         (max(depths) - 3 if max(depths) > 3 else 0, min(max(depths), 3))
     }

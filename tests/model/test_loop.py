@@ -1,4 +1,4 @@
-"""The loop against slower forms of itself."""
+"""The loop against slower implementations of it."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whole models: initial weights, loss, causality."""
+"""Complete models: initial weights, loss, causality."""
 
 import math
 from pathlib import Path
@@ -26,14 +26,14 @@ def forward(kind: str, model: torch.nn.Module, tokens: torch.Tensor, targets: to
 def test_loss_is_the_cross_entropy_of_the_logits(kind: str) -> None:
     model = randomise(build_model(tiny_config(kind, PATH, PATH)), deviation=0.1)
     tokens = torch.arange(40).view(2, 20) % VOCABULARY
-    model.eval()  # in training, penalties come on top
+    model.eval()  # in training, penalties are added
     logits = forward(kind, model, tokens[:, :-1], None)
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert_close(forward(kind, model, tokens[:, :-1], tokens[:, 1:]), expected)
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_an_untrained_model_knows_nothing(kind: str) -> None:
+def test_an_untrained_model_predicts_uniformly(kind: str) -> None:
     model = build_model(tiny_config(kind, PATH, PATH))
     tokens = torch.randint(VOCABULARY, (8, 30), generator=torch.Generator().manual_seed(0))
     loss = forward(kind, model, tokens[:, :-1], tokens[:, 1:])
@@ -51,7 +51,7 @@ def test_no_logit_depends_on_a_later_token(kind: str) -> None:
     assert not torch.allclose(before[:, 8:], after[:, 8:])
 
 
-def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+def test_initial_weights_depend_only_on_seed_and_name() -> None:
     config = tiny_config("looped-moe", PATH, PATH)
     model, other = build_model(config), build_model(config)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -52,7 +52,7 @@ def test_a_batch_without_sequences_passes_through() -> None:
     assert expert_load(module).sum() == 0
 
 
-def test_load_counts_every_choice_since_it_was_forgotten() -> None:
+def test_load_counts_every_choice_since_the_last_reset() -> None:
     module = moe()
     module(numbers(3, 4, 8))
     module(numbers(2, 4, 8))

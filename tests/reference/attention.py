@@ -1,4 +1,4 @@
-"""Attention one query at a time, straight from the definition."""
+"""Attention for one query at a time, directly from its definition."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Mixture-of-experts one token at a time, straight from the definition."""
+"""Mixture of experts for one token at a time, directly from its definition."""
 
 import torch
 import torch.nn.functional as F

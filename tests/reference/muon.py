@@ -1,4 +1,4 @@
-"""Muon in its plainest form: one process, one matrix after the other, in fp64."""
+"""Muon in its plainest form: one process, one matrix at a time, in fp64."""
 
 import torch
 from torch import Tensor, nn

@@ -1,36 +1,36 @@
-"""Best-fit packing in plain lists: the rules of data_prep/packing.py, one after the other, without a buffer index."""
+"""Best-fit packing in plain lists: the rules of data_prep/packing.py in sequence, without an index of the buffer."""
 
 
 class SlowBestFit:
-    """Documents are (name, tokens) in order of arrival; a row is a list of tokens."""
+    """Documents are lists of tokens in order of arrival; a row is a list of tokens."""
 
     def __init__(self, row_tokens: int, buffer_tokens: int) -> None:
         self.row_tokens, self.buffer_tokens = row_tokens, buffer_tokens
-        self.rests: list[list[int]] = []
-        self.whole: list[list[int]] = []
+        self.remainders: list[list[int]] = []
+        self.documents: list[list[int]] = []
         self.cut = 0
 
     def add(self, document: list[int]) -> list[list[int]]:
-        self.whole.append(document)
+        self.documents.append(document)
         rows = []
-        while self.held() >= max(self.buffer_tokens, self.row_tokens):
+        while self.buffered() >= max(self.buffer_tokens, self.row_tokens):
             rows.append(self.row())
         return rows
 
     def finish(self) -> list[list[int]]:
         rows = []
-        while self.held() >= self.row_tokens:
+        while self.buffered() >= self.row_tokens:
             rows.append(self.row())
         return rows
 
-    def held(self) -> int:
-        return sum(map(len, self.rests + self.whole))
+    def buffered(self) -> int:
+        return sum(map(len, self.remainders + self.documents))
 
     def row(self) -> list[int]:
         row: list[int] = []
-        too_long = [document for document in self.whole if len(document) > self.row_tokens]
-        if self.rests:
-            self.put(row, self.rests.pop(0), is_rest=True)
+        too_long = [document for document in self.documents if len(document) > self.row_tokens]
+        if self.remainders:
+            self.put(row, self.remainders.pop(0), is_remainder=True)
         elif too_long:
             self.put(row, self.remove(too_long[0]))
         while len(row) < self.row_tokens:
@@ -40,33 +40,33 @@ class SlowBestFit:
         return row
 
     def choose(self, free: int) -> list[list[int]]:
-        for document in self.whole:
+        for document in self.documents:
             if len(document) == free:
                 return [self.remove(document)]
         pairs = []
-        for a, first in enumerate(self.whole):
-            for b, second in enumerate(self.whole):
+        for a, first in enumerate(self.documents):
+            for b, second in enumerate(self.documents):
                 if a != b and len(first) >= len(second) and len(first) + len(second) == free:
                     pairs.append((-len(first), a, b, first, second))
         if pairs:
-            # Of equally long documents the older comes first.
+            # Among documents of equal length the oldest is first.
             _, _, _, first, second = min(pairs, key=lambda pair: pair[:3])
             return [self.remove(first), self.remove(second)]
-        fitting = [document for document in self.whole if len(document) <= free]
+        fitting = [document for document in self.documents if len(document) <= free]
         if fitting:
-            return [self.remove(max(fitting, key=len))]  # max gives the first of equals
-        too_long = [document for document in self.whole if len(document) > self.row_tokens]
+            return [self.remove(max(fitting, key=len))]  # max returns the first of equals
+        too_long = [document for document in self.documents if len(document) > self.row_tokens]
         if too_long:
             return [self.remove(too_long[0])]
-        return [self.remove(max(self.whole, key=len))]
+        return [self.remove(max(self.documents, key=len))]
 
-    def put(self, row: list[int], document: list[int], is_rest: bool = False) -> None:
+    def put(self, row: list[int], document: list[int], is_remainder: bool = False) -> None:
         free = self.row_tokens - len(row)
         row += document[:free]
         if len(document) > free:
-            self.cut += not is_rest
-            self.rests.insert(0, document[free:])
+            self.cut += not is_remainder
+            self.remainders.insert(0, document[free:])
 
     def remove(self, document: list[int]) -> list[int]:
-        place = next(place for place, other in enumerate(self.whole) if other is document)
-        return self.whole.pop(place)
+        place = next(place for place, other in enumerate(self.documents) if other is document)
+        return self.documents.pop(place)

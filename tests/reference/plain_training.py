@@ -1,4 +1,4 @@
-"""Training in its plainest form: one process, the whole batch at once, plain PyTorch, no DeepSpeed."""
+"""Training in its plainest form: one process, one batch at a time without accumulation, PyTorch without DeepSpeed."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ HALVES = ("gate_up.weight", "key_value.weight", "gate_up_proj")
 
 
 def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozenset()) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step: whole batch, autograd, textbook clipping, torch's AdamW, plain Muon.
+    """(loss, gradient norm) of every step: the entire batch, autograd, textbook clipping, torch's AdamW, plain Muon.
 
     The updates of the ``skipped`` steps (from 1) are left out.
     """

@@ -1,4 +1,4 @@
-"""ZeRO-3 gathers the loop's weights once forward and once backward, however often the loop runs."""
+"""ZeRO-3 gathers the loop's weights once forward and once backward, whatever the number of loop steps."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tests.tiny import SEQUENCE_LENGTH, VOCABULARY, tiny_config
 
 
 def gathered_bytes(config: Config, depths: list[int]) -> list[int]:
-    """Bytes that all-gathers brought in each training step, one step for each depth; half of it without gradient."""
+    """Bytes received by all-gathers in each training step, one step per depth; half of the loop has no gradient."""
     engine = TrainingEngine(config, torch.device("cpu"))
     counted, original = [0], backend.cdb.all_gather_into_tensor
 
@@ -55,8 +55,8 @@ def test_gathered_bytes_do_not_depend_on_the_number_of_loops(
     many = two_ranks.run(gathered_bytes, config, [16] * 5)
     changing = two_ranks.run(gathered_bytes, config, [2, 16, 5, 11, 3, 16, 2])
     assert few[0][0] == many[0][0]
-    assert few[0][2:] == many[0][2:], "16 loops gather what 2 loops do"
-    assert set(changing[0][2:]) == set(few[0][2:]), "whatever the depth of the step before was"
+    assert few[0][2:] == many[0][2:], "16 loops gather as much as 2"
+    assert set(changing[0][2:]) == set(few[0][2:]), "whatever the depth of the previous step"
     # Once forward and once backward at most; the tied token table for the embedding and again for the head.
     table_bytes = VOCABULARY * config.model.width * 4
     assert 0 < max(many[0]) <= 2 * (parameter_bytes(config) + table_bytes)

@@ -1,4 +1,4 @@
-"""Built sharded by ZeRO-3, a model starts with the weights that it has when it is built whole."""
+"""A model that is built sharded by ZeRO-3 has the same initial weights as one that is built complete."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.tiny import tiny_config
 
 
 def weights(config: Config) -> dict[str, torch.Tensor]:
-    """Every parameter of the engine's model but the routed experts, whole."""
+    """Every complete parameter of the engine's model, except the routed experts."""
     engine = TrainingEngine(config, torch.device("cpu"))
     found = {}
     for name, parameter in engine.module.named_parameters():
@@ -25,15 +25,15 @@ def weights(config: Config) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("model", ["mythos", "published"])
-def test_sharded_and_whole_models_start_alike(
+def test_sharded_and_complete_models_have_the_same_initial_weights(
     model: str, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
-    whole = {
+    expected = {
         name: parameter.detach()
         for name, parameter in build_model(tiny_config(model, tiny_data, tmp_path)).named_parameters()
         if "_proj" not in name
     }
     for pool in (one_rank, two_ranks):
         for found in pool.run(weights, tiny_config(model, tiny_data, tmp_path, ranks=pool.ranks)):
-            assert found.keys() == whole.keys()
-            assert all(torch.equal(found[name], whole[name]) for name in whole)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
