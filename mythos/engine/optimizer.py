@@ -1,6 +1,6 @@
 """The optimizer of the configuration over the parameter groups of a model: AdamW, or Muon and AdamW.
 
-An optimizer is built by one function here and has one entry in ``mythos.engine.schedule``: both use the same names of
+An optimizer is built by one function here and has one case in ``mythos.engine.schedule``: both use the same names of
 parameter groups.
 """
 
@@ -15,7 +15,11 @@ from mythos.model.parameters import Role, parameter_roles
 
 def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     """The routed experts, if there are any, are the last group: ZeRO needs them in a group of their own."""
-    return _muon(model, config) if isinstance(config, Muon) else _adamw(model, config)
+    match config:
+        case AdamW():
+            return _adamw(model, config)
+        case Muon():
+            return _muon(model, config)
 
 
 def _adamw(model: nn.Module, config: AdamW) -> torch.optim.Optimizer:

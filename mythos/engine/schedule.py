@@ -2,7 +2,7 @@
 
 import math
 
-from mythos.config.optim_schema import AdamW, Optim
+from mythos.config.optim_schema import AdamW, Muon, Optim
 
 MATRICES, EXPERTS, OTHERS = "matrices", "experts", "others"
 """Names of the parameter groups (``group["role"]``): the optimizer's builder and ``schedule`` agree on them."""
@@ -15,15 +15,17 @@ def schedule(config: Optim, step: int, steps: int) -> dict[str, dict[str, float]
     during its warm-up and is constant afterwards; and a weight decay, which falls linearly to 0 at the last step.
     """
     adamw = {"lr": learning_rate(config, step, steps)}
-    if isinstance(config, AdamW):
-        return {MATRICES: adamw, EXPERTS: adamw, OTHERS: adamw}
-    warm = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
-    muon = {
-        "lr": _scheduled(config.muon_learning_rate, config, step, steps),
-        "momentum": (1 - warm) * config.muon_momentum_start + warm * config.muon_momentum,
-        "weight_decay": config.muon_weight_decay * (1 - step / steps),
-    }
-    return {MATRICES: muon, EXPERTS: muon, OTHERS: adamw}
+    match config:
+        case AdamW():
+            return {MATRICES: adamw, EXPERTS: adamw, OTHERS: adamw}
+        case Muon():
+            warm = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
+            muon = {
+                "lr": _scheduled(config.muon_learning_rate, config, step, steps),
+                "momentum": (1 - warm) * config.muon_momentum_start + warm * config.muon_momentum,
+                "weight_decay": config.muon_weight_decay * (1 - step / steps),
+            }
+            return {MATRICES: muon, EXPERTS: muon, OTHERS: adamw}
 
 
 def learning_rate(config: Optim, step: int, steps: int) -> float:

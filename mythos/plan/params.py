@@ -69,8 +69,14 @@ def _value_embeddings(model: Looped | Dense, layers: int) -> dict[str, int]:
 
 
 def _attention(width: int, attention: GroupedQuery | Latent) -> int:
-    if isinstance(attention, GroupedQuery):
-        return 2 * width * (attention.heads + attention.kv_heads) * attention.head_size
+    match attention:
+        case GroupedQuery():
+            return 2 * width * (attention.heads + attention.kv_heads) * attention.head_size
+        case Latent():
+            return _latent_attention(width, attention)
+
+
+def _latent_attention(width: int, attention: Latent) -> int:
     query, latent, heads = attention.query_latent_size, attention.key_value_latent_size, attention.heads
     content, rotated, value = attention.content_head_size, attention.rotary_head_size, attention.value_head_size
     queries = width * query + query + query * heads * (content + rotated)

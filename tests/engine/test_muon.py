@@ -88,7 +88,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(
 
 
 def good_then_bad_step(config: Config) -> tuple[list[bool], list[bool], int]:
-    """Whether two steps were applied (the second loss is NaN), which tensors the second changed, number of momenta."""
+    """Whether two steps were applied (the second loss is NaN), what the second left as it was, number of momenta."""
     engine = TrainingEngine(config, torch.device("cpu"))
     inner = getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
 
