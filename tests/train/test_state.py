@@ -1,0 +1,33 @@
+"""The state of a run: counted step by step, saved as JSON and read back, also from version 0.1."""
+
+import json
+from pathlib import Path
+
+from mythos.run.anomalies import LossStatistics
+from mythos.train.state import RunState
+
+SAVED_BY_0_1 = Path(__file__).parent / "version_0_1" / "published-muon" / "checkpoints" / "step_00000008" / "state.json"
+
+
+def test_it_survives_json() -> None:
+    state = RunState({"seed": 1}, loss=LossStatistics(4.0, 0.5, 60), epochs={"web": 0.25})
+    state.count(8, 120, applied=True)
+    state.count(8, 120, applied=False)
+    assert (state.step, state.samples, state.tokens) == (2, 16, 240)
+    assert (state.skipped_steps, state.bad_steps_in_a_row) == (1, 1)
+    assert RunState.from_dict(json.loads(json.dumps(state.to_dict() | {"world": {"ranks": 2}}))) == state
+
+
+def test_a_rewind_keeps_the_position_in_the_data() -> None:
+    saved = RunState({"seed": 1}, step=10, samples=80, tokens=1200, loss=LossStatistics(4.0, 0.5, 10))
+    now = RunState({"seed": 1}, step=14, samples=112, tokens=1680, rewinds=1)
+    rewound = now.rewound_to(saved)
+    assert (rewound.step, rewound.samples, rewound.tokens, rewound.rewinds) == (10, 112, 1200, 2)
+    assert rewound.loss == saved.loss
+
+
+def test_the_state_that_version_0_1_saved_is_read() -> None:
+    saved = json.loads(SAVED_BY_0_1.read_text(encoding="utf-8"))
+    state = RunState.from_dict(saved)
+    assert (state.step, state.samples, state.loss.steps) == (8, 64, 8)
+    assert state.to_dict() | {"world": saved["world"]} == saved
