@@ -1,11 +1,9 @@
 """`mythos train`: bare, or once a process under torchrun, mpiexec or srun."""
 
-import logging
-import os
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from launch.arguments import Accept, Configuration, split_configuration
 
@@ -37,7 +35,7 @@ def run(
     """
     from mythos.ranks.preemption import StopRequest
 
-    stop = StopRequest()  # before anything slow, so that a signal at any time ends in a saved run
+    stop = StopRequest()  # before anything slow, so that a signal is handled at any time
     from mythos.config.consent import check_names
     from mythos.config.load import load
 
@@ -49,18 +47,24 @@ def run(
     def configure(world_size: int) -> "Config":
         check_names(accept or ())
         config = load(*split_configuration(configuration), world_size)
-        stop.leave_after(config.preemption.grace_s)
+        stop.exit_after(config.preemption.grace_s)
         return config
 
     return run_ranks(configure, work)
 
 
 def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, torch.device], int]") -> int:
-    """Join the other ranks and do the work; ``configure`` is given their number. Returns the exit code.
+    """Join the other ranks and do the work; returns the exit code.
 
-    An error is told once, by the rank that knows, and ends the process at once: see ``World`` for what follows.
+    An error is reported once, by rank 0 or by the rank that alone knows of it, and ends the process. ``World``
+    describes how the launcher then ends the other ranks.
+
+    Args:
+        configure: loads the configuration for the number of ranks.
+        work: is given the configuration and this rank's device.
     """
     from mythos.errors import FAILED, UserError
+    from mythos.ranks.exits import exit_now
     from mythos.ranks.world import read_world
     from mythos.run.console import log, start_logging
 
@@ -71,16 +75,17 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
         except UserError as error:
             if world.rank > 0:
                 _wait_for_rank_0(error.exit_code)
-                log.error(f"mythos: {world.place}, but not rank 0, finds {error}")
-                _leave(error.exit_code)
+                log.error(f"mythos: {world.place}, but not rank 0, reports {error}")
+                exit_now(error.exit_code)
             raise
         log.info(world.describe())
         world.export()
         from mythos.ranks import group
-        from mythos.ranks.watchdog import PATIENCE_S
+        from mythos.ranks.watchdog import SLOW_LIMIT_S
 
-        try:  # the watchdog knows more to tell than a collective that gives up: it comes first
-            timeout_s = group.COLLECTIVE_TIMEOUT_S + max(config.train.watchdog_s, PATIENCE_S)
+        try:
+            # Longer than the watchdog's limit, whose report says more about the cause than a failed collective.
+            timeout_s = group.COLLECTIVE_TIMEOUT_S + max(config.train.watchdog_s, SLOW_LIMIT_S)
             exit_code = work(config, group.start(config.device, timeout_s))
             group.finish()
             return exit_code
@@ -89,26 +94,22 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
                 _wait_for_rank_0(error.exit_code)
             else:
                 log.error(f"mythos: {error}" if error.agreed else f"mythos: {world.place}: {error}")
-            _leave(error.exit_code)
+            exit_now(error.exit_code)
         except OSError as error:
-            log.error(f"mythos: {world.place}: {error}; what is saved is intact: start again to go on")
-            _leave(FAILED)
+            log.error(f"mythos: {world.place}: {error}; the last complete checkpoint is intact: start again to resume")
+            exit_now(FAILED)
         except Exception:
             log.exception(f"mythos: {world.place} failed")
-            _leave(FAILED)
-
-
-def _leave(exit_code: int) -> NoReturn:
-    """End a failed process at once: the threads of its process group, whose other ranks may be gone, would abort it."""
-    logging.shutdown()
-    os._exit(exit_code)
+            exit_now(FAILED)
 
 
 def _wait_for_rank_0(exit_code: int) -> None:
-    """Every rank has found the same mistake. Rank 0 reports it and fails; the launcher then ends this process.
+    """Wait for the launcher to end this process, after an error that rank 0 reports.
 
-    With the same exit code, for srun passes on the largest of all.
+    The SIGTERM of the launcher ends it with the error's own exit code, because srun returns the largest one.
     """
-    signal.set_wakeup_fd(-1)  # which would leave with the code of a preemption
-    signal.signal(signal.SIGTERM, lambda *_: _leave(exit_code))
+    from mythos.ranks.exits import exit_now
+
+    signal.set_wakeup_fd(-1)  # so that this SIGTERM is not taken for a preemption
+    signal.signal(signal.SIGTERM, lambda *_: exit_now(exit_code))
     time.sleep(LAUNCHER_GRACE_S)

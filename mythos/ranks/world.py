@@ -1,7 +1,7 @@
-"""Where am I: the rank of this process and the place where all ranks meet, read once from the environment.
+"""The rank of this process and the address where all ranks meet, read once from the launcher's environment. No torch.
 
-Innermost launcher first. torchrun runs under srun, and both kinds of mpiexec start their helpers with srun inside a
-Slurm job (their processes then carry the helper's SLURM_PROCID), so srun is asked after them and before "bare".
+The innermost launcher is recognised first. torchrun may run under srun, and both kinds of mpiexec start their helpers
+with srun inside a Slurm job (their processes then have the helper's SLURM_PROCID), so srun is checked after them.
 """
 
 import os
@@ -9,7 +9,7 @@ import re
 import signal
 import socket
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -27,20 +27,20 @@ OPEN_MPI = (
 MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
 
-# Slurm numbers the batch shell, the interactive shell and the like from here on; srun's steps stay below.
+# From here on, Slurm numbers the batch shell, the interactive shell and the like; the steps of srun are below.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
-SPOKEN = {"torchrun": "torchrun", "srun": "srun", "mpich": "MPICH mpiexec", "openmpi": "Open MPI mpirun"}
+LAUNCHER_NAMES = {"torchrun": "torchrun", "srun": "srun", "mpich": "MPICH mpiexec", "openmpi": "Open MPI mpirun"}
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. Use it as a context manager around everything the process does.
+    """This process among the others. Use it as a context manager around everything that the process does.
 
-    Leaving the block keeps the launcher's verdict right. MPI is finalised after a normal end and after sys.exit with
-    a code that all ranks agree on (DONE, PREEMPTED), and left open after anything else, which is what makes mpiexec
-    end the other ranks. Under srun --kill-on-bad-exit=1 the first rank that exits with PREEMPTED has the others
-    terminated, and srun would return 143; so a rank that is leaving ignores SIGTERM (KILL follows after KillWait).
+    Leaving the block makes the launcher return the right exit code. MPI is finalised after a normal end and after
+    sys.exit with a code that all ranks agree on (DONE, PREEMPTED). After anything else it stays open, so that mpiexec
+    ends the other ranks. Under srun --kill-on-bad-exit=1 the first rank that exits with PREEMPTED has the others
+    terminated, and srun would return 143; so a rank that is exiting ignores SIGTERM (KILL follows after KillWait).
     """
 
     launcher: str  # torchrun, srun, mpich, openmpi or bare
@@ -50,23 +50,25 @@ class World:
     local_world_size: int
     address: str
     port: int
+    token: str | None = field(default=None, repr=False)
+    """The secret of this job's ranks, if they share one already: see ``mythos.ranks.token``."""
 
     @property
     def place(self) -> str:
-        """Which process this is, for errors."""
+        """Rank and host, for error messages."""
         return f"rank {self.rank} on {socket.gethostname()}"
 
     def describe(self) -> str:
         """One line for the log."""
-        many = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
-        by = f"by {SPOKEN[self.launcher]}" if self.launcher in SPOKEN else "without a launcher"
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        launched = f"by {LAUNCHER_NAMES[self.launcher]}" if self.launcher in LAUNCHER_NAMES else "without a launcher"
         return (
-            f"{many} {by}: rank {self.rank} of {self.world_size}, local rank {self.local_rank} of "
+            f"{processes} {launched}: rank {self.rank} of {self.world_size}, local rank {self.local_rank} of "
             f"{self.local_world_size}, rendezvous {self.address}:{self.port}"
         )
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
-        """Set what torch.distributed reads with env://. Read the world before: afterwards it looks like torchrun."""
+        """Set the variables that torch.distributed reads; afterwards the environment looks like that of torchrun."""
         for name, value in zip(
             TORCHRUN, (self.rank, self.world_size, self.local_rank, self.local_world_size), strict=True
         ):
@@ -83,14 +85,14 @@ class World:
         agreed = isinstance(error, SystemExit) and error.code in (None, DONE, PREEMPTED)
         if error is None or agreed:
             rendezvous.finalise_mpi()
-        # A batch script repeats it; the interpreter's end would bring back the default, which kills.
+        # A batch script repeats the signal, and at its end the interpreter restores the default, which kills.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         if self.launcher == "srun":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
-    """The world that the launcher's variables describe. UserError where one is missing, odd or contradicts another."""
+    """The world that the launcher's variables describe. Raises UserError if they are incomplete or contradictory."""
     launcher = _launcher(environ)
     if launcher == "bare":
         places = (0, 1, 0, 1)
@@ -101,8 +103,8 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         rank, world_size, local_rank, local_world_size = (_number(environ, name, launcher) for name in names)
         places = (rank, world_size, local_rank, local_world_size)
         _check(names, places, launcher)
-    address, port = rendezvous.meet(environ, launcher, *places)
-    return World(launcher, *places, address, port)
+    meeting = rendezvous.meet(environ, launcher, *places)
+    return World(launcher, *places, meeting.address, meeting.port, meeting.token)
 
 
 def _launcher(environ: Mapping[str, str]) -> str:
@@ -121,7 +123,7 @@ def _launcher(environ: Mapping[str, str]) -> str:
 
 
 def _step_is_ours(environ: Mapping[str, str]) -> bool:
-    # A job that was submitted from inside a step inherits the step's variables, but SLURM_NTASKS is its own.
+    # A job that was submitted from inside a step inherits that step's variables, except SLURM_NTASKS.
     return environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS")) == environ.get("SLURM_NTASKS")
 
 
@@ -164,10 +166,12 @@ def _number(environ: Mapping[str, str], name: str, launcher: str) -> int:
 
 def _text(environ: Mapping[str, str], name: str, launcher: str) -> str:
     if name not in environ:
-        raise UserError(f"{name} is not set, though the other variables of {SPOKEN[launcher]} are: {_remedy(launcher)}")
+        raise UserError(
+            f"{name} is not set, though the other variables of {LAUNCHER_NAMES[launcher]} are: {_remedy(launcher)}"
+        )
     return environ[name]
 
 
 def _remedy(launcher: str) -> str:
     own = {"torchrun": "RANK and LOCAL_RANK", "srun": "SLURM_*", "mpich": "PMI_* and MPI_LOCAL*", "openmpi": "OMPI_*"}
-    return f"start with {SPOKEN[launcher]}, or unset {own[launcher]} to run one process"
+    return f"start with {LAUNCHER_NAMES[launcher]}, or unset {own[launcher]} to run one process"

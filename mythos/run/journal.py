@@ -69,6 +69,8 @@ class Journal:
 
     def fail(self, message: str, exit_code: int) -> None:
         """Record that the run failed, with a cause that this rank knows."""
+        if not self._has_started and (not RunDirectory(self.directory).config.exists() or is_locked(self.directory)):
+            return
         with suppress(OSError):  # the disk may be full, and a second error must not hide the first one
             append_event(
                 self.directory, FAILED, exit_code=exit_code, rank=self.rank, message=message[:MESSAGE_CHARACTERS]
@@ -84,8 +86,6 @@ class Journal:
             return
         reported_by_rank_0 = isinstance(error, UserError) and error.agreed
         if reported_by_rank_0 and self.rank > 0:
-            return
-        if not self._has_started and (not RunDirectory(self.directory).config.exists() or is_locked(self.directory)):
             return
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         self.fail(message, error.exit_code if isinstance(error, UserError) else FAILED_CODE)

@@ -141,12 +141,12 @@ def open_run(config: Config, device: torch.device, stop: StopRequest, accept: Se
     stop.has_begun = True
     # The journal is the outer context: when a rank fails only because another rank died, it records the watchdog's
     # diagnosis, not the secondary error.
-    with journal, Watchdog(config.train.watchdog_s) as watchdog, ExitStack() as cleanup:
+    with journal, Watchdog(config.train.watchdog_s, journal) as watchdog, ExitStack() as cleanup:
+        stop.watchdog = watchdog
         data = preflight.open_data_everywhere(config)
         changed, lock = _open_directory(config, accept, device, reports)
         cleanup.enter_context(lock or nullcontext())
         journal.start(environment([report.host for report in reports], str(device), precision(config, device)))
-        watchdog.before_end, stop.before_leaving = journal.fail, watchdog.leave
         found = restore.newest_valid(directory.checkpoints)
         watchdog.progress("building the model")
         yield OpenRun(config, stop, directory, data, changed, accept, found, watchdog, journal)

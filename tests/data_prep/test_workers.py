@@ -1,14 +1,18 @@
-"""Workers as processes and as ranks, and what happens when one fails or dies. Each ends in seconds, with one line."""
+"""Workers as processes and as ranks, and what happens when one fails or dies: all end in seconds, with one line."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,8 @@ import pytest
 from data_prep.parts import HashSource
 from data_prep.workers import WorkerLost, Workers, serve
 from mythos.errors import UserError
+from mythos.ranks import token
+from mythos.ranks.messages import Listener
 from mythos.ranks.world import World
 from tests.cluster import clean_environment
 from tests.cluster import run as run_command
@@ -41,7 +47,7 @@ def mpiexec() -> list[str]:
 def wait_for(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + LIMIT_S
     while not condition():
-        assert time.monotonic() < until, "did not happen"
+        assert time.monotonic() < until, "it did not happen"
         time.sleep(0.01)
 
 
@@ -63,16 +69,20 @@ def undisturbed(
 
 @pytest.fixture
 def world() -> World:
-    """Rank 0 of two; its own worker is left out, so that rank 1 does all the work."""
+    """Rank 0 of two; it starts no local process, so that rank 1 does all the work."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return World("mpich", 0, 2, 0, 2, "127.0.0.1", probe.getsockname()[1])
+        return World("mpich", 0, 2, 0, 2, "127.0.0.1", probe.getsockname()[1], "secret")
+
+
+def rank_1_of(world: World) -> World:
+    return replace(world, rank=1, local_rank=1)
 
 
 def start_rank_1(world: World) -> subprocess.Popen[str]:
     code = (
         "import sys; from data_prep.workers import serve; from mythos.ranks.world import World; "
-        f"sys.exit(serve(World('mpich', 1, 2, 1, 2, '127.0.0.1', {world.port})))"
+        f"sys.exit(serve(World('mpich', 1, 2, 1, 2, '127.0.0.1', {world.port}, {world.token!r})))"
     )
     return subprocess.Popen([sys.executable, "-c", code], env=clean_environment(), stderr=subprocess.PIPE, text=True)
 
@@ -82,19 +92,64 @@ def hash_all(workers: Workers, paths: list[Path]) -> list[object]:
     return [results[number] for number in range(len(paths))]
 
 
-def test_rank_1_does_the_work_and_a_stranger_gets_none(world: World, several_sources: list[Path]):
-    rank_1 = start_rank_1(world)
-    with Workers(world, processes=0) as workers:
-        strangers = [socket.create_connection((world.address, world.port)) for _ in range(2)]
-        strangers[1].sendall(b"GET / HTTP/1.1\r\n\r\n")
+def test_rank_1_does_the_work_and_strangers_get_none(world: World, several_sources: list[Path]):
+    hello = json.dumps({"token": "guess", "rank": 1, "host": "elsewhere", "process": 1}).encode()
+    contents = [b"", b"\x00\x00", b"GET / HTTP/1.1\r\n\r\n", b'{"rank": 1}\n', b"[" * 200_000]
+    contents += [struct.pack(">I", len(text)) + text for text in (b'{"rank": 1}', hello)]
+    with Workers(world, processes=0) as workers, contextlib.ExitStack() as cleanup:
+        strangers = []
+        for content in contents:
+            strangers.append(cleanup.enter_context(socket.create_connection((world.address, world.port))))
+            strangers[-1].sendall(content)
+        rank_1 = start_rank_1(world)
         sizes = [size for size, _ in hash_all(workers, several_sources)]  # type: ignore[misc]
+        for stranger in strangers:
+            stranger.setblocking(False)
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                assert stranger.recv(1) == b"", "it was sent something"
     assert sizes == [path.stat().st_size for path in several_sources]
     assert rank_1.wait(LIMIT_S) == 0
-    for stranger in strangers:
-        stranger.close()
 
 
-def test_an_error_on_rank_1_is_told_by_rank_0_and_ends_both(world: World, several_sources: list[Path], tmp_path: Path):
+def test_ranks_that_share_no_secret_find_it_in_a_file(
+    world: World, several_sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    world = replace(world, token=None)
+    token.publish_token(world, "left by a killed job")
+    rank_1 = start_rank_1(world)
+    time.sleep(1)  # rank 1 finds the old file, too
+    with Workers(world, processes=0) as workers:
+        assert len(hash_all(workers, several_sources)) == len(several_sources)
+    assert rank_1.wait(LIMIT_S) == 0
+    assert not token.token_file(world).exists()
+
+
+def test_a_rank_without_the_secret_is_refused(
+    world: World, several_sources: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("data_prep.workers.MEET_TIMEOUT_S", 1.0)
+    with Workers(world, processes=0) as workers:
+        rank_1 = start_rank_1(world)
+        refused: list[str] = []
+
+        def serve_with_a_guess() -> None:
+            try:
+                serve(replace(rank_1_of(world), token="guess"))
+            except WorkerLost as error:
+                refused.append(str(error))
+
+        stranger = threading.Thread(target=serve_with_a_guess)
+        stranger.start()
+        while stranger.is_alive():
+            assert len(hash_all(workers, several_sources)) == len(several_sources)
+    assert "it refuses this process" in refused[0]
+    assert rank_1.wait(LIMIT_S) == 0
+
+
+def test_an_error_on_rank_1_is_reported_by_rank_0_and_ends_both(
+    world: World, several_sources: list[Path], tmp_path: Path
+):
     rank_1 = start_rank_1(world)
     gone = tmp_path / "gone.parquet"
     with pytest.raises(UserError, match=rf"{gone}: cannot be read"), Workers(world, processes=0) as workers:
@@ -109,23 +164,25 @@ def test_a_dead_rank_1_ends_rank_0(world: World, several_sources: list[Path]):
         hash_all(workers, several_sources)
         rank_1.kill()
         rank_1.wait()
-        with pytest.raises(WorkerLost, match=r"rank 1 on 127\.0\.0\.1 died"):
+        with pytest.raises(WorkerLost, match=rf"rank 1 on {socket.gethostname()} \(process {rank_1.pid}\) died"):
             hash_all(workers, several_sources)
 
 
 def test_a_dead_rank_0_ends_rank_1(world: World):
-    with socket.create_server((world.address, world.port)) as listener:
+    with Listener("secret", 1, world.port) as listener:
         rank_1 = start_rank_1(world)
-        listener.settimeout(LIMIT_S)
-        listener.accept()[0].close()
+        peers = listener.accept(LIMIT_S)
+        while not peers:
+            peers = listener.accept(LIMIT_S)
+        peers[0].channel.close()
         assert rank_1.wait(LIMIT_S) == 1
     assert "rank 0 died" in rank_1.communicate()[1]
 
 
-def test_a_rank_0_that_never_answers(world: World, monkeypatch: pytest.MonkeyPatch):
+def test_a_rank_0_that_never_responds(world: World, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("data_prep.workers.MEET_TIMEOUT_S", 0.5)
-    with pytest.raises(WorkerLost, match=rf"rank 0 does not answer at 127\.0\.0\.1:{world.port}"):
-        serve(World("mpich", 1, 2, 1, 2, "127.0.0.1", world.port))
+    with pytest.raises(WorkerLost, match=rf"rank 0 does not respond at 127\.0\.0\.1:{world.port}"):
+        serve(rank_1_of(world))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -164,7 +221,7 @@ def test_bad_input_is_one_line(several_sources: list[Path], tokenizer: Path, tmp
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_killed_run_goes_on_where_it_was(
+def test_a_killed_run_is_resumed(
     several_sources: list[Path], tokenizer: Path, tmp_path: Path, undisturbed: dict[str, bytes], ranks: int
 ):
     launcher, more = ([], ["--processes", "2"]) if ranks == 1 else (mpiexec(), [])
@@ -187,7 +244,7 @@ def test_a_killed_run_goes_on_where_it_was(
     finished = finished_parts(output)
     assert 2 <= len(finished) < len(several_sources)
 
-    # What is taken over can be told by changing it: the first row of a finished part.
+    # Finished parts are used again: a change in one of them, in its first row, is found in the data set.
     marked = tmp_path / "marked"
     marked.mkdir()
     shutil.copytree(work, marked / ".data.partial")
@@ -224,7 +281,7 @@ def test_a_killed_worker_process_ends_the_run_and_its_parts_stay(
     error = process.communicate(timeout=LIMIT_S)[1]
     assert process.returncode == 1
     assert error.count("\n") == 1
-    assert "died, killed or out of memory; run the same command again" in error
+    assert "died: it was killed or ran out of memory; run the same command again" in error
     assert finished_parts(output)
 
 

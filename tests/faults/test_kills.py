@@ -207,7 +207,7 @@ def test_a_rank_that_does_not_respond(undisturbed: Undisturbed, tiny_data: Path,
     fault = moment("forward", 1, signal="SIGSTOP")
     first = attempt(config, fault)
     assert first.exit_code not in (0, PREEMPTED), first.output
-    assert re.search(r"no step finished for 5 s .*; no answer from rank 1 on \S+ \(process \d+\)", first.output)
+    assert re.search(r"no step finished for 5 s .*; no response from rank 1 on \S+ \(process \d+\)", first.output)
     log = rank_log(tmp_path / "run", 0)
     assert "the stacks of all threads" in log
     assert "mythos/train/loop.py" in log

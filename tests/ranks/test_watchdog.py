@@ -1,4 +1,4 @@
-"""The watchdog and the log where the disk or the network, too, is in trouble."""
+"""The watchdog and the log when the disk or the network fails, too."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ from tests.require import lacking
 STUCK_DISK = """
     import logging, time
     from mythos.run.console import log
-    from mythos.ranks import preemption
+    from mythos.ranks.exits import exit_within
 
     class Stuck(logging.Handler):
         def emit(self, record):
@@ -21,15 +21,15 @@ STUCK_DISK = """
 
     log.addHandler(Stuck())
     log.setLevel(logging.INFO)
-    preemption.leave_in_any_case(85, after_s=1.0)
+    exit_within(85, after_s=1.0)
     log.error("this line is never written")
 """
 FULL_CONSOLE = """
     from mythos.run.console import log, start_logging
 
     start_logging(None, 0)
-    log.error("nobody reads this")
-    print("still here")
+    log.error("this line is lost")
+    print("still running")
 """
 
 
@@ -45,26 +45,26 @@ def python(program: str, **options: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_process_whose_log_is_stuck_ends_all_the_same() -> None:
+def test_a_process_whose_log_blocks_exits_all_the_same() -> None:
     assert python(STUCK_DISK).returncode == 85
 
 
-def test_a_console_on_a_full_disk_ends_nothing() -> None:
+def test_a_console_on_a_full_disk_does_not_end_the_process() -> None:
     if not Path("/dev/full").is_char_device():
         lacking("no /dev/full on this machine")
     with open("/dev/full", "w") as full:
         done = python(FULL_CONSOLE, stderr=full)
-    assert (done.returncode, done.stdout) == (0, "still here\n")
+    assert (done.returncode, done.stdout) == (0, "still running\n")
 
 
-def test_a_closed_console_ends_nothing() -> None:
+def test_a_closed_console_does_not_end_the_process() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
         done = python(FULL_CONSOLE, stderr=writer)
     finally:
         os.close(writer)
-    assert (done.returncode, done.stdout) == (0, "still here\n")
+    assert (done.returncode, done.stdout) == (0, "still running\n")
 
 
 FROZEN = """
@@ -77,21 +77,21 @@ FROZEN = """
     group.start("cpu")
     start_logging(None, 0)
 
-    def library_that_never_lets_go():
+    def library_that_holds_the_lock():
         ctypes.PyDLL(None).sleep(600)
 
     with Watchdog(1.0) as watchdog:
         watchdog.started()
-        time.sleep(1)  # so that the watchdog has looked again
-        library_that_never_lets_go()
+        time.sleep(1)  # so that the watchdog has polled with the new limit
+        library_that_holds_the_lock()
 """
 
 
-def test_a_process_whose_interpreter_is_frozen_ends_with_its_stacks(tmp_path: Path) -> None:
+def test_a_process_with_a_blocked_interpreter_writes_its_stacks_and_exits(tmp_path: Path) -> None:
     with open(tmp_path / "errors", "w") as errors:
         done = python(FROZEN, stderr=errors)
     assert done.returncode == 1
-    assert "in library_that_never_lets_go" in (tmp_path / "errors").read_text()
+    assert "in library_that_holds_the_lock" in (tmp_path / "errors").read_text()
 
 
 START = """
@@ -107,7 +107,7 @@ START = """
 """
 
 
-def test_a_port_that_is_taken_is_one_line() -> None:
+def test_a_port_in_use_is_reported_in_one_line() -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         done = python(START.replace("sys.argv[1]", f"'{port}'"))

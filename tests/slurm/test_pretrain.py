@@ -169,7 +169,7 @@ def test_a_killed_rank_fails_the_job_which_is_not_requeued_and_the_cause_is_told
     assert job.show("ExitCode") != "0:0"
     status = read_status(directory)
     assert status.state == "failed"
-    assert re.search(r"rank 1 on node\d \(process \d+\) died without a word", status.cause or "")
+    assert re.search(r"rank 1 on node\d \(process \d+\) died: it was killed", status.cause or "")
 
 
 def test_a_bad_configuration_fails_at_once_and_is_not_requeued(

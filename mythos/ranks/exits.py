@@ -1,0 +1,21 @@
+"""Ends this process although its threads, its collectives or its disk may block for ever."""
+
+import logging
+import os
+import threading
+from typing import NoReturn
+
+GRACE_S = 5.0
+
+
+def exit_now(exit_code: int) -> NoReturn:
+    """End the process without waiting for its threads: those of a process group whose ranks are gone would abort it."""
+    logging.shutdown()
+    os._exit(exit_code)
+
+
+def exit_within(exit_code: int, after_s: float = GRACE_S) -> None:
+    """End the process in ``after_s`` seconds even if what it is about to log or send blocks."""
+    timer = threading.Timer(after_s, os._exit, (exit_code,))
+    timer.daemon = True
+    timer.start()
