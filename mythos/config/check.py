@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 
 from mythos.config.derive import data_sources, global_batch_sequences
-from mythos.config.model_schema import VALUE_GATE_CHANNELS, Latent, Looped, MixtureOfExperts
+from mythos.config.model_schema import VALUE_GATE_CHANNELS, GroupedQuery, Latent, Looped, MixtureOfExperts
 from mythos.config.option import needs_of
 from mythos.config.schema import Config
 from mythos.config.tree import get, has, options
@@ -49,9 +49,9 @@ def check(config: Config, world_size: int) -> list[Finding]:
 
 def _attention(config: Config) -> Iterator[Finding]:
     attention, path = config.model.attention, "model.attention"
-    if isinstance(attention, Latent):
-        if attention.rotary_head_size % 2:
-            yield Finding(f"{path}.rotary_head_size", attention.rotary_head_size, "must be even")
+    if isinstance(attention, Latent) and attention.rotary_head_size % 2:
+        yield Finding(f"{path}.rotary_head_size", attention.rotary_head_size, "must be even")
+    if not isinstance(attention, GroupedQuery):
         return
     if attention.heads % attention.kv_heads:
         remedy = f"must divide heads ({attention.heads})"
