@@ -79,14 +79,21 @@ def load(engine: TrainingEngine, found: Path) -> dict[str, Any]:
 
 def _read_pieces(engine: TrainingEngine, reader: PieceReader) -> None:
     engine.optimizer.state.clear()  # of the updates since, where a run goes back
+    converted = 0
     try:
         for shard in engine.shards():
             reader.weights(shard.name, shard.start, shard.stop, shard.weights(shard.start, shard.stop))
             saved = reader.optimizer_state(shard.name, shard.start, shard.stop)
             shard.set_optimizer_state(saved, reader.optimizer_steps(shard.name))
+            converted += bool(saved) and set(saved) != set(shard.state_names)
         engine.set_buffers(reader.buffers())
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{reader.checkpoint}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+    if converted:
+        log.info(
+            f"{reader.checkpoint.name} was written with another optim.kind: {converted} parameters on this rank keep "
+            "exp_avg, and their exp_avg_sq is dropped or starts at its square"
+        )
 
 
 def _check_same_model(engine: TrainingEngine, reader: PieceReader) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mythos.engine.muon import FlatSlice, MuonAdamW
 
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
-"""State tensors of the shape of their parameter; Muon keeps only the first."""
+MUON_STATES = ("exp_avg",)
+ADAMW_STATES = ("exp_avg", "exp_avg_sq")
+"""State tensors of the shape of their parameter."""
 
 Placement = tuple[Tensor, Any, list[FlatSlice]]
 """The (first) tensor passed to the optimizer, the ranks over which its parameters are spread, this rank's elements."""
@@ -73,6 +74,7 @@ class ParameterShard:
     position: int  # of element ``start`` in it
     owner: Tensor  # the tensor that is the key of ``states``
     states: MutableMapping[Tensor, dict[str, Any]]  # of the optimizer
+    state_names: tuple[str, ...]  # the state tensors that the optimizer uses for this parameter
 
     def weights(self, start: int, stop: int) -> Tensor:
         """A view of the fp32 weights of elements start to stop."""
@@ -81,7 +83,7 @@ class ParameterShard:
     def optimizer_state(self, start: int, stop: int) -> dict[str, Tensor]:
         """Views of the state tensors of elements start to stop, by name; empty before the first update."""
         state = self.states.get(self.owner, {})
-        return {name: self._view(state[name].view(-1), start, stop) for name in OPTIMIZER_STATES if name in state}
+        return {name: self._view(state[name].view(-1), start, stop) for name in self.state_names if name in state}
 
     @property
     def steps(self) -> float:
@@ -90,15 +92,21 @@ class ParameterShard:
         return float(state["step"]) if state else 0.0
 
     def set_optimizer_state(self, values: Mapping[str, Tensor], steps: float) -> None:
-        """Restore the saved values of all elements and the number of updates; ``states`` must have been cleared."""
+        """Restore the saved values of all elements and the number of updates; ``states`` must have been cleared.
+
+        The checkpoint of a run with another ``optim.kind`` may have more or fewer state tensors. Those that are not
+        used are dropped. A missing ``exp_avg_sq`` (AdamW after Muon) starts at the square of ``exp_avg``, so that the
+        first update is at most about one learning rate; at zero it would be several times that.
+        """
         if not steps:
             return
         state = self.states[self.owner]
         # Every owner needs a tensor of its own, because the optimizer increments it in place.
         state["step"] = torch.tensor(steps, dtype=torch.float32, device=self.owner.device)
-        for name, value in values.items():
+        for name in self.state_names:
             if name not in state:
                 state[name] = torch.zeros_like(self.owner, requires_grad=False)
+            value = values[name] if name in values else values["exp_avg"].square()
             self._view(state[name].view(-1), self.start, self.stop).copy_(value)
 
     def _view(self, flat: Tensor, start: int, stop: int) -> Tensor:
@@ -114,7 +122,7 @@ def parameter_shards(
         zero: DeepSpeed's wrapper of ``optimizer``, or ``optimizer`` itself.
         global_parameter: maps a parameter of this rank's model to the global one.
     """
-    for parameter, part, owner in _updated(zero, optimizer, stage):
+    for parameter, part, owner, group in _updated(zero, optimizer, stage):
         of = global_parameter(parameter)
         count = part.stop - part.start
         first, last = (
@@ -133,24 +141,27 @@ def parameter_shards(
                 position=part.position,
                 owner=owner,
                 states=optimizer.state,
+                state_names=MUON_STATES if group.get("muon") else ADAMW_STATES,
             )
 
 
-def _updated(zero: Any, optimizer: Any, stage: int) -> Iterator[tuple[Any, FlatSlice, Tensor]]:
+def _updated(zero: Any, optimizer: Any, stage: int) -> Iterator[tuple[Any, FlatSlice, Tensor, dict[str, Any]]]:
+    """(parameter of the model, its elements on this rank, the tensor passed to the optimizer, its group)."""
     if stage == 3:
         for number, parameters in enumerate(zero.fp16_groups):
             slices = _zero3_slices(parameters, dist.get_rank(zero.sub_group_process_groups[number]), {})
+            group = optimizer.param_groups[zero.sub_group_to_group_id[number]]
             for parameter, part in zip(parameters, slices, strict=True):
-                yield parameter, part, zero.fp32_partitioned_groups_flat[number]
+                yield parameter, part, zero.fp32_partitioned_groups_flat[number], group
         return
     for number, group in enumerate(optimizer.param_groups):
         if stage:
             for parameter in zero.bit16_groups[number]:
-                yield parameter, _zero12_slice(parameter, {}), group["params"][0]
+                yield parameter, _zero12_slice(parameter, {}), group["params"][0], group
         else:
             parameters = group["params"] if zero is optimizer else zero.fp16_groups[number]
             for parameter, owner in zip(parameters, group["params"], strict=True):
-                yield parameter, FlatSlice(parameter.shape, 1, 0, parameter.numel(), 0), owner
+                yield parameter, FlatSlice(parameter.shape, 1, 0, parameter.numel(), 0), owner, group
 
 
 def refresh_weights(zero: Any, optimizer: Any, stage: int) -> None:

@@ -1,0 +1,115 @@
+"""docs/configuration.md, from the schema: `python -m mythos.config.document > docs/configuration.md`."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from mythos.config.option import change_of, needs_of
+from mythos.config.schema import Config
+from mythos.config.tree import sections_in, unions
+
+HEAD = """\
+# Configuration
+
+Generated from the schema by `python -m mythos.config.document`; do not edit it.
+
+A configuration is one tree of options. It is merged from YAML files, of which later ones win, and from `key=value`
+arguments, which win over the files: `mythos train MODEL.yaml RUN.yaml optim.learning_rate=2e-4`. `mythos config` prints
+the resolved tree. All mistakes are reported at once, each with the dotted path, the value and what would be right.
+
+- Unknown options are errors, and so are options without effect: those that need another option (see the tables), and
+  those of another `kind`.
+- A file or a command line that chooses another `kind` (`optim.kind=adamw`) or switches a feature off
+  (`sample.tokens=0`) also removes that feature's options from the files before it.
+
+**May change** says what happens when a run is resumed with another value:
+
+| | |
+|---|---|
+| free | accepted and logged |
+| ask | refused with the difference, unless `--accept OPTION` names it, as the message shows |
+| never | refused: the weights or the position in the data would have no meaning |
+
+`--accept` can be repeated. The name of a section (`--accept optim`) accepts all options in it that may change. Give the
+name of the option where you can: a job that is requeued has the same arguments, and accepts only what they name. A name
+that has nothing to accept is no error. Another content of a data set is accepted by the option that names its directory
+(`--accept data.directory`, `--accept data.sources.web.directory`). A run without a checkpoint and without metrics may
+start with any configuration. After a change of `optim.kind` the moments that both kinds have are kept.
+"""
+
+
+def document() -> str:
+    """The text of the file."""
+    lines = [HEAD, "## Top level", "", *_table(Config, "")]
+    sections = {title: (path, section) for title, path, section in _sections(Config, "")}  # each once
+    for title, (path, section) in sections.items():
+        lines += ["", f"## {title}", "", section.__doc__.replace("``", "`"), "", *_table(section, f"{path}.")]
+    return "\n".join(lines) + "\n"
+
+
+def _sections(section: Any, prefix: str) -> Iterator[tuple[str, str, Any]]:
+    """(title, dotted path, section) of every section below one, in the order of the schema."""
+    for name, field in section.__pydantic_fields__.items():
+        path = f"{prefix}{name}" + (".NAME" if get_origin(field.annotation) is dict else "")
+        kinds = {inner: kind for kind, inner in unions().get(path, {}).items()}
+        for inner in sections_in(field.annotation):
+            title = f"{path} ({path}.kind={kinds[inner]})" if inner in kinds else path
+            yield title, path, inner
+            yield from _sections(inner, f"{path}.")
+
+
+def _table(section: Any, prefix: str) -> list[str]:
+    rows = ["| option | value | default | meaning | may change |", "|---|---|---|---|---|"]
+    for name, field in section.__pydantic_fields__.items():
+        path = prefix + name
+        if (sections_in(field.annotation) and field.is_required()) or field.default_factory not in (None, dict):
+            continue  # has a table of its own
+        needs = needs_of(field)
+        meaning = (field.description or "").replace("|", "\\|")
+        if needs is not None:
+            values = f"={' or '.join(map(str, needs.values))}" if needs.values else ""
+            meaning += f" (needs `{needs.path}{values}`)"
+        cells = (f"`{path}`", _type(field), _default(field), meaning, change_of(field))
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def _type(field: FieldInfo) -> str:
+    bounds = [
+        f"{sign} {getattr(bound, name):g}" if getattr(bound, name) < 2**53 else ""
+        for bound in field.metadata
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if hasattr(bound, name)
+    ]
+    return ", ".join([_type_name(field.annotation), *filter(None, bounds)])
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    if get_origin(annotation) is dict:
+        return "sections by name"
+    if get_origin(annotation) is tuple:
+        return "list of " + _type_name(get_args(annotation)[0])
+    if sections_in(annotation):
+        return "section or null" if type(None) in get_args(annotation) else "section"
+    if inner := [part for part in get_args(annotation) if part is not type(None)]:
+        null = " or null" if type(None) in get_args(annotation) else ""
+        return _type_name(inner[0]) + null
+    return {"int": "integer", "float": "number", "bool": "true, false", "str": "text"}[annotation.__name__]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default_factory is dict:
+        return "`{}`"
+    if field.is_required():
+        return "required"
+    return (
+        f"`{field.default}`" if isinstance(field.default, str) and field.default else f"`{json.dumps(field.default)}`"
+    )
+
+
+if __name__ == "__main__":
+    print(document(), end="")
