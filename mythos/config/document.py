@@ -106,9 +106,8 @@ def _default(field: FieldInfo) -> str:
         return "`{}`"
     if field.is_required():
         return "required"
-    return (
-        f"`{field.default}`" if isinstance(field.default, str) and field.default else f"`{json.dumps(field.default)}`"
-    )
+    is_word = isinstance(field.default, str) and field.default
+    return f"`{field.default if is_word else json.dumps(field.default)}`"
 
 
 if __name__ == "__main__":
