@@ -1,4 +1,4 @@
-"""Numbers that follow from the configuration. They are functions, so that they can never disagree with it."""
+"""Values that follow from the configuration. They are functions, so that they always agree with it."""
 
 from mythos.config.schema import Config
 

@@ -27,7 +27,7 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """Parameters that one token's way through every layer once touches; lookup tables count whole."""
+        """Parameters that one token uses when every layer runs once; lookup tables count with all their rows."""
         return self.total - self.idle
 
     @property

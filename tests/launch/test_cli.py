@@ -43,7 +43,10 @@ def test_a_value_may_begin_with_a_minus_sign(capsys: pytest.CaptureFixture[str])
         (["data", "show", "x", "--rows", "1"], "No such option: --rows"),
         (["data", "show", "x", "--row", "many"], "Invalid value for '--row': "),
         (["job", MODEL, "--nodes", "0", "--tasks-per-node", "1"], "Invalid value for '--nodes': "),
-        (["eval", "runs/x", "step_00000005"], "step_00000005: not of the form key=value; name a checkpoint by its step"),
+        (
+            ["eval", "runs/x", "step_00000005"],
+            "step_00000005: not of the form key=value; name a checkpoint by its step",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(
