@@ -1,15 +1,17 @@
-# make demo   sets up .venv, prepares the text in demo/, trains a tiny looped mixture-of-experts model in 2 processes
-# make test   sets up .venv, runs the whole suite
-# make lint   style and types
+# make setup   creates .venv with the versions of constraints.txt, the tools for tests, and an MPI
+# make demo    prepares the text in demo/ and trains a tiny looped mixture-of-experts model in two processes
+# make test    runs the whole test suite
+# make lint    checks style and types
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DATA := demo/data
 DEMO_RUN := runs/demo
+DEMO_STEPS := 200
 # Threads of each process: two processes share the cores of a small machine.
 export OMP_NUM_THREADS ?= 1
 
-# Tests that start whole jobs mostly wait, for processes to start and to end and for Slurm: they run beside the others.
+# Tests that start whole jobs mostly wait, for processes and for Slurm; they run in parallel with the rest.
 TESTS_OF_JOBS := tests/faults tests/launch
 TESTS_OF_SLURM := tests/slurm
 
@@ -34,7 +36,7 @@ $(DEMO_DATA)/manifest.json: $(DEMO_TOKENIZER)
 
 demo: setup $(DEMO_DATA)/manifest.json
 	$(BIN)/mpiexec -n 2 $(BIN)/mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml \
-		data.directory=$(DEMO_DATA) run.directory=$(DEMO_RUN)
+		data.directory=$(DEMO_DATA) run.directory=$(DEMO_RUN) train.steps=$(DEMO_STEPS)
 
 test: setup
 	@$(MAKE) --no-print-directory --jobs=3 test-jobs test-slurm test-rest

@@ -1,4 +1,4 @@
-"""A shard that turns out damaged in mid-run, under real launchers: every process ends, with one line."""
+"""A shard that turns out to be damaged during a run, under real launchers: every process ends, with one line in all."""
 
 import json
 import shutil
@@ -21,21 +21,21 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_all_processes_end_with_one_line_and_the_run_goes_on_once_it_is_mended(
+def test_all_processes_end_with_one_line_and_the_run_resumes_after_the_repair(
     launcher: str, tiny_data: Path, tmp_path: Path
 ) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     cache = {"data__cache_directory": str(tmp_path / "cache")} if launcher == "mpiexec" else {}
     config = tiny_config("dense", data, tmp_path / "run", ranks=2, train__steps=14, data__shuffle_shards=1, **cache)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
     command = [*LAUNCHERS[launcher], BIN / "mythos", "train", tmp_path / "config.yaml"]
 
     shard, step = damage_late_shard(data, config)
     done = run(command, limit_s=90)
-    assert done.returncode in (1, 2), done.stderr  # torchrun makes 1 of every code
-    told = [line for line in done.stderr.splitlines() if str(shard) in line]
-    assert len(told) == 1, done.stderr
-    assert told[0].startswith(f"mythos: {shard}: damaged")
+    assert done.returncode in (1, 2), done.stderr  # torchrun turns every code into 1
+    reported = [line for line in done.stderr.splitlines() if str(shard) in line]
+    assert len(reported) == 1, done.stderr
+    assert reported[0].startswith(f"mythos: {shard}: damaged")
     if launcher == "mpiexec":  # torchrun adds a traceback of its own
         assert "Traceback" not in done.stderr
 
@@ -45,5 +45,8 @@ def test_all_processes_end_with_one_line_and_the_run_goes_on_once_it_is_mended(
     done = run(command, limit_s=90)
     assert done.returncode == 0, done.stderr
     assert f"at step {step - 1} of 14" in done.stderr
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert sorted(set(steps)) == list(range(15))

@@ -5,7 +5,7 @@ from launch.cli import main
 SHIPPED = ["configs/model/tiny-looped-moe.yaml", "configs/run/demo.yaml"]
 
 
-def test_it_takes_the_words_of_train_and_prints_nodes_and_run_directory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_takes_the_arguments_of_train_and_prints_nodes_and_run_directory(capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         *SHIPPED,
         "--accept",

@@ -1,4 +1,4 @@
-"""The place of each process under the real launchers: ranks meet, exit codes come through, a dead rank ends the job."""
+"""Processes under the real launchers: ranks find each other, exit codes are passed on, a dead rank ends the job."""
 
 import os
 import re
@@ -32,8 +32,8 @@ with read_world() as world:
     sys.stdout.flush()
     dist.destroy_process_group()
 """
-# One word a rank says how it ends; without torch, so it takes a moment. "together" waits for the others first, as
-# ranks do that agreed to stop.
+# One argument for each rank: how it ends. No torch, to be fast. "together" waits for the others first, as ranks do that
+# agreed to stop.
 ENDS = r"""
 import os
 import pathlib
@@ -86,7 +86,7 @@ def mpich() -> list[str]:
 
 
 def open_mpi() -> list[str]:
-    """Debian gives it a name of its own; elsewhere it is a mpirun that says so."""
+    """Debian gives it a name of its own; elsewhere it is an mpirun whose --version names it."""
     path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if Path(part) != BIN)
     found = shutil.which("mpirun.openmpi", path=path)
     if found is None:
@@ -129,7 +129,7 @@ def test_mpich_meets(all_reduce: Path) -> None:
     assert meets([*mpich(), *PYTHON, all_reduce], 2, "2 processes by MPICH mpiexec", 2) == "127.0.0.1"
 
 
-def test_open_mpi_meets_although_mpi4py_has_another_mpi(all_reduce: Path) -> None:
+def test_open_mpi_meets_although_mpi4py_loads_another_mpi(all_reduce: Path) -> None:
     assert meets([*open_mpi(), *PYTHON, all_reduce], 2, "2 processes by Open MPI mpirun", 2) == "127.0.0.1"
 
 
@@ -138,7 +138,7 @@ def test_srun_meets(all_reduce: Path, slurm_cluster: dict[str, str]) -> None:
     assert address in ("node1", "127.0.1.1")  # the address where names do not resolve
 
 
-def test_mpich_inside_a_slurm_job_is_not_taken_for_srun(ends: Path, slurm_cluster: dict[str, str]) -> None:
+def test_mpich_inside_a_slurm_job_is_not_mistaken_for_srun(ends: Path, slurm_cluster: dict[str, str]) -> None:
     mpiexec = [*mpich()[:-1], "4"]
     job = ["salloc", "-N2", "--ntasks-per-node=2", "--quiet"]
     done = run([*job, *mpiexec, *PYTHON, ends, "0", "0", "0", "0"], limit_s=30, env=slurm_cluster)
@@ -155,10 +155,10 @@ def test_a_batch_shell_is_bare(ends: Path, slurm_cluster: dict[str, str], tmp_pa
     job: list[str | Path] = ["sbatch", "--parsable", "-N2", "-n3", "-o", log, "--wrap", wrapped]
     assert run(job, limit_s=20, env=slurm_cluster).returncode == 0
     until = time.monotonic() + 20
-    while not (log.exists() and "the end" in log.read_text()):
-        assert time.monotonic() < until, log.read_text() if log.exists() else "the job wrote nothing"
+    while not (log.exists() and "the end" in log.read_text(encoding="utf-8")):
+        assert time.monotonic() < until, log.read_text(encoding="utf-8") if log.exists() else "the job wrote nothing"
         time.sleep(0.1)
-    lines = log.read_text().splitlines()
+    lines = log.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("1 process without a launcher: rank 0 of 1")
     assert sum(line.startswith("3 processes by srun: rank ") for line in lines) == 3
 
@@ -188,7 +188,7 @@ def launch(launcher: str, request: pytest.FixtureRequest) -> tuple[list[str], di
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_agreed_code_comes_through(launcher: str, ends: Path, request: pytest.FixtureRequest) -> None:
+def test_the_exit_code_is_passed_on(launcher: str, ends: Path, request: pytest.FixtureRequest) -> None:
     command, environ = launch(launcher, request)
     done = run([*command, ends, "together85", "together85"], limit_s=30, env=environ)
     # torchrun has codes of its own
@@ -197,7 +197,7 @@ def test_the_agreed_code_comes_through(launcher: str, ends: Path, request: pytes
 
 @pytest.mark.parametrize(
     ("launcher", "way"),
-    # torchrun starts slowly, and one way shows it
+    # torchrun starts slowly, so it is tested in one way only
     [
         (launcher, way)
         for launcher in LAUNCHERS
@@ -217,7 +217,7 @@ def test_a_dead_rank_ends_the_job(launcher: str, way: str, ends: Path, request: 
 
 
 @pytest.mark.parametrize("launcher", ["mpich", "open_mpi_own_library", "srun"])
-def test_a_rank_that_ends_well_before_the_others_ends_nobody(
+def test_a_rank_that_succeeds_before_the_others_ends_none_of_them(
     launcher: str, ends: Path, request: pytest.FixtureRequest
 ) -> None:
     command, environ = launch(launcher, request)

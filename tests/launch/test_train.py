@@ -32,7 +32,7 @@ def write_config(path: Path, data: Path, ranks: int = 2, **overrides: Any) -> Pa
     if ranks > 1:
         options["parallel__expert_parallel_size"] = 2
     config = tiny_config("looped-moe", data, path.parent / "run", ranks=ranks, **(options | overrides))
-    path.write_text(yaml.safe_dump(to_dict(config)))
+    path.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
     return path
 
 
@@ -46,7 +46,7 @@ def mpiexec_losses(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     done = run([BIN / "mpiexec", "-n", "2", MYTHOS, "train", write_config(directory / "c.yaml", tiny_data)], LIMIT_S)
     assert done.returncode == 0, done.stderr
     assert "2 processes by MPICH mpiexec: rank 0 of 2" in done.stderr
-    assert done.stderr.count("run directory: ") == 1, "rank 0 speaks for all"
+    assert done.stderr.count("run directory: ") == 1, "rank 0 reports for all"
     found = losses(directory / "run")
     assert len(found) == 12
     return found
@@ -93,7 +93,7 @@ def test_a_bare_process_gives_the_curve_within_rounding(
 
 
 class Job:
-    """A run under mpiexec in the background; give it some steps, then do something to it."""
+    """A run under mpiexec in the background; wait for some steps, then disturb it."""
 
     def __init__(self, config: Path) -> None:
         self.run_directory = config.parent / "run"
@@ -118,7 +118,7 @@ class Job:
         raise AssertionError(f"step {step} was not reached in {LIMIT_S} s")
 
     def rank_process(self, rank: int) -> int:
-        log = (self.run_directory / "log" / f"rank_{rank:05d}.log").read_text()
+        log = (self.run_directory / "log" / f"rank_{rank:05d}.log").read_text(encoding="utf-8")
         return int(re.findall(r"process (\d+)", log)[-1])
 
     def finish(self) -> tuple[int, str]:
@@ -147,7 +147,7 @@ def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "Ctrl-C"])
-def test_a_signal_saves_and_exits_85_and_the_next_start_goes_on(
+def test_a_signal_saves_and_exits_85_and_the_next_start_resumes(
     name: str, undisturbed: list[float], tiny_data: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path / "c.yaml", tiny_data, train__steps=STEPS, checkpoint__every=1000)
@@ -174,7 +174,7 @@ def test_a_signal_saves_and_exits_85_and_the_next_start_goes_on(
 def test_a_signal_before_the_ranks_have_met_ends_the_process_soon(
     name: str, early: bool, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Rank 0 waits for rank 1, which never comes; or it has not even imported torch."""
+    """Rank 0 waits for rank 1, which never starts; or it has not even imported torch."""
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     with socket.create_server(("127.0.0.1", 0)) as probe:
         place["MASTER_PORT"] = str(probe.getsockname()[1])
@@ -186,25 +186,27 @@ def test_a_signal_before_the_ranks_have_met_ends_the_process_soon(
             assert process.poll() is None
             assert time.monotonic() < until
             time.sleep(0.005)
-        assert ("libtorch" in (proc / "maps").read_text()) != early
+        assert ("libtorch" in (proc / "maps").read_text(encoding="utf-8")) != early
         process.send_signal(signal.Signals[name])
-        _, told = process.communicate(timeout=30)
+        _, reported = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 85, told
-    assert f"asked to stop ({name}) before the run began" in told
+    assert process.returncode == 85, reported
+    assert f"asked to stop ({name}) before the run began" in reported
 
 
 def catches(proc: Path, number: signal.Signals) -> bool:
-    mask = re.search(r"^SigCgt:\s*(\w+)", (proc / "status").read_text(), re.M)
+    mask = re.search(r"^SigCgt:\s*(\w+)", (proc / "status").read_text(encoding="utf-8"), re.M)
     return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
 
 
 def listens(proc: Path, port: int) -> bool:
-    return f":{port:04X} " in (proc / "net" / "tcp6").read_text() + (proc / "net" / "tcp").read_text()
+    return f":{port:04X} " in (proc / "net" / "tcp6").read_text(encoding="utf-8") + (proc / "net" / "tcp").read_text(
+        encoding="utf-8"
+    )
 
 
-def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(
+def test_a_killed_rank_ends_the_job_and_the_next_start_resumes(
     undisturbed: list[float], tiny_data: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path / "c.yaml", tiny_data, train__steps=STEPS, checkpoint__every=10)
@@ -226,7 +228,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(
     assert "the run is finished at step 30" in output
 
 
-def test_bad_input_ends_with_code_2_and_is_told_once(tiny_data: Path, tmp_path: Path) -> None:
+def test_bad_input_ends_with_code_2_and_is_reported_once(tiny_data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", tiny_data)
     mpiexec = [BIN / "mpiexec", "-n", "2", MYTHOS, "train", config]
 
@@ -240,7 +242,7 @@ def test_bad_input_ends_with_code_2_and_is_told_once(tiny_data: Path, tmp_path: 
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("/nowhere/manifest.json: no such file") == 1
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists(), "a run that cannot start leaves nothing behind"
+    assert not (tmp_path / "run").exists(), "a run that cannot start creates nothing"
 
     done = run([*mpiexec, "data.sequence_length=16"], 60)
     assert done.returncode == 2, done.stderr
@@ -249,7 +251,7 @@ def test_bad_input_ends_with_code_2_and_is_told_once(tiny_data: Path, tmp_path: 
 
 def test_a_damaged_shard_ends_the_job_with_its_name(tmp_path: Path) -> None:
     data = write_data_set(tmp_path / "data", VOCABULARY)
-    shard = sorted((data / "train").glob("shard.*.mds"))[0]  # which rank 1 alone meets, at the first step
+    shard = sorted((data / "train").glob("shard.*.mds"))[0]  # read by rank 1 only, at the first step
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
@@ -268,7 +270,7 @@ def test_no_gpu_is_one_line(tiny_data: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_help_and_config_read_well(tiny_data: Path, tmp_path: Path) -> None:
+def test_help_and_config(tiny_data: Path, tmp_path: Path) -> None:
     for command, expected in (
         (["--help"], "Exit codes: 0 done, 2 bad input, 74"),
         (["train", "--help"], "mpiexec -n 2"),
