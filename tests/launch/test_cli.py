@@ -3,29 +3,22 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
+import yaml
 
 from launch.cli import main
 from launch.table import Column, plain_lines
-from mythos.config.schema import Config
 from tests.cluster import REPO, clean_environment
 from tests.screen import run_on_terminal, screen_lines
 
 MODEL, RUN = "configs/model/tiny-looped-moe.yaml", "configs/run/demo.yaml"
 
 
-def test_options_and_overrides_may_stand_between_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[Config] = []
-
-    def instead_of_ranks(configure: Callable[[int], Config], work: object) -> int:
-        found.append(configure(2))
-        return 0
-
-    monkeypatch.setattr("launch.train.run_ranks", instead_of_ranks)
-    assert main(["train", MODEL, "--accept", "seed", "seed=7", "--accept", "optim", RUN, "train.steps=9"]) == 0
-    assert (found[0].seed, found[0].train.steps, found[0].optim.warmup_steps) == (7, 9, 20)
+def test_options_and_overrides_may_stand_between_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", MODEL, "--ranks", "2", "seed=7", RUN, "train.steps=9"]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["seed"], found["train"]["steps"], found["optim"]["warmup_steps"]) == (7, 9, 20)
 
 
 def test_a_value_may_begin_with_a_minus_sign(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +32,7 @@ def test_a_value_may_begin_with_a_minus_sign(capsys: pytest.CaptureFixture[str])
         ([], "Missing command: see `mythos --help`"),
         (["tran"], "No such command 'tran'. Did you mean 'train'?: see `mythos --help`"),
         (["train"], "Missing argument 'FILE.yaml|key=value': see `mythos train --help`"),
-        (["train", MODEL, "--accept"], "Option '--accept' requires an argument: see `mythos train --help`"),
+        (["config", MODEL, "--ranks"], "Option '--ranks' requires an argument: see `mythos"),
         (["data", "show", "x", "--rows", "1"], "No such option: --rows"),
         (["data", "show", "x", "--row", "many"], "Invalid value for '--row': "),
         (["job", MODEL, "--nodes", "0", "--tasks-per-node", "1"], "Invalid value for '--nodes': "),
