@@ -11,11 +11,12 @@ DEMO_STEPS := 200
 # Threads of each process: two processes share the cores of a small machine.
 export OMP_NUM_THREADS ?= 1
 
-# Tests that start whole jobs mostly wait, for processes and for Slurm; they run in parallel with the rest.
-TESTS_OF_JOBS := tests/faults tests/launch
-TESTS_OF_SLURM := tests/slurm
+# The suite runs as three pytest processes at a time, which end at about the same time on two cores: tests of faults,
+# tests of launchers and of Slurm, which often wait for processes to start and to end, and all the others.
+TESTS_OF_FAULTS := tests/faults
+TESTS_OF_LAUNCHERS := tests/slurm tests/launch
 
-.PHONY: setup demo test test-jobs test-slurm test-rest lint
+.PHONY: setup demo test test-faults test-launchers test-rest lint
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -39,16 +40,16 @@ demo: setup $(DEMO_DATA)/manifest.json
 		data.directory=$(DEMO_DATA) run.directory=$(DEMO_RUN) train.steps=$(DEMO_STEPS)
 
 test: setup
-	@$(MAKE) --no-print-directory --jobs=3 test-jobs test-slurm test-rest
+	@$(MAKE) --no-print-directory --jobs=3 test-faults test-launchers test-rest
 
-test-jobs: setup
-	$(BIN)/python -m pytest $(TESTS_OF_JOBS)
+test-faults: setup
+	$(BIN)/python -m pytest $(TESTS_OF_FAULTS)
 
-test-slurm: setup
-	$(BIN)/python -m pytest $(TESTS_OF_SLURM)
+test-launchers: setup
+	$(BIN)/python -m pytest $(TESTS_OF_LAUNCHERS)
 
 test-rest: setup
-	$(BIN)/python -m pytest $(patsubst %,--ignore=%,$(TESTS_OF_JOBS) $(TESTS_OF_SLURM))
+	$(BIN)/python -m pytest $(patsubst %,--ignore=%,$(TESTS_OF_FAULTS) $(TESTS_OF_LAUNCHERS))
 
 lint: setup
 	$(BIN)/ruff check .

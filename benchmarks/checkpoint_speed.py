@@ -1,8 +1,7 @@
-"""What saving and loading cost: `mpiexec -n 2 python -m benchmarks.checkpoint_speed`.
+"""The cost of saving and loading: `mpiexec -n 2 python -m benchmarks.checkpoint_speed`.
 
-A looped mixture-of-experts model of about 100M parameters is trained on random tokens; one run measures steps without
-a save, saves that training waits for, and saves beside the training, and reads a checkpoint back into the layout that
-wrote it and into another one, which needs no conversion.
+A looped mixture-of-experts model of about 100M parameters is trained on random tokens. Measured are steps without a
+save, synchronous and asynchronous saves, and loading a checkpoint into the layout that wrote it and into another one.
 """
 
 import argparse
@@ -32,7 +31,7 @@ SEQUENCE_LENGTH = 128
 
 
 def configuration(ranks: int, **sections: dict[str, Any]) -> Config:
-    """About 100M parameters, most of them experts; ``sections`` win."""
+    """About 100M parameters, most of them in experts; ``sections`` override."""
     tree: dict[str, Any] = {
         "run": {"directory": "none"},
         "model": {
@@ -61,7 +60,7 @@ def configuration(ranks: int, **sections: dict[str, Any]) -> Config:
 
 
 class Training:
-    """An engine and the steps it has made."""
+    """An engine and the number of its steps."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.engine, self.step = config, TrainingEngine(config, device), 0
@@ -89,7 +88,7 @@ class Training:
 
 
 def measure_saves(training: Training, directory: Path, mode: str, saves: int, between: int) -> None:
-    """Print what saves in a mode cost, and what the steps beside them take."""
+    """Print the cost of saves in a mode, and the time of the steps during a save."""
     options = configuration(dist.get_world_size(), checkpoint={"mode": mode, "keep_last": 1}).checkpoint
     training.saver = Saver(directory, options, training.engine)
     stalls, totals, beside = [], [], []
@@ -100,20 +99,20 @@ def measure_saves(training: Training, directory: Path, mode: str, saves: int, be
         seconds = training.steps(between)
         training.saver.finish()
         metrics = training.saver.metrics()
-        if number:  # the first allocates the memory that the others use again
+        if number:  # the first save allocates the memory that the others reuse
             stalls.append(stall)
             totals.append(metrics["checkpoint/save_seconds"])
             beside += seconds
     tell(
         f"{mode:<6} training waits {statistics.median(stalls):6.2f} s ({max(stalls):.2f} at most), "
         f"save {statistics.median(totals):6.2f} s, {metrics['checkpoint/gigabytes']:.2f} GB; "
-        f"steps beside it {statistics.median(beside):.2f} s"
+        f"steps during it {statistics.median(beside):.2f} s"
     )
     training.saver = None
 
 
 def measure_load(config: Config, device: torch.device, directory: Path) -> None:
-    """Print what a start takes to check and to read the newest checkpoint."""
+    """Print the time to verify and to read the newest checkpoint."""
     engine = TrainingEngine(config, device)
     dist.barrier()
     begun = time.perf_counter()
@@ -128,7 +127,7 @@ def measure_load(config: Config, device: torch.device, directory: Path) -> None:
 
 
 def tell(line: str) -> None:
-    """Rank 0 speaks."""
+    """Print on rank 0."""
     if dist.get_rank() == 0:
         print(line, flush=True)
 

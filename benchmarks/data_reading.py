@@ -1,7 +1,7 @@
-"""Tokens a second and CPU time of the stream, beside a bare numpy memmap and StreamingDataset on the same tokens.
+"""Tokens a second and CPU time of the stream, compared with a numpy memmap and StreamingDataset on the same tokens.
 
-Each reader runs in a process of its own, in turns, several times; the best is kept. The page cache is warm, except
-where `cold` says otherwise: there the shards' pages were dropped before.
+The readers take turns, each time in a new process; the best of several rounds is printed. The page cache is warm,
+except for the lines marked `cold`, before which the shards' pages were dropped.
 
 python -m benchmarks.data_reading [--tokens MILLIONS] [--sequence-length TOKENS] [--directory DIR]
 """
@@ -29,7 +29,7 @@ ROUNDS = 3
 
 
 def write(directory: Path, rows: int, sequence_length: int, shards: int) -> None:
-    """A data set of random ids in about so many shards, and the same rows as a bare file."""
+    """Write a data set of random ids in about ``shards`` shards, and the same rows as a plain file."""
     from streaming import MDSWriter
 
     counts = {split: SplitCounts(1, 1, rows, rows * (sequence_length + 1), 0, 0) for split in SPLITS}
@@ -48,12 +48,12 @@ def write(directory: Path, rows: int, sequence_length: int, shards: int) -> None
                 writer.write({COLUMN: row})
                 row.tofile(bare)
         writer.finish()
-    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
     manifest.save(directory)
 
 
 def read_memmap(directory: Path, rows: int, sequence_length: int) -> int:
-    """A permutation of the rows, one slice each: the least that numpy can do."""
+    """A permutation of the rows, one slice each: the lower bound with numpy."""
     shape = (rows, sequence_length + 1)
     matrix = np.memmap(directory / "train.bin", dtype="<u2", mode="r", shape=shape)
     order, tokens = np.random.default_rng(1).permutation(rows), 0
@@ -102,13 +102,13 @@ def start_ours(directory: Path, rows: int, sequence_length: int) -> int:
 
 
 def start_streaming(directory: Path, rows: int, sequence_length: int) -> int:
-    """The same."""
+    """Construct and read the first batch."""
     found = iter(open_streaming(directory))
     return sum(next(found)[COLUMN].size for _ in range(BATCH))
 
 
 def elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it in a fresh process, so that this one stays small: a child's peak memory begins at its parent's."""
+    """Call the function in a fresh process: a child's peak memory starts at its parent's, so this one stays small."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -128,7 +128,7 @@ def _measure(function: Callable[..., int], arguments: tuple[Any, ...]) -> tuple[
 
 
 def best(functions: list[Callable[..., int]], *arguments: Any, cold: bool = False) -> list[tuple[float, ...]]:
-    """The quickest of some rounds for each function, in turns."""
+    """The fastest of ROUNDS rounds of each function; the functions take turns."""
     found: list[list[tuple[float, ...]]] = [[] for _ in functions]
     for _ in range(ROUNDS):
         for function, runs in zip(functions, found, strict=True):
@@ -139,7 +139,7 @@ def best(functions: list[Callable[..., int]], *arguments: Any, cold: bool = Fals
 
 
 def drop_pages(directory: Path) -> None:
-    """Forget what the page cache has of these files."""
+    """Drop these files from the page cache."""
     os.sync()
     for path in directory.rglob("*"):
         if path.is_file():

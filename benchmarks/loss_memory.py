@@ -1,4 +1,4 @@
-"""Peak memory of the loss in chunks against the loss with all logits at once, forward and backward.
+"""Peak memory of the loss in chunks and of the loss with all logits at once, forward and backward.
 
 python -m benchmarks.loss_memory
 """
@@ -10,7 +10,7 @@ VOCABULARY, TOKENS, WIDTH = 32_768, 2_048, 1_280
 
 
 def peak_mib(form: str) -> float:
-    """What a fresh process needs above its start, in MiB; ``nothing`` measures the inputs and their gradients alone."""
+    """Memory that a fresh process needs in addition to the inputs and their gradients, in MiB."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure, (form,))
 

@@ -1,4 +1,4 @@
-"""Loss at 1 to 4 times the trained depth, for a model trained with random depth and one with fixed depth.
+"""Validation loss at up to 4 times the trained depth, for a model trained with random depth and one with fixed depth.
 
     python -m experiments.depth_extrapolation --data demo/data
 
@@ -45,7 +45,7 @@ def main() -> None:
         kind: [last(arguments.runs / kind.replace(" ", "-"), f"val/loss_depth_{depth}") or math.nan for depth in DEPTHS]
         for kind in KINDS
     }
-    Path("docs/depth_extrapolation.md").write_text(report(curves))
+    Path("docs/depth_extrapolation.md").write_text(report(curves), encoding="utf-8")
     plot(curves, Path("docs/depth_extrapolation.png"))
 
 

@@ -1,4 +1,4 @@
-"""What the constraint rho < 1 buys: seeds x learning rates x injections, spectral radius and loss.
+"""The effect of the constraint rho < 1: spectral radius and loss for several seeds, learning rates and injections.
 
     python -m experiments.stability --data demo/data --processes 2
 
@@ -59,12 +59,12 @@ def main() -> None:
         for injection in INJECTIONS
     }
     train_all(runs, FILES, arguments.runs, arguments.processes)
-    Path("docs/stability.md").write_text(report(arguments.runs))
+    Path("docs/stability.md").write_text(report(arguments.runs), encoding="utf-8")
     plot(arguments.runs, Path("docs/stability.png"))
 
 
 def values(runs: Path, metric: str, injection: str, rate: float) -> list[float]:
-    """The metric at the end of each seed's run; infinity where it never was finite."""
+    """The last finite value of the metric for each seed; infinity if there is none."""
     found = [last(runs / run_name(injection, rate, seed), metric) for seed in SEEDS]
     return [float("inf") if value is None else value for value in found]
 

@@ -12,9 +12,9 @@ from mythos.run.metrics import read_metrics
 
 
 def train_all(runs: Mapping[str, Sequence[str]], files: Sequence[str], directory: Path, processes: int) -> None:
-    """Train every run (name -> overrides) to its end, each in one process; finished ones are left as they are.
+    """Train every run (name -> overrides) to its end, each in one process; finished runs are skipped.
 
-    A run that diverges ends early; its metrics stand in its run directory like those of the others.
+    A run that diverges ends early; its metrics are in its run directory like those of the others.
     """
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, initializer=_join_group) as pool:
@@ -24,13 +24,13 @@ def train_all(runs: Mapping[str, Sequence[str]], files: Sequence[str], directory
 
 
 def last(directory: Path, name: str) -> float | None:
-    """The last finite value of a metric, None if there is none."""
+    """The last finite value of a metric; None if there is none."""
     values = [line[name] for line in read_metrics(directory) if line.get(name) is not None]
     return values[-1] if values else None
 
 
 def _join_group() -> None:
-    """A process group of one, as `mythos train` has without a launcher."""
+    """Start a process group of one rank, as `mythos train` does without a launcher."""
     from mythos.ranks import group
 
     with socket.socket() as probe:
@@ -62,6 +62,6 @@ def _train(job: tuple[list[str], list[str]]) -> str:
         outcome = error
     for handler in list(log.handlers):
         log.removeHandler(handler)
-    for number in SIGNALS:  # the pool ends its workers by SIGTERM, which the run took for a wish to be saved
+    for number in SIGNALS:  # the pool ends its workers with SIGTERM, which the run handled as a request to save
         signal.signal(number, signal.SIG_DFL)
     return f"{config.run.directory}: {outcome}"

@@ -2,10 +2,10 @@
 # A real Slurm on one machine, for tests: munged, slurmctld and N slurmd ("virtual nodes"
 # node1 .. nodeN) with a key, configuration, state and logs of their own in one directory.
 # Works as root or as an ordinary user; needs no systemd, no cgroups and no GPU.
-# Where Linux namespaces may be used, every node has its own hostname and loopback address
-# and the nodes' names resolve in jobs (and only there), as on a real cluster.
+# Where Linux namespaces are allowed, every node has its own hostname and loopback address, and
+# jobs (but no other processes) can resolve the nodes' names, as on a real cluster.
 #
-#   local_cluster.sh up [N]            start (does nothing if it is up already; with another N than it has, it is taken
+#   local_cluster.sh up [N]            start (does nothing if it is up already; if it is up with another N, it is taken
 #                                      down first, which ends its jobs)
 #   local_cluster.sh down              kill the jobs, stop everything, delete the directory
 #   local_cluster.sh status            nodes and queue; fails if the cluster is not up
@@ -17,7 +17,7 @@
 #   SLURM_LOCAL_NODES  number of nodes          (default 2; argument N wins)
 #   SLURM_LOCAL_GPUS   pretended GPUs per node  (default 2)
 #   SLURM_LOCAL_PORT   TCP ports PORT .. PORT+N (default 26817)
-#   SLURM_LOCAL_NAMES  0: no namespaces         (default: where they may be used)
+#   SLURM_LOCAL_NAMES  0: no namespaces         (default: use them where they are allowed)
 set -euo pipefail
 
 dir=${SLURM_LOCAL_DIR:-/tmp/slurm-local-$(id -u)}
@@ -31,7 +31,7 @@ say() { echo "local_cluster: $*" >&2; }
 die() { say "$*"; exit 1; }
 configured() { grep -qsxF "$MARK" "$SLURM_CONF"; }
 
-# in_node NODE COMMAND...: run it with the node's hostname and host table, if that is allowed here
+# in_node NODE COMMAND...: run the command with the node's hostname and host table, where that is allowed
 in_node() {
   local node=$1; shift
   # shellcheck disable=SC2016  # for the inner shell to expand
@@ -55,7 +55,7 @@ start_slurmd() {
 
 write_config() {
   mkdir -p "$dir"/{key,run,state,spool,tmp,log}
-  chmod 755 "$dir" "$dir/run"   # munged wants everyone to be able to reach its socket
+  chmod 755 "$dir" "$dir/run"   # munged requires that every user can reach its socket
   chmod 700 "$dir/key"
   (umask 077 && head -c 1024 /dev/urandom >"$dir/key/munge.key")
   local i
@@ -63,7 +63,7 @@ write_config() {
   for i in $(seq "$nodes"); do echo "127.0.1.$i node$i"; done >>"$dir/hosts"
   for i in $(seq "$gpus"); do ln -sfn /dev/null "$dir/run/gpu$i"; done
   : >"$dir/gres.conf"
-  # count without File= does not work for gpu; a character device is wanted
+  # a count without File= does not work for gpu, which needs a character device
   [ "$gpus" -eq 0 ] || echo "Name=gpu File=$dir/run/gpu[1-$gpus]" >"$dir/gres.conf"
   cat >"$SLURM_CONF" <<CONF
 $MARK
@@ -78,7 +78,7 @@ CredType=cred/munge
 AuthInfo=socket=$dir/run/munge.socket,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n
-# must differ by node, or srun --mpi=pmix fails with "Cannot create client cli tmpdir"
+# must differ between nodes, or srun --mpi=pmix fails with "Cannot create client cli tmpdir"
 TmpFS=$dir/tmp/%n
 SlurmctldPidFile=$dir/run/slurmctld.pid
 SlurmdPidFile=$dir/run/slurmd.%n.pid
@@ -97,13 +97,13 @@ MinJobAge=86400
 JobCompType=jobcomp/filetxt
 JobCompLoc=$dir/log/jobcomp.txt
 
-# believe the node line below, not the hardware
+# use the node line below, not the hardware's numbers
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 GresTypes=gpu
 
-# start, requeue, kill and miss nodes within seconds
+# start, requeue and kill jobs and detect lost nodes within seconds
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 SlurmdTimeout=10
@@ -121,10 +121,10 @@ PartitionName=local Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 }
 
-# ours PID: is that a living daemon of this cluster?
+# ours PID: whether the process is a running daemon of this cluster
 ours() { tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline" | grep -qF -- "$dir/"; }
 
-# daemon FILE: prints the pid in the pid file if that process lives and is ours
+# daemon FILE: print the pid in the pid file if that process runs and belongs to this cluster
 daemon() {
   local pid
   pid=$(cat "$1" 2>/dev/null) && [ -n "$pid" ] && ours "$pid" && echo "$pid"
@@ -135,7 +135,7 @@ kill_processes() {
   local p node conf log pids=()
   for p in /proc/[0-9]*; do
     log=''
-    case $(readlink "$p/exe" 2>/dev/null) in # others may read a node's log; Debian's binary is slurmd-wlm
+    case $(readlink "$p/exe" 2>/dev/null) in # other programs may read a node's log; Debian's binary is slurmd-wlm
       */slurmd* | */slurmstepd*) log=$(find "$p/fd" -lname "$dir/log/slurmd.${1:-*}.log" -print -quit 2>/dev/null) || true ;;
     esac
     if [ -z "$log" ]; then
@@ -152,7 +152,7 @@ kill_processes() {
   [ ${#pids[@]} -eq 0 ] || kill -9 "${pids[@]}" 2>/dev/null || true
 }
 
-# known NODE: the cluster is up and has it
+# known NODE: fail unless the cluster is up and has the node
 known() {
   configured || die "not up"
   grep -q "^NodeName=$1 " "$SLURM_CONF" || die "no node '$1': node1 to node$(count)"
@@ -165,12 +165,12 @@ kill_node() {
     daemon "$dir/run/slurmd.$1.pid" >/dev/null || return 0
     sleep 0.05
   done
-  die "$1: its slurmd still lives"
+  die "$1: its slurmd is still running"
 }
 
 count() { grep -c '^NodeName=node' "$SLURM_CONF"; }
 
-# all daemons live and all nodes are up (sinfo alone waits for a minute where something is missing)
+# whether all daemons run and all nodes are up (sinfo alone waits for a minute if a daemon is missing)
 ready() {
   configured || return 1
   local i states
@@ -213,7 +213,7 @@ stop() { # stop PIDFILE: TERM, after 5 s KILL
   pid=$(daemon "$1") || return 0
   kill "$pid" 2>/dev/null || true
   for i in $(seq 100); do
-    ours "$pid" || return 0     # not by the pid file, which slurmctld removes before it is done
+    ours "$pid" || return 0     # not by the pid file, which slurmctld removes before it ends
     sleep 0.05
   done
   kill -9 "$pid" 2>/dev/null || true
@@ -222,7 +222,7 @@ stop() { # stop PIDFILE: TERM, after 5 s KILL
 down() {
   configured || return 0
   local f
-  stop "$dir/run/slurmctld.pid"           # first, so that nothing is started or requeued any more
+  stop "$dir/run/slurmctld.pid"           # first, so that no more jobs are started or requeued
   for f in "$dir"/run/slurmd.*.pid; do stop "$f"; done
   kill_processes                          # jobs, also those that ignore SIGTERM
   stop "$dir/run/munged.pid"

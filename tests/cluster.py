@@ -11,8 +11,8 @@ In a test:
 
 The fixture starts one cluster (node1 to node4, two pretended GPUs each) for the whole test session, in a directory
 and on ports of its own, and yields the environment for sbatch, srun, scontrol and slurm/local_cluster.sh (for
-kill-node and start-node). A test that takes a node down brings it up again. Other tests' jobs may be in the queue:
-look at the ids of your own.
+kill-node and start-node). A test that takes a node down must start it again. Jobs of other
+tests may be in the queue, so a test looks only at the ids of its own jobs.
 """
 
 import os
@@ -53,7 +53,7 @@ def clean_environment() -> dict[str, str]:
 def run(
     command: Sequence[str | Path], limit_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command with captured output. Past the limit it is killed with all its children and the test fails."""
+    """Run a command with captured output. After the limit it is killed with all its children, and the test fails."""
     process = subprocess.Popen(
         [str(word) for word in command],
         env=dict(env) if env is not None else clean_environment(),
@@ -75,14 +75,14 @@ def run(
                 process.wait(timeout=10)
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
-        with suppress(subprocess.TimeoutExpired):  # a task that still lives may hold the pipes open
+        with suppress(subprocess.TimeoutExpired):  # a surviving task may hold the pipes open
             process.communicate(timeout=5)
         raise AssertionError(f"not done after {limit_s} s: {' '.join(map(str, command))}") from error
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def _free_ports(count: int) -> int:
-    """The first of some TCP ports in a row that nobody uses; different sessions try different ones first."""
+    """The first of ``count`` consecutive free TCP ports; each test session starts to search at another port."""
     for attempt in range(100):
         first = 10000 + (os.getpid() + attempt) % 450 * 20
         with suppress(OSError):
@@ -95,10 +95,10 @@ def _free_ports(count: int) -> int:
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[dict[str, str]]:
-    """The environment of a running Slurm of four nodes; it is taken down when the session ends."""
+    """The environment of a running Slurm of four nodes, which is taken down when the session ends."""
     for command in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol"):
         require(command)
-    directory = tempfile.mkdtemp(prefix="mythos-slurm-", dir="/tmp")  # short: sockets' paths have 107 characters
+    directory = tempfile.mkdtemp(prefix="mythos-slurm-", dir="/tmp")  # short: at most 107 characters in a socket's path
     environ = clean_environment()
     environ["SLURM_LOCAL_DIR"] = directory
     environ["SLURM_LOCAL_PORT"] = str(_free_ports(NODES + 1))

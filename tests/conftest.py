@@ -1,6 +1,6 @@
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two cores are shared by several ranks
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several ranks share two cores
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.tiny import VOCABULARY
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared data set for ``tiny_config``; do not change it."""
+    """A prepared data set for ``tiny_config``, shared by all tests: read only."""
     return write_data_set(tmp_path_factory.mktemp("data"), VOCABULARY)
 
 

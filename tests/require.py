@@ -1,4 +1,4 @@
-"""What a machine lacks skips a test, with the reason. Where CI=true nothing may be lacking: there it fails."""
+"""Tests that this machine cannot run are skipped with the reason. With CI=true they fail instead."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from typing import NoReturn
 import pytest
 
 
-def lacking(reason: str) -> NoReturn:
+def missing(reason: str) -> NoReturn:
     """Skip the test (or fail it where CI=true)."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"{reason} (CI=true: must not be skipped)", pytrace=False)
@@ -18,5 +18,5 @@ def require(command: str) -> str:
     """The full path of a command, by name (also in /usr/sbin, where Slurm's daemons are) or by path."""
     found = shutil.which(command, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
     if found is None:
-        lacking(f"no {command} on this machine")
+        missing(f"no {command} on this machine")
     return found

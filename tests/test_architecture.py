@@ -1,12 +1,16 @@
-"""The house rules that a reader relies on: who imports whom, and how long a file may get."""
+"""The house rules that a reader relies on: who imports whom, how long files and functions are, how files are opened."""
 
 import ast
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
-SOURCES = [path for package in ("mythos", "launch", "data_prep") for path in sorted((ROOT / package).rglob("*.py"))]
+PACKAGES = ("mythos", "launch", "data_prep")
+SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+SCRIPTS = [path for package in ("benchmarks", "experiments") for path in sorted((ROOT / package).rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LAYERS = [
     ("mythos.errors", "mythos.files"),
     ("mythos.config",),
@@ -24,16 +28,48 @@ LAYERS = [
     ("launch",),
 ]
 """From the bottom up: a module imports from its own layer and those below."""
+WITHOUT_TORCH = ("mythos/errors.py", "mythos/files.py", "mythos/config", "mythos/plan", "mythos/run", "launch")
+"""Files and rooms that import no torch when they are imported; a function may still import it."""
+FILE_LINES, FUNCTION_LINES, TRAIN_FILES = 330, 60, 8
+READING_LIST = (
+    "launch/train.py",
+    "mythos/train/loop.py",
+    "mythos/train/step.py",
+    "mythos/model/transformer.py",
+    "mythos/model/loop.py",
+)
+"""From the command to the loss; the README names these five."""
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(nodes: Iterator[ast.AST]) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def imports(path: Path) -> set[str]:
+    """All modules that a file imports, at any depth."""
+    return imported(ast.walk(tree(path)))
+
+
+def imports_at_start(path: Path) -> set[str]:
+    """The modules that are imported together with the file: not in functions, not for type checking alone."""
+    nodes: list[ast.AST] = list(tree(path).body)
+    for node in nodes:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            nodes += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            nodes += ast.iter_child_nodes(node)
+    return imported(iter(nodes))
 
 
 def layer(module: str) -> int | None:
@@ -47,26 +83,102 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_name)
-def test_imports_go_downward(path: Path) -> None:
-    own = layer(module_name(path))
-    if own is None:
-        assert module_name(path) == "mythos"
-        return
-    upward = {name for name in imports(path) if (layer(name) or 0) > own}
+def package_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_imports_go_downward() -> None:
+    upward = []
+    for path in SOURCES:
+        own = layer(module_name(path))
+        if own is None:
+            assert module_name(path) == "mythos", f"{short(path)} belongs to no layer"
+            continue
+        upward += [f"{short(path)} imports {name}" for name in imports(path) if (layer(name) or 0) > own]
     assert not upward
 
 
 def test_deepspeed_has_one_border() -> None:
-    users = {module_name(path) for path in SOURCES if any(name.split(".")[0] == "deepspeed" for name in imports(path))}
+    users = {module_name(path) for path in SOURCES if "deepspeed" in map(package_of, imports(path))}
     assert users == {"mythos.engine.engine"}
 
 
 def test_configuration_and_planner_need_no_torch() -> None:
-    for path in (*(ROOT / "mythos" / "config").glob("*.py"), *(ROOT / "mythos" / "plan").glob("*.py")):
-        assert not any(name.split(".")[0] == "torch" for name in imports(path)), path
+    rooms = (ROOT / "mythos" / "config", ROOT / "mythos" / "plan")
+    users = [short(path) for room in rooms for path in room.glob("*.py") if "torch" in map(package_of, imports(path))]
+    assert not users
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_name)
-def test_files_stay_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 330
+def test_commands_that_read_a_run_start_without_torch() -> None:
+    """Neither these files nor what they import at their start may import torch."""
+    places = [ROOT / name for name in WITHOUT_TORCH]
+    files = [path for place in places for path in ([place] if place.is_file() else sorted(place.glob("*.py")))]
+    by_name = {module_name(path): path for path in SOURCES}
+    found, seen = [], set()
+    waiting = [(path, short(path)) for path in files]
+    while waiting:
+        path, chain = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for name in imports_at_start(path):
+            if package_of(name) in ("torch", "deepspeed"):
+                found.append(f"{chain} -> {name}")
+            elif name in by_name:
+                waiting.append((by_name[name], f"{chain} -> {short(by_name[name])}"))
+    assert not found
+
+
+def test_files_are_short() -> None:
+    assert not [f"{short(path)}: {lines(path)} lines" for path in SOURCES if lines(path) > FILE_LINES]
+
+
+def test_functions_are_short() -> None:
+    found = []
+    for path in SOURCES + SCRIPTS + TESTS:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                length = (node.end_lineno or first) - first + 1
+                if length > FUNCTION_LINES:
+                    found.append(f"{short(path)}: {node.name} has {length} lines")
+    assert not found
+
+
+def test_the_room_of_the_training_is_small() -> None:
+    assert len(list((ROOT / "mythos" / "train").glob("*.py"))) <= TRAIN_FILES
+
+
+def test_only_what_this_machine_lacks_is_skipped() -> None:
+    """By tests/require.py, which makes the test fail in CI."""
+    ways = {"skip", "skipif", "importorskip", "xfail"}
+    for path in TESTS:
+        if short(path) != "tests/require.py":
+            names = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+            assert not names & ways, f"{short(path)}: use missing() or require() of tests/require.py"
+
+
+def test_the_readme_names_the_five_files_from_the_command_to_the_loss() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    places = [text.find(name) for name in READING_LIST]
+    assert -1 not in places
+    assert places == sorted(places), "in this order"
+
+
+def test_the_five_files_form_a_chain() -> None:
+    """Each imports the next, except that the step calls the model through the engine, and a model finds its loop."""
+    for path, following in pairwise(READING_LIST):
+        names = imports(ROOT / path)
+        if path == "mythos/train/step.py":
+            assert "mythos.engine.engine" in names
+            assert "mythos.model" in imports(ROOT / "mythos/engine/engine.py")
+            names = imports(ROOT / "mythos/model/__init__.py")
+        assert module_name(ROOT / following) in names, f"{path} does not lead to {following}"

@@ -7,7 +7,7 @@ import pytest
 
 from mythos.run.metrics import read_metrics
 from tests.cluster import REPO, clean_environment, run
-from tests.require import lacking
+from tests.require import missing
 
 STEPS = 40
 
@@ -15,7 +15,7 @@ STEPS = 40
 @pytest.mark.timeout(1800)
 def test_the_demo_learns_and_a_second_start_says_that_it_is_finished(tmp_path: Path) -> None:
     if not Path(sys.prefix, ".installed").exists():
-        lacking("this environment was not created by `make setup`")
+        missing("this environment was not created by `make setup`")
     directory = tmp_path / "run"
     command = ["make", "demo", f"VENV={sys.prefix}", f"DEMO_DATA={tmp_path / 'data'}", f"DEMO_RUN={directory}"]
     command.append(f"DEMO_STEPS={STEPS}")

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.cluster import REPO
-from tests.require import lacking
+from tests.require import missing
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REQUIRED = [Requirement(line) for line in PROJECT["dependencies"]]
@@ -73,9 +73,9 @@ def test_constraints_are_what_the_dependencies_need_and_nothing_else() -> None:
     try:
         installed = {name: version(name) for name in versions}
     except PackageNotFoundError as error:
-        lacking(f"this environment was not installed with constraints.txt: no {error.name}")
+        missing(f"this environment was not installed with constraints.txt: no {error.name}")
     if installed != versions:
-        lacking("this environment was not installed with constraints.txt: other versions")
+        missing("this environment was not installed with constraints.txt: other versions")
     assert set(versions) == closure(REQUIRED + EXTRAS)
 
 

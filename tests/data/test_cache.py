@@ -20,7 +20,7 @@ from mythos.data.stream import Source, TokenStream
 from mythos.errors import UserError
 from tests.data.conftest import ROWS, write_data_set
 from tests.data.test_dataset import flip_byte
-from tests.require import lacking
+from tests.require import missing
 
 LENGTH = ROWS["train"]
 MIB = 2**20
@@ -291,7 +291,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(pristine: Path, tmp_path: P
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], check=False).returncode:
-        lacking("this user may not mount a small disk")
+        missing("this user may not mount a small disk")
     try:
         dataset = open_cached(pristine, disk / "cache")
         dataset[0]

@@ -16,7 +16,7 @@ from mythos.errors import UserError
 from tests.cluster import run as run_command
 from tests.data_prep.conftest import SEQUENCE_LENGTH, VALIDATION_PERCENT, content_of, run, write_parquet
 from tests.data_prep.test_documents import damage_row_group
-from tests.require import lacking
+from tests.require import missing
 
 
 def all_rows(directory: Path, split: str) -> np.ndarray:
@@ -307,7 +307,7 @@ def small_disk(tmp_path: Path):
     directory = tmp_path / "disk"
     directory.mkdir()
     if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", directory]).returncode:
-        lacking("no right to mount a tmpfs")
+        missing("no right to mount a tmpfs")
     yield directory
     subprocess.run(["umount", directory], check=True)
 

@@ -27,7 +27,7 @@ from mythos.run.metrics import read_metrics
 from tests.cluster import clean_environment, run
 from tests.faults.supervise import BIN, SAVE_EVERY, STEPS, TABLE, Row, configuration, consumed, losses
 from tests.faults.victim import recording, sequences
-from tests.require import lacking
+from tests.require import missing
 from tests.spawn import Job, RankPool
 from tests.train.runs import record_training, run_training
 
@@ -152,9 +152,9 @@ def mount(*arguments: str) -> None:
     try:
         done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
     except OSError as error:
-        lacking(f"no mount command ({error})")
+        missing(f"no mount command ({error})")
     if done.returncode:
-        lacking(f"mount is not allowed here: {done.stderr.strip()}")
+        missing(f"mount is not allowed here: {done.stderr.strip()}")
 
 
 @pytest.fixture

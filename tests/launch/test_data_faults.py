@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.cli import main
 from mythos.config.load import to_dict
 from tests.cluster import run
+from tests.data.test_open import damage_late_shard
+from tests.spawn import Job
 from tests.tiny import tiny_config
-from tests.train.test_data import damage_late_shard
 
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
@@ -42,11 +44,12 @@ def test_all_processes_end_with_one_line_and_the_run_resumes_after_the_repair(
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    done = run(command, limit_s=90)
-    assert done.returncode == 0, done.stderr
-    assert f"at step {step - 1} of 14" in done.stderr
-    steps = [
-        json.loads(line)["step"]
-        for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    job = Job(2, main, ["train", str(tmp_path / "config.yaml")], output=tmp_path / "output")
+    try:
+        assert job.wait(90) == 0, job.text()
+    finally:
+        job.kill()
+    assert f"at step {step - 1} of 14" in job.text()
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    steps = [json.loads(line)["step"] for line in metrics.splitlines()]
     assert sorted(set(steps)) == list(range(15))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import clean_environment, run
-from tests.require import lacking, require
+from tests.require import missing, require
 
 BIN = Path(sys.executable).parent
 ALL_REDUCE = r"""
@@ -92,7 +92,7 @@ def open_mpi() -> list[str]:
     if found is None:
         found = shutil.which("mpirun", path=path)
         if found is None or "Open MPI" not in run([found, "--version"], limit_s=20).stdout:
-            lacking("no mpirun of Open MPI on this machine")
+            missing("no mpirun of Open MPI on this machine")
     return [found, *(["--allow-run-as-root"] if os.getuid() == 0 else []), "--oversubscribe", "-n", "2"]
 
 
@@ -182,7 +182,7 @@ def launch(launcher: str, request: pytest.FixtureRequest) -> tuple[list[str], di
     if launcher == "open_mpi_own_library":
         library = next(Path("/usr/lib").glob("*/libmpi.so.40"), None)
         if library is None:
-            lacking("no libmpi.so.40 of Open MPI on this machine")
+            missing("no libmpi.so.40 of Open MPI on this machine")
         environ |= {"MPI4PY_MPIABI": "openmpi", "MPI4PY_LIBMPI": str(library)}
     return command, environ
 

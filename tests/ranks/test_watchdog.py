@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from tests.cluster import REPO, clean_environment
-from tests.require import lacking
+from tests.require import missing
 
 STUCK_DISK = """
     import logging, time
@@ -51,7 +51,7 @@ def test_a_process_whose_log_blocks_exits_all_the_same() -> None:
 
 def test_a_console_on_a_full_disk_does_not_end_the_process() -> None:
     if not Path("/dev/full").is_char_device():
-        lacking("no /dev/full on this machine")
+        missing("no /dev/full on this machine")
     with open("/dev/full", "w") as full:
         done = python(FULL_CONSOLE, stderr=full)
     assert (done.returncode, done.stdout) == (0, "still running\n")

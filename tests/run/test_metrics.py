@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mythos.run.metrics import MetricsWriter, read_metrics
-from tests.require import lacking
+from tests.require import missing
 
 
 def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_line_is_never_doubled_by_a_disk_that_was_full_for_a_moment(tmp_path: 
     disk, ballast = tmp_path / "disk", tmp_path / "disk" / "ballast"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=False).returncode:
-        lacking("this user may not mount a small disk")
+        missing("this user may not mount a small disk")
     try:
         writer = MetricsWriter(disk, 0)
         writer.write(1, {"train/loss": 1.0})

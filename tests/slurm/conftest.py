@@ -9,7 +9,7 @@ from tests.cluster import NODES, SCRIPT, run
 
 @pytest.fixture
 def nodes_come_back(slurm_cluster: dict[str, str]) -> Iterator[dict[str, str]]:
-    """The cluster, all of whose nodes are up again afterwards."""
+    """The cluster; after the test all its nodes are started again."""
     yield slurm_cluster
     until = time.monotonic() + 60
     while run([SCRIPT, "status"], 20, slurm_cluster).returncode:

@@ -1,4 +1,4 @@
-"""Jobs on the tests' Slurm: submit, look, wait with a limit."""
+"""Jobs on the tests' Slurm: submit them, query them, wait for them with a limit."""
 
 import time
 from collections.abc import Callable
@@ -29,24 +29,24 @@ class Job:
         return words.get(field, "")
 
     def log(self) -> str:
-        """What the job has written so far."""
-        return self.output.read_text(errors="replace") if self.output.exists() else ""
+        """The job's output so far."""
+        return self.output.read_text(encoding="utf-8", errors="replace") if self.output.exists() else ""
 
-    def wait_until(self, what: str, holds: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
-        """Poll until it holds; the test fails when the job ends before, or after the limit."""
+    def wait_until(self, what: str, condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+        """Poll until the condition holds; the test fails if the job ends first, or after the limit."""
         until = time.monotonic() + limit_s
-        while not holds():
+        while not condition():
             assert time.monotonic() < until, f"not after {limit_s} s: {what}\n{self.log()}"
             ended = self.show("JobState") in DONE_STATES
-            assert not ended or holds(), f"the job ended before: {what}\n{self.log()}"
+            assert not ended or condition(), f"the job ended before: {what}\n{self.log()}"
             time.sleep(0.1)
 
     def wait_for_step(self, run_directory: Path, step: int) -> None:
-        """Until that step is in the run's metrics."""
+        """Wait until the step is in the run's metrics."""
         self.wait_until(f"step {step}", lambda: newest_step(run_directory) >= step)
 
     def end(self, limit_s: float = LIMIT_S) -> str:
-        """Wait for the end; returns the job's state."""
+        """Wait for the end of the job; returns its state."""
         until = time.monotonic() + limit_s
         while (state := self.show("JobState")) not in DONE_STATES:
             assert time.monotonic() < until, f"still {state} after {limit_s} s\n{self.log()}"
@@ -54,7 +54,7 @@ class Job:
         return state
 
     def scancel(self, *options: str) -> None:
-        """Signal or cancel it."""
+        """Signal or cancel the job."""
         done = run(["scancel", *options, self.number], 20, self.environ)
         assert done.returncode == 0, done.stderr
 
@@ -71,5 +71,5 @@ def newest_step(run_directory: Path) -> int:
 
 
 def losses(run_directory: Path) -> list[tuple[int, float]]:
-    """Step and loss of every line, in the order in which they were written."""
+    """Step and loss of every line, in the order of the file."""
     return [(line["step"], line["train/loss"]) for line in read_metrics(run_directory) if "train/loss" in line]

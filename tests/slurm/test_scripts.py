@@ -1,4 +1,4 @@
-"""What the batch scripts decide, on the real Slurm, with a stand-in for `mythos` that ends as it is told."""
+"""The decisions of the batch scripts, on a real Slurm, with a stand-in for `mythos` that exits with given codes."""
 
 import os
 import re
@@ -21,7 +21,7 @@ import os, pathlib, signal, subprocess, sys, time
 run = pathlib.Path({run!r})
 restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 if sys.argv[1] == "job":
-    if "occupy" in sys.argv and restart == 0:  # another step has all that the job has
+    if "occupy" in sys.argv and restart == 0:  # another step uses all resources of the job
         subprocess.Popen(["srun", "sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while "sleep" not in os.popen("squeue -hs -j $SLURM_JOB_ID").read():
             time.sleep(0.1)
@@ -32,26 +32,26 @@ if "world" in sys.argv:
     from mythos.ranks.world import read_world
     shares = [os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")]
     print(read_world().describe(), "GPUs", shares[0], "CPUs", shares[1])
-if "slow" in sys.argv and restart == 0:  # hears no signal at first, as a rank that still imports
+if "slow" in sys.argv and restart == 0:  # ignores signals at first, as a rank that still imports
     time.sleep(3)
-    heard = []
-    signal.signal(signal.SIGUSR1, lambda *_: heard.append(time.monotonic()))
-    while not heard:
+    received = []
+    signal.signal(signal.SIGUSR1, lambda *_: received.append(time.monotonic()))
+    while not received:
         time.sleep(0.05)
     with open(run / "events.jsonl", "a") as file:
         print('{{"event": "started"}}', file=file)
     started = time.monotonic()
     while time.monotonic() < started + 6.5:
         time.sleep(0.1)
-    print("signals long after the start:", sum(at > started + 2.5 for at in heard))
+    print("signals long after the start:", sum(at > started + 2.5 for at in received))
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank that leaves; the other one may still start
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank that exits while the other one may still start
 if "watch" in sys.argv and restart == 0:
     other = run / "rank_1"
     if rank == 1:
         other.write_text(os.environ["SLURMD_NODENAME"] + " " + str(os.getpid()))
         time.sleep(120)
-    while not other.exists() or pathlib.Path("/proc", other.read_text().split()[1]).exists():
+    while not other.exists() or pathlib.Path("/proc", other.read_text(encoding="utf-8").split()[1]).exists():
         time.sleep(0.1)
 time.sleep(1)
 latest = run / "checkpoints" / "latest"
@@ -65,10 +65,10 @@ sys.exit(int(codes[min(restart, len(codes) - 1)]))
 
 @pytest.fixture
 def stand_in(tmp_path: Path, slurm_cluster: dict[str, str]) -> dict[str, str]:
-    """The environment in which `mythos` ends with the codes among its arguments, one a life of the job."""
+    """The environment in which `mythos` ends with the codes among its arguments, one for each start of the job."""
     script = tmp_path / "bin" / "mythos"
     script.parent.mkdir()
-    script.write_text(STAND_IN.format(python=sys.executable, run=str(tmp_path / "run")))
+    script.write_text(STAND_IN.format(python=sys.executable, run=str(tmp_path / "run")), encoding="utf-8")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return slurm_cluster | {"PATH": f"{script.parent}{os.pathsep}{slurm_cluster['PATH']}"}
 
@@ -84,25 +84,25 @@ def test_requeues_end_at_the_limit(stand_in: dict[str, str], tmp_path: Path) -> 
     assert "not requeued: MAX_REQUEUES (1) reached" in job.log()
 
 
-def test_no_requeue_when_no_step_was_gained(stand_in: dict[str, str], tmp_path: Path) -> None:
+def test_no_requeue_without_progress(stand_in: dict[str, str], tmp_path: Path) -> None:
     job = pretrain(stand_in, tmp_path / "out", "85")
     assert job.end(60) == "FAILED"
     assert (job.show("Restarts"), job.show("ExitCode")) == ("1", "85:0")
     assert "not requeued: no step was gained since the last time (checkpoint none)" in job.log()
 
 
-def test_a_signal_before_the_ranks_can_hear_it_is_not_lost(stand_in: dict[str, str], tmp_path: Path) -> None:
+def test_a_signal_before_the_ranks_handle_signals_is_not_lost(stand_in: dict[str, str], tmp_path: Path) -> None:
     job = pretrain(stand_in, tmp_path / "out", "slow", "gain", "85", "0")
     job.wait_until("the start", lambda: "start 1" in job.log())
     job.scancel("--batch", "--signal=USR1")
-    job.wait_until("the second life", lambda: "start 2" in job.log())
+    job.wait_until("the second start", lambda: "start 2" in job.log())
     assert "saved; requeued, to go on from checkpoint step_00000000" in job.log()
     assert job.log().count("signals long after the start: 0") == 2
     assert job.end(60) == "COMPLETED"
     assert job.show("Restarts") == "1"
 
 
-def test_a_signal_while_another_step_has_the_nodes_is_not_lost(stand_in: dict[str, str], tmp_path: Path) -> None:
+def test_a_signal_while_another_step_occupies_the_nodes_is_not_lost(stand_in: dict[str, str], tmp_path: Path) -> None:
     job = pretrain(stand_in, tmp_path / "out", "occupy", "0")
     steps = ["scontrol", "show", "step", job.number, "-o"]
     job.wait_until("the wait", lambda: "State=PENDING" in run(steps, 20, stand_in).stdout)
@@ -112,12 +112,12 @@ def test_a_signal_while_another_step_has_the_nodes_is_not_lost(stand_in: dict[st
     assert job.show("Restarts") == "1"
 
 
-def test_a_node_that_loses_its_ranks_but_answers_is_a_lost_node(
+def test_a_node_that_loses_its_ranks_but_responds_is_a_lost_node(
     stand_in: dict[str, str], tmp_path: Path, nodes_come_back: dict[str, str]
 ) -> None:
     job = pretrain(stand_in | {"SLURM_WAIT": "1"}, tmp_path / "out", "watch", "gain", "1", "0")
     job.wait_until("the ranks", (tmp_path / "run" / "rank_1").exists)
-    node = (tmp_path / "run" / "rank_1").read_text().split()[0]
+    node = (tmp_path / "run" / "rank_1").read_text(encoding="utf-8").split()[0]
     for command in ("kill-node", "start-node"):
         assert run([SCRIPT, command, node], 20, nodes_come_back).returncode == 0
     assert job.end(90) == "COMPLETED", job.log()
@@ -126,10 +126,10 @@ def test_a_node_that_loses_its_ranks_but_answers_is_a_lost_node(
     assert job.show("Restarts") == "1"
 
 
-def test_a_node_that_answers_again_while_slurm_is_waited_for(tmp_path: Path) -> None:
-    """With stand-ins, for the real Slurm loses its patience with a node at about the same time as the script."""
+def test_a_node_that_responds_again_while_the_script_waits_for_slurm(tmp_path: Path) -> None:
+    """With stand-ins, because the real Slurm gives up a node at about the same time as the script."""
     state, asked = tmp_path / "state", tmp_path / "asked"
-    state.write_text("State=MIXED+NOT_RESPONDING\n")
+    state.write_text("State=MIXED+NOT_RESPONDING\n", encoding="utf-8")
     stand_ins = {
         "mythos": f"echo 2 {tmp_path}/run",
         "srun": 'case "$*" in *" train "*) exit 1 ;; esac',
@@ -140,7 +140,7 @@ def test_a_node_that_answers_again_while_slurm_is_waited_for(tmp_path: Path) -> 
             esac""",
     }
     for name, script in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     job = {"JOB_ID": "7", "JOB_NUM_NODES": "2", "JOB_NODELIST": "node[1-2]", "JOB_CPUS_PER_NODE": "1(x2)"}
     environ = {f"SLURM_{name}": value for name, value in {**job, "CPUS_ON_NODE": "1"}.items()}
@@ -149,10 +149,10 @@ def test_a_node_that_answers_again_while_slurm_is_waited_for(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "exit code 1, and a node does not answer: waiting for Slurm to requeue the job" in done.stderr
     assert "exit code 1 after the loss of a node; requeued" in done.stderr
-    assert asked.read_text() == "requeue 7\n"
+    assert asked.read_text(encoding="utf-8") == "requeue 7\n"
 
 
-def test_a_step_that_cannot_start_is_no_lost_node(stand_in: dict[str, str], tmp_path: Path) -> None:
+def test_a_step_that_cannot_start_is_not_a_lost_node(stand_in: dict[str, str], tmp_path: Path) -> None:
     job = pretrain(stand_in | {"SLURM_DISTRIBUTION": "nonsense"}, tmp_path / "out", "0")
     assert job.end(20) == "FAILED"
     assert "Invalid --distribution specification" in job.log()
@@ -161,7 +161,7 @@ def test_a_step_that_cannot_start_is_no_lost_node(stand_in: dict[str, str], tmp_
 
 
 @pytest.mark.parametrize("code", ["1", "7"])
-def test_a_crash_is_not_requeued_and_its_code_comes_through(
+def test_a_crash_is_not_requeued_and_its_exit_code_is_the_jobs(
     code: str, stand_in: dict[str, str], tmp_path: Path
 ) -> None:
     job = pretrain(stand_in, tmp_path / "out", code)
@@ -172,7 +172,7 @@ def test_a_crash_is_not_requeued_and_its_code_comes_through(
     assert log.samefile(tmp_path / "out"), "the same file under the run directory"
 
 
-def test_a_chain_goes_on_after_a_save_and_stops_after_a_crash(stand_in: dict[str, str], tmp_path: Path) -> None:
+def test_a_chain_continues_after_a_save_and_stops_after_a_crash(stand_in: dict[str, str], tmp_path: Path) -> None:
     def chain(*words: str) -> list[Job]:
         output = tmp_path / f"{len(list(tmp_path.iterdir()))}-%j.out"
         command = [REPO / "slurm" / "chain.sh", "3", *TWO_BY_ONE, f"--output={output}", "slurm/pretrain.sh", *words]
@@ -203,7 +203,7 @@ def test_nodes_without_gpus(stand_in: dict[str, str], tmp_path: Path) -> None:
         (("--gpus-per-node=1", "--exclusive"), 1, 1),
     ],
 )
-def test_one_process_a_gpu_however_they_are_asked_for(
+def test_one_process_a_gpu_however_gpus_are_requested(
     shape: tuple[str, ...], tasks: int, gpus: int, stand_in: dict[str, str], tmp_path: Path
 ) -> None:
     job = submit(stand_in, tmp_path / "out", "--nodes=2", "--cpus-per-gpu=3", *shape, "slurm/pretrain.sh", "world", "0")
@@ -219,7 +219,7 @@ def test_in_a_container_without_slurm_and_with_nothing_exported(stand_in: dict[s
     (tmp_path / "image" / "mythos").symlink_to(tmp_path / "bin" / "mythos")
     site = shutil.copytree(REPO / "slurm", tmp_path / "slurm") / "env.sh"
     container = f"MYTHOS=(env PATH={tmp_path}/image PYTHONPATH={REPO} mythos)"
-    site.write_text(site.read_text().replace("\nMYTHOS=(mythos)\n", f"\n{container}\n"))
+    site.write_text(site.read_text(encoding="utf-8").replace("\nMYTHOS=(mythos)\n", f"\n{container}\n"))
     options = (*TWO_BY_ONE, f"--chdir={tmp_path}", "--export=NONE")
     job = submit(stand_in, tmp_path / "out", *options, "slurm/pretrain.sh", "world", "0")
     assert job.end(60) == "COMPLETED", job.log()
@@ -230,7 +230,7 @@ def test_in_a_container_without_slurm_and_with_nothing_exported(stand_in: dict[s
         f"127.0.1.{nodes[0][-1]}:{port}",  # without namespaces the nodes' names do not resolve
     )
 
-    site.write_text(site.read_text().replace("\nsite_modules=()\n", "\nsite_modules=(cuda/99)\n"))
+    site.write_text(site.read_text(encoding="utf-8").replace("\nsite_modules=()\n", "\nsite_modules=(cuda/99)\n"))
     job = submit(stand_in, tmp_path / "out", *options, "slurm/pretrain.sh", "world", "0")
     assert (job.end(60), job.show("ExitCode")) == ("FAILED", "2:0")
     assert "slurm/env.sh: module load cuda/99 failed: see site_modules there" in job.log()
@@ -250,21 +250,21 @@ def test_in_a_container_without_slurm_and_with_nothing_exported(stand_in: dict[s
         ({}, "1 per node, 64 CPUs"),
     ],
 )
-def test_how_processes_lie_on_nodes(environ: dict[str, str], expected: str) -> None:
+def test_how_processes_are_spread_over_nodes(environ: dict[str, str], expected: str) -> None:
     slurm = {"PATH": os.environ["PATH"], "MASTER_ADDR": "here"}
     slurm |= {"SLURM_CPUS_ON_NODE": "64", "SLURM_JOB_CPUS_PER_NODE": "64"}
     show = '. slurm/tasks.sh; echo "$per_node per node, $cpus CPUs"'
     assert run(["bash", "-uc", show], 20, slurm | environ, REPO).stdout.strip() == expected
 
 
-def test_a_directory_of_something_else_is_not_written_into(stand_in: dict[str, str], tmp_path: Path) -> None:
+def test_nothing_is_written_into_a_directory_that_is_no_run(stand_in: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    (tmp_path / "run" / "thesis.tex").write_text("precious", encoding="utf-8")
     assert pretrain(stand_in, tmp_path / "out", "2").end(60) == "FAILED"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def test_scripts_say_how_they_are_used(slurm_cluster: dict[str, str], tmp_path: Path) -> None:
+def test_scripts_print_their_usage(slurm_cluster: dict[str, str], tmp_path: Path) -> None:
     done = run([REPO / "slurm" / "chain.sh"], 20, slurm_cluster, REPO)
     assert done.returncode == 2
     assert "slurm/chain.sh COUNT [sbatch options]" in done.stderr
@@ -280,7 +280,7 @@ def test_shellcheck() -> None:
 
 
 def test_env_sets_only_what_is_unset(tmp_path: Path) -> None:
-    text = (REPO / "slurm" / "env.sh").read_text()
+    text = (REPO / "slurm" / "env.sh").read_text(encoding="utf-8")
     site = tmp_path / "env.sh"
     changed = {"site_partition=": "site_partition=gpu", "site_interface=": "site_interface=ib0"}
     site.write_text("\n".join(changed.get(line, line) for line in text.splitlines()))
@@ -289,8 +289,8 @@ def test_env_sets_only_what_is_unset(tmp_path: Path) -> None:
     assert run(["bash", "-c", show], 20, environ).stdout.split() == ["gpu", "ib0", "ib0", "mythos", "[]"]
     environ |= {"SBATCH_PARTITION": "mine", "NCCL_SOCKET_IFNAME": "eth9"}
     assert run(["bash", "-c", show], 20, environ).stdout.split() == ["mine", "eth9", "ib0", "mythos", "[]"]
-    site.write_text(text)
+    site.write_text(text, encoding="utf-8")
     untouched = run(["bash", "-c", f"env | sort >a; . {site}; env | sort >b; diff a b"], 20, environ, tmp_path)
-    assert untouched.stdout == "", "as it is it exports nothing"
+    assert untouched.stdout == "", "without changes it exports nothing"
     own = f"partition=p account=a modules=m; . {site}; echo $partition $account $modules"
-    assert run(["bash", "-c", own], 20, environ).stdout == "p a m\n", "the user's own variables stay"
+    assert run(["bash", "-c", own], 20, environ).stdout == "p a m\n", "the user's own variables are unchanged"

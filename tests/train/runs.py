@@ -1,4 +1,4 @@
-"""Whole training runs on a pool of ranks."""
+"""Training runs on a pool of ranks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +16,18 @@ from tests.faults.victim import recording
 
 
 def run_training(config: Config, accept: Sequence[str] = ()) -> int:
-    """The real training run, on one rank of a pool; returns the exit code."""
+    """`mythos train` on one rank of a pool; returns the exit code."""
     return train(config, torch.device("cpu"), StopRequest(), accept)
 
 
 def record_training(config: Config, directory: Path, accept: Sequence[str] = ()) -> int:
-    """The training run; into the directory it writes down which sequences every step was given."""
+    """The training run; records the sequences of every step in the directory."""
     with recording(directory):
         return run_training(config, accept)
 
 
 def run_some_steps(config: Config, steps: int) -> int:
-    """The real training run, asked to stop while it does the last of so many steps."""
+    """The training run, which is asked to stop during its last step."""
     stop, step, done = StopRequest(), TrainingEngine.step, 0
 
     def counted(*arguments: Any) -> Any:

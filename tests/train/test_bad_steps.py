@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients: agreed by all ranks, skipped, counted, and in the end fatal."""
+"""Steps with a non-finite loss or gradient: all ranks skip and count them; too many in a row end the run."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ STEPS = 12
 
 
 def train_with_a_fault(config: Config, place: str, steps: list[int]) -> str:
-    """Train while rank 1 alone gets a NaN loss, or an infinite gradient in one parameter; returns how it ended."""
+    """Train while rank 1 alone gets a NaN loss, or an infinite gradient in one parameter; returns the outcome."""
     plain_call, plain_backward, calls = TrainingEngine.__call__, TrainingEngine.backward, []
 
     def faulty() -> bool:

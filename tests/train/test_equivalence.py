@@ -13,7 +13,7 @@ from tests.spawn import RankPool
 from tests.tiny import VOCABULARY, tiny_config
 from tests.train.runs import curve, run_training
 
-STEPS = 20
+STEPS = 10
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ZeRO-3, EP 2": ("looped-moe", {"parallel__expert_parallel_size": 2}),
     "ZeRO-3, EP 1": ("looped-moe", {}),
@@ -69,12 +69,12 @@ def test_one_rank_trains_like_the_plain_process(
 
 
 def train_with_chunked_loss(config: Config) -> int:
-    whole = loss.CHUNK_LOGITS
+    before = loss.CHUNK_LOGITS
     loss.CHUNK_LOGITS = 10 * VOCABULARY
     try:
         return run_training(config)
     finally:
-        loss.CHUNK_LOGITS = whole
+        loss.CHUNK_LOGITS = before
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-3])

@@ -1,7 +1,7 @@
-"""Golden loss curves: a change that should not alter the numbers must leave these as they are.
+"""Golden loss curves: a change that should not alter the numbers must leave them unchanged.
 
-After a change that is meant to alter them: GOLDEN=write python -m pytest tests/train/test_golden.py, and say why in
-the commit.
+After a change that is meant to alter them, run GOLDEN=write python -m pytest tests/train/test_golden.py and give the
+reason in the commit.
 """
 
 import json
@@ -25,8 +25,8 @@ def test_the_loss_curve_is_the_golden_one(model: str, one_rank: RankPool, tiny_d
     path = GOLDEN / f"{model}.json"
     if os.environ.get("GOLDEN") == "write":
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    expected = json.loads(path.read_text())
-    # Another CPU's vector units add in another order; the same machine gives the same bits.
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    expected = json.loads(path.read_text(encoding="utf-8"))
+    # The order of additions depends on the CPU's vector units; on one machine the curves are equal to the last bit.
     assert found["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
     assert found["train/gradient_norm"] == pytest.approx(expected["train/gradient_norm"], rel=1e-4)

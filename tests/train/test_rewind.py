@@ -1,4 +1,4 @@
-"""A loss spike: told, and where the user wants it the run goes back and leaves out the data of the steps since."""
+"""A loss spike is reported; with train.spike_rewind the run returns to its checkpoint and skips the data since then."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ STEPS, SPIKE, SAVED = FIRST_STEPS + 8, FIRST_STEPS + 5, FIRST_STEPS
 def train_with_spikes(
     config: Config, calls_with_a_spike: list[int], stop_at: int | None = None
 ) -> tuple[str, list[list[list[int]]]]:
-    """How the run ended, and the tokens that each of this rank's training steps was given."""
+    """Exit code or error of the run, and the tokens that this rank was given at each training step."""
     plain, seen, stop = TrainingEngine.__call__, [], StopRequest()
 
     def call(engine: TrainingEngine, tokens: torch.Tensor, *rest: Any) -> Any:
@@ -50,26 +50,26 @@ def configuration(data: Path, run: Path, **options: Any) -> Config:
     )
 
 
-def test_a_spike_is_told_and_the_run_goes_on(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_spike_is_reported_and_the_run_continues(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     ends = two_ranks.run(train_with_spikes, configuration(tiny_data, tmp_path / "run"), [SPIKE])
     assert [how for how, _ in ends] == ["0", "0"]
-    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text(encoding="utf-8")
     assert log.count(f"WARNING step {SPIKE}: loss ") == log.count(" is a spike, ") == 1
     assert len(ends[0][1]) == STEPS
 
 
-def test_a_rewound_run_leaves_out_the_data_since_the_checkpoint(
+def test_a_rewound_run_skips_the_data_since_the_checkpoint(
     two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
     config = configuration(tiny_data, tmp_path / "run", train__spike_rewind=True, checkpoint__mode="sync")
     ends = two_ranks.run(train_with_spikes, config, [SPIKE])
     assert [how for how, _ in ends] == ["0", "0"]
-    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text(encoding="utf-8")
     left_out = 8 * (SPIKE - SAVED)
     assert f"at step {SAVED}; the next {left_out} sequences are left out" in log
 
     stream = open_data(config).stream(config)
-    # Steps SAVED + 1 to SPIKE were trained on what then did not count; the steps after go on behind it.
+    # What steps SAVED + 1 to SPIKE consumed is skipped: the repeated steps use the sequences after it.
     expected = stream.rows(0, 8 * (SPIKE + STEPS - SAVED))[:, :-1].reshape(
         -1, 2, 4, 15
     )  # steps, ranks, sequences, tokens
@@ -77,11 +77,11 @@ def test_a_rewound_run_leaves_out_the_data_since_the_checkpoint(
         assert seen == expected[:, rank].tolist()
 
     lines = [line for line in read_metrics(tmp_path / "run") if "train/loss" in line]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), "no step is doubled"
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), "no step is recorded twice"
     assert [line["train/rewinds"] for line in lines] == [0.0] * SAVED + [1.0] * (STEPS - SAVED)
 
     losses = [line["train/loss"] for line in lines]
-    assert max(losses[SAVED:]) < 1.1 * losses[SAVED - 1], "the spike has left no trace"
+    assert max(losses[SAVED:]) < 1.1 * losses[SAVED - 1], "the spike does not affect the weights"
 
 
 def test_too_many_spikes_end_the_run(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_too_many_spikes_end_the_run(two_ranks: RankPool, tiny_data: Path, tmp_p
     assert f"step_{SAVED:08d}" in ends[0][0]
 
 
-def test_a_run_that_is_stopped_at_a_spike_has_gone_back_before_it_saves(
+def test_a_run_that_is_stopped_at_a_spike_rewinds_before_it_saves(
     two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
     options = {"train__spike_rewind": True, "checkpoint__mode": "sync"}
@@ -104,7 +104,7 @@ def test_a_run_that_is_stopped_at_a_spike_has_gone_back_before_it_saves(
     second = two_ranks.run(train_with_spikes, config, [])
     assert [how for how, _ in second] == ["0", "0"]
     for rank in range(2):
-        assert first[rank][1] + second[rank][1] == expected[rank][1], "the same sequences, the spike's left out"
+        assert first[rank][1] + second[rank][1] == expected[rank][1], "the same sequences, without those of the spike"
     lines, as_expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "straight")
     for name in ("train/loss", "train/rewinds", "train/tokens"):
         found = [(line["step"], line[name]) for line in lines if name in line]
