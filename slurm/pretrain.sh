@@ -3,6 +3,7 @@
 #
 #   sbatch slurm/pretrain.sh                                             the flagship
 #   sbatch slurm/pretrain.sh MODEL.yaml RUN.yaml key=value ...
+#   sbatch slurm/pretrain.sh MODEL.yaml RUN.yaml optim.learning_rate=1e-3 --accept optim.learning_rate
 #   sbatch --nodes=2-4 --gpus-per-node=4 slurm/pretrain.sh ...           on 2 to 4 nodes, as many as there are
 #   sbatch --cpus-per-gpu=16 slurm/pretrain.sh ...                       not --cpus-per-task: Slurm refuses it with GPUs
 #   sbatch --gpus-per-node=0 --mincpus=32 --ntasks-per-node=4 ...        nodes without GPUs
