@@ -34,9 +34,9 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
     rest = {name: p for name, p in parameters.items() if name not in by_muon}
     matrices = [p for name, p in rest.items() if p.ndim >= 2 and "embedding" not in name]
     others = [p for name, p in rest.items() if p.ndim < 2 or "embedding" in name]
-    decay = 0.0 if optim.kind == "muon" else optim.weight_decay
+    adamw_decay = 0.0 if optim.kind == "muon" else optim.weight_decay
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": adamw_decay}, {"params": others, "weight_decay": 0.0}],
         betas=(optim.beta1, optim.beta2),
         eps=optim.epsilon,
         fused=False,
@@ -62,9 +62,11 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
             group["lr"] = optim.learning_rate * scale
         if step not in skipped:
             optimizer.step()
-            warm = min(1, (step - 1) / optim.muon_momentum_warmup_steps)
-            momentum = optim.muon_momentum_start + (optim.muon_momentum - optim.muon_momentum_start) * warm
-            muon.step(optim.muon_learning_rate * scale, momentum, optim.muon_weight_decay * (steps - step + 1) / steps)
+            if optim.kind == "muon":
+                warm = min(1, (step - 1) / optim.muon_momentum_warmup_steps)
+                momentum = optim.muon_momentum_start + (optim.muon_momentum - optim.muon_momentum_start) * warm
+                decay = optim.muon_weight_decay * (steps - step + 1) / steps
+                muon.step(optim.muon_learning_rate * scale, momentum, decay)
             if load is not None:
                 balance(model, load, config.model.core_experts.balance_rate)
         curve.append((loss.item(), norm.item()))
