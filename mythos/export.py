@@ -1,31 +1,30 @@
-"""A checkpoint's weights as a plain model: safetensors, configuration and tokenizer in one directory.
+"""Writes the weights of a checkpoint as a plain model: safetensors, configuration and tokenizer in one directory.
 
     DIR/model-00001-of-00003.safetensors ...   weights under the names of the plain PyTorch model
     DIR/model.safetensors.index.json           which file holds which weight
     DIR/config.yaml, DIR/tokenizer.json
 
-Neither a GPU nor DeepSpeed is needed. Memory is bounded by one output file and one parameter.
+Needs no GPU and no DeepSpeed. It keeps at most one output file and one parameter in memory.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mythos.checkpoint import layout
-from mythos.checkpoint.pieces import PieceReader
+from mythos.checkpoint.reader import CheckpointReader
+from mythos.checkpoint.tensors import write_tensors
 from mythos.config.load import load
-from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError
 from mythos.model import build_structure
 from mythos.model.moe import plain_parameters
-from mythos.run.directory import CONFIG_FILE
+from mythos.run.directory import CONFIG_FILE, RunDirectory
 
 INDEX_FILE = "model.safetensors.index.json"
 FILE_BYTES = 4 << 30
@@ -34,33 +33,34 @@ FILE_BYTES = 4 << 30
 def export(
     run: Path, output: Path, step: int | None = None, dtype: torch.dtype = torch.float32, file_bytes: int = FILE_BYTES
 ) -> Path:
-    """Write the weights of a checkpoint to ``output``; returns the checkpoint.
+    """Write the weights of a checkpoint to ``output``; returns the path of the checkpoint.
 
     Args:
         run: the run directory.
-        step: of the checkpoint; the newest complete one where it is None.
-        dtype: of the written weights; the balance biases stay in fp32.
-        file_bytes: a file is closed once it is as large as this.
+        step: of the checkpoint; None for the newest complete one.
+        dtype: of the written weights; balance biases remain in fp32.
+        file_bytes: a new file begins after this size.
 
     Raises:
         UserError: there is no such checkpoint, it is damaged, or ``output`` is in use or cannot be written.
     """
     checkpoint = layout.find(run, step)
-    reader = PieceReader(checkpoint)
+    reader = CheckpointReader(checkpoint)
     weights = [name for name in reader.manifest.files if name.startswith("weights_")]
-    for problem in layout.problems(checkpoint, reader.manifest, only=weights).values():
+    for problem in layout.damaged_files(checkpoint, reader.manifest, only=weights).values():
         raise UserError(f"{problem}: export another step")
-    for name in (CONFIG_FILE, TOKENIZER_FILE):
-        if not (run / name).is_file():
-            raise UserError(f"{run / name}: missing: copy the run's {name} there")
+    copied = (RunDirectory(run).config, RunDirectory(run).tokenizer)
+    for path in copied:
+        if not path.is_file():
+            raise UserError(f"{path}: missing: copy the run's {path.name} there")
     if output.exists():
         raise UserError(f"{output}: exists: name another directory")
     partial = output.with_name(f".{output.name}.partial.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         _write_weights(reader, partial, dtype, file_bytes)
-        for name in (CONFIG_FILE, TOKENIZER_FILE):
-            shutil.copyfile(run / name, partial / name)
+        for path in copied:
+            shutil.copyfile(path, partial / path.name)
         os.rename(partial, output)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output}: cannot be written ({error}): free space or name another --output") from error
@@ -70,10 +70,10 @@ def export(
 
 
 def load_exported(directory: Path) -> nn.Module:
-    """The model of an exported directory, in evaluation mode, on the CPU in fp32.
+    """Load an exported model, in evaluation mode, on the CPU and in fp32.
 
     Raises:
-        UserError: a file is missing, or holds another model's weights.
+        UserError: a file is missing, or holds weights of another model.
     """
     config = load([directory / CONFIG_FILE], ["parallel.expert_parallel_size=1"])  # one process holds all experts
     model = build_structure(config)
@@ -81,7 +81,7 @@ def load_exported(directory: Path) -> nn.Module:
         name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()
     }
     try:
-        files = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
+        files = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
         if set(files) != set(wanted):
             raise UserError(
                 f"{directory}: weights and {CONFIG_FILE} differ: {sorted(set(files) ^ set(wanted))[:3]} ..."
@@ -95,29 +95,40 @@ def load_exported(directory: Path) -> nn.Module:
     return model.eval()
 
 
-def _write_weights(reader: PieceReader, directory: Path, dtype: torch.dtype, file_bytes: int) -> None:
-    gathered: dict[str, Tensor] = {}
-    places: dict[str, int] = {}
-    number, size, total = 1, 0, 0
-    for name, tensor in _tensors(reader, dtype):
-        gathered[name], places[name] = tensor, number
-        size += tensor.numel() * tensor.element_size()
-        total += tensor.numel() * tensor.element_size()
-        if size >= file_bytes:
-            save_file(gathered, directory / f"{number}.safetensors", {"format": "pt"})
-            gathered, number, size = {}, number + 1, 0
-    if gathered:
-        save_file(gathered, directory / f"{number}.safetensors", {"format": "pt"})
-    count = max(places.values())
-    final = {n: f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
-    for n, name in final.items():
-        os.rename(directory / f"{n}.safetensors", directory / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: final[n] for name, n in places.items()}}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2))
+def _write_weights(reader: CheckpointReader, directory: Path, dtype: torch.dtype, file_bytes: int) -> None:
+    numbers: dict[str, int] = {}  # of the file that holds a weight
+    count, total_bytes = 0, 0
+    for tensors in _in_groups(_tensors(reader, dtype), file_bytes):
+        count += 1
+        write_tensors(directory / f"{count}.safetensors", tensors)
+        numbers |= dict.fromkeys(tensors, count)
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors  # before the next file's tensors are read
+    names = {number: f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
+    for number, name in names.items():
+        os.rename(directory / f"{number}.safetensors", directory / name)
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": {name: names[number] for name, number in numbers.items()},
+    }
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _tensors(reader: PieceReader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _in_groups(tensors: Iterable[tuple[str, Tensor]], group_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors of one file after another."""
+    group: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        group[name] = tensor
+        if sum(member.nbytes for member in group.values()) >= group_bytes:
+            yield group
+            group = {}
+    if group:
+        yield group
+
+
+def _tensors(reader: CheckpointReader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the plain model's weights."""
     for name, parts in plain_parameters(reader.manifest.parameters).items():
-        tensors = [reader.whole(part).to(dtype) for part in parts]
+        tensors = [reader.parameter(part).to(dtype) for part in parts]
         yield name, tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
     yield from reader.buffers().items()

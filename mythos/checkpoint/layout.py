@@ -1,13 +1,13 @@
-"""What a checkpoint is on disk, and which one counts.
+"""The files of a run's checkpoints, and which of them count.
 
     checkpoints/
       latest                   the name of the newest complete checkpoint; replaced last
       step_00000100/           a complete checkpoint
-        manifest.json          every file with size and hash, every parameter with the files that hold its pieces
-        state.json             where the run stands
-        weights_00000.safetensors, optimizer_00000.safetensors    one pair a rank that wrote it
+        manifest.json          size and hash of every file, and which file holds which elements of a parameter
+        state.json             step, samples, tokens and the rest of the run's state
+        weights_00000.safetensors, optimizer_00000.safetensors    one pair for each rank that wrote it
       step_00000200.partial/   being written, or left by a run that was killed
-      set_aside/               damaged and half-written checkpoints that a start has found; never deleted
+      set_aside/               damaged and partial checkpoints that a start has found; never deleted
 
 A directory gets its final name once all its files are on disk, and counts once ``latest`` has named it.
 """
@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,29 +35,47 @@ SET_ASIDE = "set_aside"
 _COMPLETE = re.compile(r"step_(\d{8,})")
 
 
-class Written(NamedTuple):
-    """What a file must be, to be whole."""
+class WrongFormat(UserError):
+    """The checkpoint was written by another version of Mythos; it is not damaged."""
+
+
+class FileRecord(NamedTuple):
+    """Size and hash of a file as it was written."""
 
     bytes: int
     xxh3_64: str
 
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """The record of a file that has just been written. Raises OSError."""
+        return cls(path.stat().st_size, hash_file(path))
+
+
+class ShardRecord(NamedTuple):
+    """Elements ``start`` to ``stop`` of a flattened parameter, in files ``weights_n`` and ``optimizer_n``."""
+
+    file_number: int
+    start: int
+    stop: int
+    optimizer_steps: float
+    """Updates of these elements so far."""
+
 
 @dataclass(frozen=True)
-class Parameter:
-    """A parameter of the model: its whole shape, and (file, start, stop, optimizer steps) of each of its pieces."""
+class SavedParameter:
+    """A parameter of the model: its full shape, and the shards that hold its elements."""
 
     shape: tuple[int, ...]
-    pieces: tuple[tuple[int, int, int, float], ...]
+    shards: tuple[ShardRecord, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json. Piece ``n`` lies in files ``weights_n`` and ``optimizer_n``, elements start to stop
-    of the flattened parameter."""
+    """The content of manifest.json."""
 
     step: int
-    files: dict[str, Written]
-    parameters: dict[str, Parameter]
+    files: dict[str, FileRecord]
+    parameters: dict[str, SavedParameter]
 
     @property
     def bytes(self) -> int:
@@ -65,8 +83,16 @@ class Manifest:
         return sum(file.bytes for file in self.files.values())
 
     def save(self, directory: Path) -> None:
-        """Write manifest.json with a hash of its own content."""
-        content = {"format_version": FORMAT_VERSION} | asdict(self)
+        """Write manifest.json with a hash of its own content. Raises OSError."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "files": self.files,
+            "parameters": {
+                name: {"shape": parameter.shape, "pieces": parameter.shards}
+                for name, parameter in self.parameters.items()
+            },
+        }
         write_atomically(directory / MANIFEST_FILE, json.dumps(content | {"xxh3_64": _digest(content)}))
 
     @classmethod
@@ -74,11 +100,12 @@ class Manifest:
         """Read manifest.json.
 
         Raises:
-            UserError: it is missing, damaged, or of another format.
+            UserError: it is missing or damaged.
+            WrongFormat: another version of Mythos wrote it.
         """
         path = directory / MANIFEST_FILE
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
         if not isinstance(content, dict) or content.pop("xxh3_64", None) != _digest(content):
@@ -90,21 +117,21 @@ class Manifest:
             )
         return cls(
             step=content["step"],
-            files={name: Written(*written) for name, written in content["files"].items()},
+            files={name: FileRecord(*record) for name, record in content["files"].items()},
             parameters={
-                name: Parameter(tuple(entry["shape"]), tuple(tuple(piece) for piece in entry["pieces"]))
+                name: SavedParameter(tuple(entry["shape"]), tuple(ShardRecord(*shard) for shard in entry["pieces"]))
                 for name, entry in content["parameters"].items()
             },
         )
 
 
 def weights_file(number: int) -> str:
-    """Name of the file with the weights that one rank wrote."""
+    """Name of the file with the weights of rank ``number``."""
     return f"weights_{number:05d}.safetensors"
 
 
 def optimizer_file(number: int) -> str:
-    """Name of the file with the optimizer state that one rank wrote."""
+    """Name of the file with the optimizer state of rank ``number``."""
     return f"optimizer_{number:05d}.safetensors"
 
 
@@ -120,33 +147,33 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def complete(directory: Path) -> list[Path]:
+def complete_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints with a final name, newest first."""
-    found = [path for path in _listed(directory) if _COMPLETE.fullmatch(path.name)]
+    found = [path for path in _subdirectories(directory) if _COMPLETE.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
-def half_written(directory: Path) -> list[Path]:
-    """What saves that were killed have left."""
-    return sorted(path for path in _listed(directory) if path.name.endswith(PARTIAL))
+def partial_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints that are being written, or were left by a killed run."""
+    return sorted(path for path in _subdirectories(directory) if path.name.endswith(PARTIAL))
 
 
 def latest(directory: Path) -> Path | None:
-    """The checkpoint that the pointer names, whether it is there or not; None without a pointer that names one."""
+    """The checkpoint that the file ``latest`` names, even if it is missing; None if the file names none."""
     try:
-        name = (directory / LATEST_FILE).read_text(errors="replace").strip()
+        name = (directory / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
     return directory / name if _COMPLETE.fullmatch(name) else None
 
 
-def candidates(directory: Path) -> list[Path]:
-    """What a start tries, in this order: the checkpoint that ``latest`` names, then the older ones, newest first.
+def resumable_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints that a start tries, in order: the one that ``latest`` names, then the older ones, newest first.
 
-    Newer ones than the named one do not count: their save was not finished, or the user has gone back by writing
-    another name into ``latest``. Where the named one is not there, all count.
+    Checkpoints newer than the named one do not count: their save was not finished, or the user chose an older one by
+    writing its name into ``latest``. If the named one is missing, all count.
     """
-    named, found = latest(directory), complete(directory)
+    named, found = latest(directory), complete_checkpoints(directory)
     if named is None or named not in found:
         return found
     return found[found.index(named) :]
@@ -155,40 +182,36 @@ def candidates(directory: Path) -> list[Path]:
 def find(run: Path, step: int | None) -> Path:
     """The complete checkpoint of a run at ``step``, or its newest one. A UserError lists the steps that exist."""
     directory = RunDirectory(run).checkpoints
-    found = candidates(directory)
+    found = resumable_checkpoints(directory)
     if not found:
         raise UserError(f"{run}: has no complete checkpoint: give the directory of a run that has saved one")
     if step is None:
         return found[0]
-    for checkpoint in complete(directory):
+    for checkpoint in complete_checkpoints(directory):
         if step_of(checkpoint) == step:
             return checkpoint
     steps = ", ".join(str(step_of(checkpoint)) for checkpoint in found)
     raise UserError(f"step {step}: {run} has checkpoints of steps {steps}")
 
 
-class WrongFormat(UserError):
-    """A checkpoint that another version of Mythos wrote: not damaged."""
-
-
-def problems(checkpoint: Path, manifest: Manifest, only: Iterable[str] | None = None) -> dict[str, str]:
-    """What is wrong with the listed files, or with some of them: one line for the name of each bad one."""
-    found = {}
+def damaged_files(checkpoint: Path, manifest: Manifest, only: Iterable[str] | None = None) -> dict[str, str]:
+    """Read the listed files, or only some of them; returns a message for each file that is missing or damaged."""
+    messages = {}
     for name in sorted(manifest.files if only is None else only):
         path = checkpoint / name
         try:
-            if wrong := _wrong_size(checkpoint, manifest, name):
-                found[name] = wrong
+            if message := _wrong_size(checkpoint, manifest, name):
+                messages[name] = message
             elif hash_file(path) != manifest.files[name].xxh3_64:
-                found[name] = f"{path}: damaged, its content does not fit the hash in the manifest"
+                messages[name] = f"{path}: damaged, its content does not fit the hash in the manifest"
         except OSError as error:
-            found[name] = f"{path}: {error.strerror}"
-    return found
+            messages[name] = f"{path}: {error.strerror}"
+    return messages
 
 
-def missing(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
-    """As ``problems``, without reading the files: those that are not there, or have another size."""
-    return {name: found for name in sorted(manifest.files) if (found := _wrong_size(checkpoint, manifest, name))}
+def incomplete_files(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
+    """As ``damaged_files``, without reading the files: those that are missing or have another size."""
+    return {name: message for name in sorted(manifest.files) if (message := _wrong_size(checkpoint, manifest, name))}
 
 
 def _wrong_size(checkpoint: Path, manifest: Manifest, name: str) -> str | None:
@@ -201,25 +224,26 @@ def _wrong_size(checkpoint: Path, manifest: Manifest, name: str) -> str | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Where the run stood. Raises UserError when it cannot be read."""
+    """The run's state in state.json. Raises UserError if it cannot be read."""
+    path = checkpoint / STATE_FILE
     try:
-        return json.loads((checkpoint / STATE_FILE).read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint / STATE_FILE}: cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def settle(directory: Path, chosen: Path) -> list[Path]:
-    """Make ``latest`` name the checkpoint that is resumed, and set newer ones aside; returns their new places.
+def make_current(directory: Path, chosen: Path) -> list[Path]:
+    """Make ``latest`` name the checkpoint that is resumed, and set newer ones aside; returns their new paths.
 
-    They belong to steps that the run takes back: left in their places, they would count again after a damage.
+    The run repeats the steps of the newer ones. If they stayed, they would count again when a later one is damaged.
     """
     write_atomically(directory / LATEST_FILE, chosen.name)
     flush_directory(directory)
-    return [set_aside(path) for path in complete(directory) if step_of(path) > step_of(chosen)]
+    return [set_aside(path) for path in complete_checkpoints(directory) if step_of(path) > step_of(chosen)]
 
 
 def set_aside(path: Path) -> Path:
-    """Move a damaged or half-written checkpoint out of the way, under a name that is free; returns its new place."""
+    """Move a damaged or partial checkpoint to set_aside/ under a name that is free; returns its new path."""
     place = path.parent / SET_ASIDE
     place.mkdir(exist_ok=True)
     target, number = place / path.name, 1
@@ -231,17 +255,18 @@ def set_aside(path: Path) -> Path:
 
 
 def commit(partial: Path, manifest: Manifest) -> Path:
-    """Give a checkpoint, all of whose files are on disk, its final name, and point to it.
+    """Give a checkpoint, all of whose files are on disk, its final name, and make ``latest`` name it.
 
     Raises:
-        OSError: the disk is full or gone; the checkpoint has its old name, and what it would replace is in its place.
+        OSError: the disk is full or gone. The checkpoint keeps its partial name, and the one that it would have
+            replaced is back in its place.
     """
     manifest.save(partial)
     flush_directory(partial)
     final, directory = partial.with_suffix(""), partial.parent
     replaced = None
-    if final.exists():  # of steps that were rolled back
-        replaced = _out_of_use(final)
+    if final.exists():  # of steps that the run has repeated
+        replaced = _rename_for_removal(final)
     os.rename(partial, final)
     try:
         flush_directory(directory)
@@ -258,31 +283,31 @@ def commit(partial: Path, manifest: Manifest) -> Path:
 
 
 def remove_old(directory: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove complete checkpoints but the newest ``keep_last``, and those of every ``keep_every``-th step.
+    """Remove complete checkpoints except the newest ``keep_last`` and those of every ``keep_every``-th step.
 
-    What cannot be removed now is tried again the next time.
+    Checkpoints that cannot be removed now are tried again the next time.
     """
-    for path in candidates(directory)[keep_last:]:
+    for path in resumable_checkpoints(directory)[keep_last:]:
         if not (keep_every and step_of(path) % keep_every == 0):
             with suppress(OSError):
-                _out_of_use(path)
-    for path in _listed(directory):
+                _rename_for_removal(path)
+    for path in _subdirectories(directory):
         if path.name.endswith(REMOVED):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _out_of_use(path: Path) -> Path:
-    """Renamed first, so that what a kill leaves half removed has not the name of a complete checkpoint."""
+def _rename_for_removal(path: Path) -> Path:
+    """A removal that is interrupted must not leave the name of a complete checkpoint."""
     target = path.with_name(path.name + REMOVED)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(path, target)
     return target
 
 
-def _listed(directory: Path) -> list[Path]:
+def _subdirectories(directory: Path) -> list[Path]:
     try:
         return [path for path in directory.iterdir() if path.is_dir()]
-    except OSError:  # not there yet
+    except OSError:  # not created yet
         return []
 
 

@@ -35,13 +35,13 @@ class Overview:
 def list_checkpoints(run: Path) -> Overview:
     """All checkpoints, complete or not. Looks for missing files and wrong sizes, but reads no tensor data."""
     directory = _directory(run)
-    problems = {checkpoint: _problems(checkpoint, read_files=False) for checkpoint in layout.complete(directory)}
+    problems = _problems(directory, read_files=False)
     resumed = _resumed(directory, problems)
     rows = [
         _row(checkpoint, found[0] if found else _state(checkpoint, directory, resumed))
         for checkpoint, found in problems.items()
     ]
-    rows += [_row(checkpoint, "not finished") for checkpoint in layout.half_written(directory)]
+    rows += [_row(checkpoint, "not finished") for checkpoint in layout.partial_checkpoints(directory)]
     rows += [_row(path, f"set aside: {path}") for path in sorted((directory / layout.SET_ASIDE).glob("*"))]
     return Overview(rows, [], _next_start(run, resumed, problems))
 
@@ -49,7 +49,7 @@ def list_checkpoints(run: Path) -> Overview:
 def verify_checkpoints(run: Path) -> Overview:
     """The complete checkpoints, each file read and its hash compared with the manifest."""
     directory = _directory(run)
-    problems = {checkpoint: _problems(checkpoint, read_files=True) for checkpoint in layout.complete(directory)}
+    problems = _problems(directory, read_files=True)
     resumed = _resumed(directory, problems)
     rows = [
         _row(checkpoint, "damaged" if found else f"valid, {_state(checkpoint, directory, resumed)}")
@@ -61,28 +61,33 @@ def verify_checkpoints(run: Path) -> Overview:
 def _directory(run: Path) -> Path:
     directory = RunDirectory(run).checkpoints
     if not directory.is_dir():
-        raise UserError(f"{run}: no run directory, {CHECKPOINT_DIRECTORY}/ is missing: give the directory of a run")
+        raise UserError(f"{run}: not a run directory ({CHECKPOINT_DIRECTORY}/ is missing): give the directory of a run")
     return directory
 
 
-def _problems(checkpoint: Path, read_files: bool) -> list[str]:
-    """One line for each bad file."""
-    find = layout.problems if read_files else layout.missing
-    try:
-        return list(find(checkpoint, layout.Manifest.load(checkpoint)).values())
-    except UserError as error:
-        return [str(error)]
+def _problems(directory: Path, read_files: bool) -> dict[Path, list[str]]:
+    """For each complete checkpoint, newest first, one line for each bad file."""
+    check = layout.damaged_files if read_files else layout.incomplete_files
+    problems = {}
+    for checkpoint in layout.complete_checkpoints(directory):
+        try:
+            problems[checkpoint] = list(check(checkpoint, layout.Manifest.load(checkpoint)).values())
+        except UserError as error:
+            problems[checkpoint] = [str(error)]
+    return problems
 
 
 def _resumed(directory: Path, problems: Mapping[Path, list[str]]) -> Path | None:
     """The checkpoint from which a start would resume, judged by these problems."""
-    return next((path for path in layout.candidates(directory) if not problems.get(path, ["disappeared"])), None)
+    candidates = layout.resumable_checkpoints(directory)
+    return next((path for path in candidates if not problems.get(path, ["disappeared"])), None)
 
 
 def _state(checkpoint: Path, directory: Path, resumed: Path | None) -> str:
     if checkpoint == resumed:
         return "would be resumed"
-    return "complete" if checkpoint in layout.candidates(directory) else f"newer than {LATEST_FILE}, does not count"
+    counts = checkpoint in layout.resumable_checkpoints(directory)
+    return "complete" if counts else f"newer than {LATEST_FILE}, does not count"
 
 
 def _next_start(run: Path, resumed: Path | None, problems: Mapping[Path, list[str]]) -> str | None:

@@ -1,7 +1,6 @@
-"""How a run finds the checkpoint to resume from, and how the engine is filled from it on any number of ranks.
+"""Finds the checkpoint from which a run resumes, and fills the engine from it on any number of ranks.
 
-A rank that loads asks for the elements that it updates now (see ``mythos.checkpoint.pieces``), whichever ranks wrote
-them.
+A rank reads the elements that it updates now (see ``mythos.checkpoint.reader``), whichever ranks wrote them.
 """
 
 import socket
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from mythos.checkpoint import layout
-from mythos.checkpoint.pieces import PieceReader
+from mythos.checkpoint.reader import CheckpointReader
 from mythos.checkpoint.snapshot import world_shape
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
@@ -22,41 +21,39 @@ from mythos.ranks.group import agree, from_rank_0
 from mythos.run.console import log
 from mythos.run.directory import LATEST_FILE, MANIFEST_FILE
 
-LOOK_AGAIN_S = 2.0
-"""Before a file counts as damaged: a network file system may have known it wrongly."""
+CHECK_AGAIN_AFTER_S = 2.0
+"""Before a file counts as damaged: a network file system may have shown an outdated state."""
 
 
 def newest_valid(directory: Path) -> Path | None:
-    """The checkpoint to resume from, all of whose files were found whole; None for a run without one. Collective.
+    """The newest checkpoint whose files are all valid; None for a run without checkpoints. Collective.
 
-    Half-written and damaged ones are named in the log and set aside, unless no other is left, and so are those that
-    are newer than the chosen one: the run takes their steps back.
+    Partial and damaged checkpoints are logged and set aside, and so are those newer than the chosen one, whose steps
+    the run repeats. If no checkpoint is valid, all stay where they are.
 
     Raises:
-        UserError: checkpoints are there, or were, and every one is damaged, of another format, or read by rank 0 alone.
+        UserError: all checkpoints are damaged, of another format or missing, or only rank 0 can read them.
     """
     damaged: dict[Path, str] = {}
-    for candidate in from_rank_0(lambda: _tidy(directory)):
-        problem = _damage(candidate)
+    for candidate in from_rank_0(lambda: _set_partial_ones_aside(directory)):
+        problem = _find_damage(candidate)
         if problem is None:
-            from_rank_0(lambda: _settle(directory, candidate, damaged))  # noqa: B023
+            from_rank_0(lambda: _make_current(directory, candidate, damaged))  # noqa: B023
             return candidate
         log.error(f"{candidate.name} is damaged: {problem}")
         damaged[candidate] = problem
     if damaged:
-        newer = from_rank_0(lambda: [path.name for path in layout.complete(directory) if path not in damaged])
-        which = f"every checkpoint up to {next(iter(damaged)).name}" if newer else "every checkpoint"
-        remedy = f"write {newer[-1]} into {LATEST_FILE} to go on there" if newer else "restore one"
-        what = "; ".join(damaged.values())
-        raise UserError(
-            f"{directory}: {which} is damaged ({what}): {remedy}, or move them away to start over", agreed=True
-        )
+        raise UserError(from_rank_0(lambda: _all_damaged(directory, damaged)), agreed=True)
     return None
 
 
 def check(found: Path) -> None:
-    """All files of a checkpoint are whole, or UserError. Collective."""
-    if problem := _damage(found):
+    """Check all files of a checkpoint. Collective.
+
+    Raises:
+        UserError: a file is damaged or missing.
+    """
+    if problem := _find_damage(found):
         raise UserError(f"{found.name} is damaged: {problem}: choose another one", agreed=True)
 
 
@@ -66,19 +63,19 @@ def load(engine: TrainingEngine, found: Path) -> dict[str, Any]:
     Raises:
         UserError: it belongs to another model, or cannot be read.
     """
-    reader, state = agree(lambda: (PieceReader(found), layout.read_state(found)))
+    reader, state = agree(lambda: (CheckpointReader(found), layout.read_state(found)))
     now, then = world_shape(engine), state["world"]
     if now != then:
         changes = ", ".join(f"{key} {then[key]} -> {now[key]}" for key in now if then.get(key) != now[key])
         log.info(f"{found.name} was written with another layout ({changes}): every rank reads the parts it needs")
     agree(lambda: _check_same_model(engine, reader))
-    agree(lambda: _read_pieces(engine, reader))
+    agree(lambda: _read_shards(engine, reader))
     engine.refresh_weights()
     return state
 
 
-def _read_pieces(engine: TrainingEngine, reader: PieceReader) -> None:
-    engine.optimizer.state.clear()  # of the updates since, where a run goes back
+def _read_shards(engine: TrainingEngine, reader: CheckpointReader) -> None:
+    engine.optimizer.state.clear()  # a run that goes back to a checkpoint has the state of later updates
     converted = 0
     try:
         for shard in engine.shards():
@@ -96,7 +93,7 @@ def _read_pieces(engine: TrainingEngine, reader: PieceReader) -> None:
         )
 
 
-def _check_same_model(engine: TrainingEngine, reader: PieceReader) -> None:
+def _check_same_model(engine: TrainingEngine, reader: CheckpointReader) -> None:
     saved = {name: parameter.shape for name, parameter in reader.manifest.parameters.items()}
     for shard in engine.shards():
         if saved.get(shard.name) != shard.shape:
@@ -106,46 +103,47 @@ def _check_same_model(engine: TrainingEngine, reader: PieceReader) -> None:
             )
 
 
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, whose files the ranks share out among each other. Collective.
+def _find_damage(checkpoint: Path) -> str | None:
+    """A message about the damaged files of a checkpoint; each rank checks some of the files. Collective.
 
-    What one rank cannot read is no damage yet: rank 0 looks again, some seconds later.
+    Rank 0 checks again, some seconds later, what a rank could not read: it may have been an outdated view.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    wrong = agree(lambda: _problems(checkpoint, lambda names: names[rank::ranks]))
-    everyones: list[Any] = [None] * ranks
-    dist.all_gather_object(everyones, (socket.gethostname(), wrong))
-    found = {name: (rank, host, text) for rank, (host, each) in enumerate(everyones) for name, text in each.items()}
+    messages = agree(lambda: _damaged_files(checkpoint, lambda names: names[rank::ranks]))
+    by_rank: list[Any] = [None] * ranks
+    dist.all_gather_object(by_rank, (socket.gethostname(), messages))
+    found = {name: (rank, host, text) for rank, (host, each) in enumerate(by_rank) for name, text in each.items()}
     if not found:
         return None
 
-    def look_again() -> list[str]:
-        time.sleep(LOOK_AGAIN_S)
-        return list(_problems(checkpoint, lambda names: [name for name in names if name in found]).values())
+    def check_again() -> list[str]:
+        time.sleep(CHECK_AGAIN_AFTER_S)
+        return list(_damaged_files(checkpoint, lambda names: [name for name in names if name in found]).values())
 
-    if again := from_rank_0(look_again):
+    if again := from_rank_0(check_again):
         return again[0] + (f" and {len(again) - 1} more" if again[1:] else "")
     rank, host, text = next(iter(found.values()))
     raise UserError(
-        f"{text} (rank {rank} on {host}), but rank 0 reads it: mend the file system of that host", agreed=True
+        f"{text} (rank {rank} on {host}), but rank 0 can read it: repair the file system of that host", agreed=True
     )
 
 
-def _problems(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -> dict[str, str]:
-    """What is wrong with the chosen files, by name."""
+def _damaged_files(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -> dict[str, str]:
+    """A message for each of the chosen files that is damaged; for the manifest if that is damaged."""
     try:
         manifest = layout.Manifest.load(checkpoint)
     except layout.WrongFormat:
         raise
     except UserError as error:
         return {MANIFEST_FILE: str(error)}
-    return layout.problems(checkpoint, manifest, choose(sorted(manifest.files)))
+    return layout.damaged_files(checkpoint, manifest, choose(sorted(manifest.files)))
 
 
-def _tidy(directory: Path) -> list[Path]:
-    for path in layout.half_written(directory):
+def _set_partial_ones_aside(directory: Path) -> list[Path]:
+    """Returns the checkpoints to try."""
+    for path in layout.partial_checkpoints(directory):
         log.warning(f"{path.name} was not finished: set aside as {layout.set_aside(path)}")
-    named, found = layout.latest(directory), layout.candidates(directory)
+    named, found = layout.latest(directory), layout.resumable_checkpoints(directory)
     if named is not None and named not in found:
         missing = f"{directory / LATEST_FILE} names {named.name}, which is missing"
         if not found:
@@ -154,6 +152,14 @@ def _tidy(directory: Path) -> list[Path]:
     return found
 
 
-def _settle(directory: Path, chosen: Path, damaged: Mapping[Path, str]) -> None:
-    for path in layout.settle(directory, chosen):
+def _make_current(directory: Path, chosen: Path, damaged: Mapping[Path, str]) -> None:
+    for path in layout.make_current(directory, chosen):
         log.error(f"set aside as {path}: {damaged.get(directory / path.name, f'newer than {chosen.name}')}")
+
+
+def _all_damaged(directory: Path, damaged: Mapping[Path, str]) -> str:
+    """The message when no checkpoint is left to try; ``damaged`` begins with the newest one."""
+    newer = [path.name for path in layout.complete_checkpoints(directory) if path not in damaged]
+    which = f"every checkpoint up to {next(iter(damaged)).name}" if newer else "every checkpoint"
+    remedy = f"write {newer[-1]} into {LATEST_FILE} to resume there" if newer else "restore one"
+    return f"{directory}: {which} is damaged ({'; '.join(damaged.values())}): {remedy}, or move them away to start over"

@@ -1,8 +1,8 @@
-"""What a checkpoint keeps of a training engine.
+"""A rank's part of a checkpoint, copied from the training engine to the CPU.
 
-Every rank writes the fp32 weights and the optimizer state of the elements that it updates, each element once over all
-ranks. Nothing else has to be kept: learning rates and other hyperparameters follow from the configuration and the
-step, and training draws no number from a global random generator.
+Every rank saves the fp32 weights and the optimizer state of the elements that it updates, so that each element is saved
+once. Nothing else is needed: learning rates and other hyperparameters follow from the configuration and the step, and
+training draws no number from a global random generator.
 """
 
 from typing import NamedTuple
@@ -11,8 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos.checkpoint.pieces import BUFFER
+from mythos.checkpoint.reader import BUFFER
 from mythos.engine.engine import TrainingEngine
+
+
+class ShardRange(NamedTuple):
+    """The elements of a flattened parameter that a rank saves, and the number of their updates."""
+
+    start: int
+    stop: int
+    optimizer_steps: float
 
 
 class Snapshot(NamedTuple):
@@ -20,39 +28,41 @@ class Snapshot(NamedTuple):
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    pieces: dict[str, tuple[int, int, float]]
-    """Start, stop and optimizer steps of each parameter that has elements here."""
+    shards: dict[str, ShardRange]
+    """By parameter; those without elements here are left out."""
 
 
 class HostBuffer:
-    """Memory on the CPU that is filled anew by each snapshot: pinned where a GPU copies into it, and never freed.
+    """CPU memory that every snapshot uses again; pinned if a GPU copies into it.
 
-    Without ``keep`` tensors that lie on the CPU already are passed on as they are: enough while training waits.
+    Args:
+        keep: copy tensors that are on the CPU as well. Otherwise they are passed on uncopied, which is enough while
+            training waits for the save.
     """
 
     def __init__(self, keep: bool) -> None:
         self._keep = keep
-        self._kept: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor's content now; complete once ``finish`` was called."""
+        """The content of the tensor; complete after ``finish``."""
         if not self._keep and tensor.device.type == "cpu":
             return tensor
-        kept = self._kept.get(name)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-            self._kept[name] = kept
-        return kept.copy_(tensor, non_blocking=True)
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            self._copies[name] = copy
+        return copy.copy_(tensor, non_blocking=True)
 
     def finish(self) -> None:
         """Wait for copies from the GPU."""
-        if any(tensor.is_pinned() for tensor in self._kept.values()):
+        if any(tensor.is_pinned() for tensor in self._copies.values()):
             torch.cuda.current_stream().synchronize()
 
 
 def snapshot(engine: TrainingEngine, buffer: HostBuffer) -> Snapshot:
-    """Copy this rank's part: no collective, and the time that a save keeps training waiting."""
-    weights, optimizer, pieces = {}, {}, {}
+    """Copy this rank's part. Not collective; training waits for it."""
+    weights, optimizer, shards = {}, {}, {}
     for shard in engine.shards():
         start, stop = shard.share
         if start == stop:
@@ -61,16 +71,16 @@ def snapshot(engine: TrainingEngine, buffer: HostBuffer) -> Snapshot:
         for state, values in shard.optimizer_state(start, stop).items():
             name = f"{shard.name}.{state}"
             optimizer[name] = buffer.copy(name, values)
-        pieces[shard.name] = (start, stop, shard.steps)
+        shards[shard.name] = ShardRange(start, stop, shard.steps)
     if dist.get_rank() == 0:
         for name, tensor in engine.buffers().items():
             weights[BUFFER + name] = buffer.copy(BUFFER + name, tensor)
     buffer.finish()
-    return Snapshot(weights, optimizer, pieces)
+    return Snapshot(weights, optimizer, shards)
 
 
 def world_shape(engine: TrainingEngine) -> dict[str, int | str]:
-    """How the state is spread, for those who read state.json."""
+    """How weights and optimizer state are distributed; for state.json."""
     return {
         "ranks": dist.get_world_size(),
         "zero_stage": engine.stage,

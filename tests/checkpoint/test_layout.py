@@ -1,4 +1,4 @@
-"""Which checkpoint counts, at every moment of a save, of a removal, and after every kind of damage."""
+"""Which checkpoint counts: at every moment of a save or a removal, and after every kind of damage."""
 
 import json
 import os
@@ -10,7 +10,6 @@ import torch
 from mythos.checkpoint import layout
 from mythos.checkpoint.tensors import write_tensors
 from mythos.errors import UserError
-from mythos.files import hash_file
 from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, STATE_FILE
 
 
@@ -20,13 +19,13 @@ def write(directory: Path, step: int, value: float = 1.0) -> Path:
     partial = directory / (layout.tag(step) + layout.PARTIAL)
     partial.mkdir()
     files = {
-        layout.weights_file(0): write_tensors(partial / layout.weights_file(0), {"w": torch.full((6,), value)}, {}),
-        layout.optimizer_file(0): write_tensors(partial / layout.optimizer_file(0), {"w.exp_avg": torch.ones(6)}, {}),
+        layout.weights_file(0): write_tensors(partial / layout.weights_file(0), {"w": torch.full((6,), value)}),
+        layout.optimizer_file(0): write_tensors(partial / layout.optimizer_file(0), {"w.exp_avg": torch.ones(6)}),
     }
     (partial / STATE_FILE).write_text(json.dumps({"step": step}))
     state = partial / STATE_FILE
-    files[state.name] = layout.Written(state.stat().st_size, hash_file(state))
-    parameters = {"w": layout.Parameter((2, 3), ((0, 0, 6, 3.0),))}
+    files[state.name] = layout.FileRecord.of(state)
+    parameters = {"w": layout.SavedParameter((2, 3), (layout.ShardRecord(0, 0, 6, 3.0),))}
     return layout.commit(partial, layout.Manifest(step, files, parameters))
 
 
@@ -34,16 +33,16 @@ def names(paths: list[Path]) -> list[int]:
     return [layout.step_of(path) for path in paths]
 
 
-def test_the_manifest_comes_back(tmp_path: Path) -> None:
+def test_the_manifest_is_read_back(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "c", 7)
     manifest = layout.Manifest.load(checkpoint)
-    assert manifest.parameters == {"w": layout.Parameter((2, 3), ((0, 0, 6, 3.0),))}
+    assert manifest.parameters == {"w": layout.SavedParameter((2, 3), (layout.ShardRecord(0, 0, 6, 3.0),))}
     assert manifest.step == 7
     assert manifest.bytes == sum(path.stat().st_size for path in checkpoint.iterdir() if path.name != "manifest.json")
-    assert layout.problems(checkpoint, manifest) == {}
+    assert layout.damaged_files(checkpoint, manifest) == {}
 
 
-def test_every_flipped_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
+def test_every_flipped_byte_of_the_manifest_is_found(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "c", 7)
     path = checkpoint / MANIFEST_FILE
     content = path.read_bytes()
@@ -56,66 +55,66 @@ def test_every_flipped_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
         layout.Manifest.load(checkpoint)
 
 
-def test_the_pointer_decides_and_newer_ones_do_not_count(tmp_path: Path) -> None:
+def test_latest_decides_and_newer_checkpoints_do_not_count(tmp_path: Path) -> None:
     for step in (3, 6, 9):
         write(tmp_path / "c", step)
-    assert names(layout.candidates(tmp_path / "c")) == [9, 6, 3]
+    assert names(layout.resumable_checkpoints(tmp_path / "c")) == [9, 6, 3]
     (tmp_path / "c" / LATEST_FILE).write_text(layout.tag(6))
-    assert names(layout.candidates(tmp_path / "c")) == [6, 3]
+    assert names(layout.resumable_checkpoints(tmp_path / "c")) == [6, 3]
     for text in ("", "step_", layout.tag(12), "../../etc"):
         (tmp_path / "c" / LATEST_FILE).write_text(text)
-        assert names(layout.candidates(tmp_path / "c")) == [9, 6, 3]
+        assert names(layout.resumable_checkpoints(tmp_path / "c")) == [9, 6, 3]
     (tmp_path / "c" / LATEST_FILE).unlink()
-    assert names(layout.candidates(tmp_path / "c")) == [9, 6, 3]
-    assert layout.candidates(tmp_path / "nowhere") == []
+    assert names(layout.resumable_checkpoints(tmp_path / "c")) == [9, 6, 3]
+    assert layout.resumable_checkpoints(tmp_path / "nowhere") == []
 
 
-def test_a_checkpoint_of_steps_that_were_rolled_back_is_replaced(tmp_path: Path) -> None:
+def test_a_checkpoint_of_repeated_steps_is_replaced(tmp_path: Path) -> None:
     for step in (3, 6):
         write(tmp_path / "c", step)
     (tmp_path / "c" / LATEST_FILE).write_text(layout.tag(3))
     again = write(tmp_path / "c", 6, value=2.0)
-    assert layout.problems(again, layout.Manifest.load(again)) == {}
+    assert layout.damaged_files(again, layout.Manifest.load(again)) == {}
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["latest", layout.tag(3), layout.tag(6)]
 
 
-def test_the_last_ones_and_those_for_ever_are_kept(tmp_path: Path) -> None:
+def test_the_newest_and_every_nth_step_are_kept(tmp_path: Path) -> None:
     for step in range(5, 45, 5):
         write(tmp_path / "c", step)
         layout.remove_old(tmp_path / "c", keep_last=2, keep_every=15)
-    assert names(layout.complete(tmp_path / "c")) == [40, 35, 30, 15]
+    assert names(layout.complete_checkpoints(tmp_path / "c")) == [40, 35, 30, 15]
     assert not list((tmp_path / "c").glob(f"*{layout.REMOVED}"))
 
 
-def test_what_a_killed_removal_left_goes_with_the_next_one(tmp_path: Path) -> None:
+def test_an_interrupted_removal_is_completed_by_the_next_one(tmp_path: Path) -> None:
     write(tmp_path / "c", 5)
     left = tmp_path / "c" / (layout.tag(1) + layout.REMOVED)
     left.mkdir()
     (left / "weights_00000.safetensors").write_bytes(b"half")
-    assert names(layout.complete(tmp_path / "c")) == [5]
-    assert layout.half_written(tmp_path / "c") == []
+    assert names(layout.complete_checkpoints(tmp_path / "c")) == [5]
+    assert layout.partial_checkpoints(tmp_path / "c") == []
     layout.remove_old(tmp_path / "c", keep_last=1, keep_every=None)
     assert not left.exists()
 
 
-def test_what_a_run_takes_back_never_counts_again(tmp_path: Path) -> None:
-    """The user goes back to step 6; the abandoned steps 9 to 12 must not return once the new ones are damaged."""
+def test_checkpoints_of_repeated_steps_never_count_again(tmp_path: Path) -> None:
+    """The user goes back to step 6: the old checkpoints 9 to 12 must not count again when the new ones are damaged."""
     directory = tmp_path / "c"
     for step in (3, 6, 9, 11, 12):
         write(directory, step)
     (directory / LATEST_FILE).write_text(layout.tag(6))
-    chosen = layout.candidates(directory)[0]
-    moved = layout.settle(directory, chosen)
+    chosen = layout.resumable_checkpoints(directory)[0]
+    moved = layout.make_current(directory, chosen)
     assert sorted(path.name for path in moved) == [layout.tag(9), layout.tag(11), layout.tag(12)]
     assert all(path.parent.name == layout.SET_ASIDE for path in moved)
     write(directory, 9, value=2.0)
     write(directory, 12, value=2.0)
     layout.remove_old(directory, keep_last=2, keep_every=None)
-    assert names(layout.candidates(directory)) == [12, 9]
+    assert names(layout.resumable_checkpoints(directory)) == [12, 9]
 
-    # The named one is damaged: the one before it is named before anything newer could count.
-    chosen = layout.candidates(directory)[1]
-    assert [path.name for path in layout.settle(directory, chosen)] == [f"{layout.tag(12)}.2"]
+    # The named one is damaged: `latest` names the one before it before a newer one could count.
+    chosen = layout.resumable_checkpoints(directory)[1]
+    assert [path.name for path in layout.make_current(directory, chosen)] == [f"{layout.tag(12)}.2"]
     assert layout.latest(directory) == chosen
 
 
@@ -129,7 +128,7 @@ def test_a_checkpoint_of_another_format_is_not_damaged(tmp_path: Path, monkeypat
 def test_a_commit_that_stops_anywhere_leaves_a_valid_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before each of its renames: what counts is whole, the old or the new."""
+    """Stopped before each of its renames: either the old or the new checkpoint counts, and it is valid."""
 
     class Stopped(Exception):
         pass
@@ -158,12 +157,12 @@ def test_a_commit_that_stops_anywhere_leaves_a_valid_checkpoint(
                 done = False
             else:
                 done = True
-        newest = layout.candidates(directory)[0]
-        assert layout.problems(newest, layout.Manifest.load(newest)) == {}
+        newest = layout.resumable_checkpoints(directory)[0]
+        assert layout.damaged_files(newest, layout.Manifest.load(newest)) == {}
         assert layout.step_of(newest) == (6 if done else 3)
         if done:
             return
-    raise AssertionError("the commit never got through")
+    raise AssertionError("the commit never finished")
 
 
 def test_set_aside_never_overwrites(tmp_path: Path) -> None:
@@ -177,8 +176,8 @@ def test_set_aside_never_overwrites(tmp_path: Path) -> None:
     assert (aside / f"{layout.tag(5)}.2" / "x").read_text() == "b"
 
 
-def test_a_pointer_that_cannot_be_written_undoes_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The space of what did not count is then free for the next attempt, and what it replaced is there again."""
+def test_a_commit_is_undone_if_latest_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next attempt can then use its space, and the checkpoint that it replaced is back."""
     directory = tmp_path / "c"
     for step in (3, 6):
         write(directory, step)
@@ -194,10 +193,10 @@ def test_a_pointer_that_cannot_be_written_undoes_the_commit(tmp_path: Path, monk
         for step in (6, 9):
             with pytest.raises(OSError, match="No space left"):
                 write(directory, step, value=2.0)
-    assert names(layout.complete(directory)) == [6, 3]
-    assert [path.name for path in layout.half_written(directory)] == [
+    assert names(layout.complete_checkpoints(directory)) == [6, 3]
+    assert [path.name for path in layout.partial_checkpoints(directory)] == [
         f"{layout.tag(6)}.partial",
         f"{layout.tag(9)}.partial",
     ]
-    newest = layout.candidates(directory)[0]
-    assert layout.problems(newest, layout.Manifest.load(newest)) == {}
+    newest = layout.resumable_checkpoints(directory)[0]
+    assert layout.damaged_files(newest, layout.Manifest.load(newest)) == {}

@@ -129,7 +129,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_start_is_refu
         assert messages[0] == messages[1]
         assert "every checkpoint is damaged" in messages[0]
         assert "move them away to start over" in messages[0]
-    assert len(layout.complete(directory)) == 3
+    assert len(layout.complete_checkpoints(directory)) == 3
     (directory / LATEST_FILE).write_text(layout.tag(12), encoding="utf-8")
     assert f"every checkpoint up to {layout.tag(12)} is damaged" in two_ranks.run(failure, config)[0]
     (directory / LATEST_FILE).write_text(layout.tag(18), encoding="utf-8")
@@ -255,7 +255,7 @@ def run_with_fault(
     assert failures[-1] == 0.0
     checkpoints = RunDirectory(run_directory).checkpoints
     assert layout.latest(checkpoints) == checkpoints / layout.tag(STEPS)
-    assert not layout.half_written(checkpoints)
+    assert not layout.partial_checkpoints(checkpoints)
     return config, logged.read_text(encoding="utf-8"), logged.stat().st_mtime - broken_at
 
 

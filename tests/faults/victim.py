@@ -58,9 +58,10 @@ def before(function: Callable[..., Any], action: Callable[[], None]) -> Callable
 
 def arm(fault: Fault) -> None:
     """Patch the place where the fault occurs."""
+    import safetensors.torch
     import torch
 
-    from mythos.checkpoint import layout, pieces, saver, tensors
+    from mythos.checkpoint import layout, reader, saver, tensors
     from mythos.engine.engine import TrainingEngine
     from mythos.model.loop import Loop
 
@@ -69,7 +70,8 @@ def arm(fault: Fault) -> None:
 
     Loop.forward = before(Loop.forward, strike_at("forward"))  # type: ignore[method-assign]
     torch.optim.AdamW.step = before(torch.optim.AdamW.step, strike_at("optimizer"))  # type: ignore[method-assign]
-    pieces.PieceReader.weights = before(pieces.PieceReader.weights, strike_at("load"))  # type: ignore[method-assign]
+    weights = reader.CheckpointReader.weights
+    reader.CheckpointReader.weights = before(weights, strike_at("load"))  # type: ignore[method-assign]
     layout.flush_directory = before(layout.flush_directory, strike_at("commit"))
     saver.snapshot = before(saver.snapshot, strike_at("snapshot"))
 
@@ -83,17 +85,18 @@ def arm(fault: Fault) -> None:
         backward(engine, loss)
 
     TrainingEngine.backward = backward_with_hook  # type: ignore[method-assign]
-    write = tensors._write_all
+    save_file = tensors.save_file
 
-    def write_half(descriptor: int, view: memoryview) -> None:
+    def write_half(content: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         if fault.reached("write"):
-            os.write(descriptor, view[: len(view) // 2])
+            data = safetensors.torch.save(content)
+            path.write_bytes(data[: len(data) // 2])
             fault.strike()
         if fault.plan["where"] == "stuck write" and fault.reached("stuck write"):
             time.sleep(3600)
-        write(descriptor, view)
+        save_file(content, path, metadata)
 
-    tensors._write_all = write_half
+    tensors.save_file = write_half
 
 
 @contextmanager

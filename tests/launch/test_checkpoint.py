@@ -84,14 +84,14 @@ def test_an_older_checkpoint_that_the_user_has_chosen(run: Path, capsys: pytest.
 def test_a_checkpoint_that_disappears_while_it_is_listed_is_no_error(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    complete = layout.complete
+    complete = layout.complete_checkpoints
 
     def then_remove(directory: Path) -> list[Path]:
         found = complete(directory)
         shutil.rmtree(directory / layout.tag(3), ignore_errors=True)
         return found
 
-    monkeypatch.setattr(layout, "complete", then_remove)
+    monkeypatch.setattr(layout, "complete_checkpoints", then_remove)
     for name in ("list", "verify"):
         lines = command(name, run, capsys)[1]
         assert "would be resumed" in lines[0]

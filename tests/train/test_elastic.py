@@ -8,7 +8,7 @@ import torch
 
 from mythos.checkpoint import layout
 from mythos.checkpoint import restore as checkpoint
-from mythos.checkpoint.pieces import PieceReader
+from mythos.checkpoint.reader import CheckpointReader
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import PREEMPTED, UserError
@@ -92,7 +92,7 @@ def test_every_number_comes_back_on_another_layout(
     two_ranks.run(run_some_steps, written, 3)
     found = layout.latest(RunDirectory(tmp_path / "run").checkpoints)
     assert found is not None
-    reader = PieceReader(found)
+    reader = CheckpointReader(found)
     alone = of("looped-moe", tiny_data, tmp_path / "other", 1, 1, (stage + 1) % 4, optim__kind=optimizer)
     fresh = one_rank.run(everything, alone, None)[0]
     pieces, rest = one_rank.run(everything, alone, found)[0]
@@ -103,7 +103,7 @@ def test_every_number_comes_back_on_another_layout(
     for name, (start, stop, steps, values) in pieces.items():
         assert (start, stop) == (0, torch.Size(reader.manifest.parameters[name].shape).numel())
         assert steps == 3
-        assert values.pop("weights") == reader.whole(name).flatten().tolist()
+        assert values.pop("weights") == reader.parameter(name).flatten().tolist()
         assert values == {key: value.tolist() for key, value in reader.optimizer_state(name, start, stop).items()}
         assert values, "there is optimizer state"
         assert values["exp_avg"] != [0.0] * stop
