@@ -1,4 +1,4 @@
-"""Exported weights are the trained ones, bit for bit, from any layout, and load back into the plain model."""
+"""Exported weights equal the trained ones, bit for bit, from any layout, and load into the plain model."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ MYTHOS = Path(sys.executable).parent / "mythos"
 
 
 def logits_of_the_engine(config: Config, found: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """From the trained model itself, under DeepSpeed, its experts in AutoEP's form."""
+    """From the trained model itself, under DeepSpeed and with AutoEP's experts."""
     engine = TrainingEngine(config, torch.device("cpu"))
     checkpoint.load(engine, found)
     with engine.evaluation():
@@ -36,7 +36,7 @@ def logits_of_the_engine(config: Config, found: Path, tokens: torch.Tensor) -> t
 
 
 def plain_state(config: Config, found: Path) -> dict[str, torch.Tensor]:
-    """The trained weights as the optimizer updates them, under the plain model's names."""
+    """The fp32 weights of the optimizer, under the names of the plain model."""
     engine = TrainingEngine(replace(config, parallel=replace(config.parallel, zero_stage=0)), torch.device("cpu"))
     checkpoint.load(engine, found)
     state = {name.replace(".router.gate.", ".router."): tensor for name, tensor in engine.module.state_dict().items()}
@@ -55,7 +55,7 @@ def logits(model: torch.nn.Module, config: Config, tokens: torch.Tensor) -> torc
     ("model", "experts", "stage"),
     [("looped-moe", 2, 3), ("mythos", 2, 1), ("looped-moe", 1, 0), ("published", 1, 3), ("dense", 1, 2)],
 )
-def test_logits_are_those_of_the_trained_model(
+def test_logits_equal_those_of_the_trained_model(
     model: str, experts: int, stage: int, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
     options = {"parallel__expert_parallel_size": experts, "parallel__zero_stage": stage}
@@ -68,13 +68,13 @@ def test_logits_are_those_of_the_trained_model(
     trained = one_rank.run(logits_of_the_engine, alone, found, tokens)[0]
     if config.model.kind == "dense" or config.model.core_experts is None:
         assert torch.equal(logits(loaded, config, tokens), trained)
-    else:  # AutoEP multiplies its experts in another order; with the same weights the plain model is the same
+    else:  # AutoEP sums over experts in another order; the plain model with the same weights gives the same bits
         torch.testing.assert_close(logits(loaded, config, tokens), trained, rtol=1e-5, atol=1e-5)
         plain = build_model(config).eval()
         plain.load_state_dict(one_rank.run(plain_state, alone, found)[0])
         assert torch.equal(logits(loaded, config, tokens), logits(plain, config, tokens))
     fresh = build_model(config).eval()
-    assert not torch.equal(logits(fresh, config, tokens), trained), "training has changed them"
+    assert not torch.equal(logits(fresh, config, tokens), trained), "training has changed the weights"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tiny_data / "tokenizer.json").read_bytes()
     buffers = [name for name in loaded.state_dict() if name.endswith("e_score_correction_bias")]
     assert all(loaded.state_dict()[name].any() for name in buffers)
@@ -88,7 +88,7 @@ def trained(two_ranks: RankPool, tiny_data: Path, tmp_path_factory: pytest.TempP
     return directory
 
 
-def test_many_files_hold_the_same_as_one(trained: Path, tmp_path: Path) -> None:
+def test_many_files_hold_the_same_tensors_as_one(trained: Path, tmp_path: Path) -> None:
     export(trained, tmp_path / "one")
     export(trained, tmp_path / "many", file_bytes=4000)
     index = json.loads((tmp_path / "many" / INDEX_FILE).read_text())

@@ -49,7 +49,7 @@ def test_another_configuration_in_the_same_directory_is_refused_with_the_differe
         ({"data__sequence_length": 31}, "data.sequence_length: 15 -> 31"),
     ],
 )
-def test_what_the_saved_state_depends_on_never_changes(tmp_path: Path, overrides: dict[str, Any], line: str) -> None:
+def test_options_that_the_state_depends_on_never_change(tmp_path: Path, overrides: dict[str, Any], line: str) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
     trained_run("looped-moe", data, run)
     option = line.split(":")[0]
@@ -69,7 +69,7 @@ def test_what_the_saved_state_depends_on_never_changes(tmp_path: Path, overrides
         ({"optim__kind": "muon"}, "optim.kind: 'adamw' -> 'muon'"),
     ],
 )
-def test_what_changes_the_run_is_refused_unless_accepted(tmp_path: Path, overrides: dict[str, Any], line: str) -> None:
+def test_options_that_change_the_run_need_consent(tmp_path: Path, overrides: dict[str, Any], line: str) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
     trained_run("looped-moe", data, run)
     changed, option = tiny_config("looped-moe", data, run, **overrides), line.split(":")[0]
@@ -137,7 +137,7 @@ def test_a_job_that_slurm_has_restarted_waits_for_the_lock_of_its_previous_attem
     again.close()
 
 
-def test_what_changes_no_number_may_change(tmp_path: Path) -> None:
+def test_options_without_effect_on_the_numbers_may_change(tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained_run("looped-moe", tmp_path / "data", run)
     moved = tiny_config(
@@ -151,14 +151,14 @@ def test_what_changes_no_number_may_change(tmp_path: Path) -> None:
     }
 
 
-def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="not empty and no run"):
         prepare(tiny_config("looped", tmp_path / "data", tmp_path), accept=())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run.directory = .*file/run.*choose a directory that can be written"):
         prepare(tiny_config("looped", tmp_path / "data", tmp_path / "file" / "run"), accept=())

@@ -1,4 +1,4 @@
-"""A run goes on, on any number of ranks, expert-parallel size and ZeRO stage, as if nothing had happened."""
+"""A run resumes on any number of ranks, expert-parallel size and ZeRO stage with the same losses."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tests.train.runs import curve, run_some_steps, run_training
 
 STEPS = 18
 TOLERANCE = {"train/loss": 1e-6, "val/loss_depth_3": 1e-6, "train/gradient_norm": 1e-4, "moe/load_max_over_mean": 1e-6}
-"""Relative; another layout adds in another order."""
+"""Relative: another layout sums in another order."""
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def of(model: str, data: Path, run: Path, ranks: int, experts: int, stage: int, 
 
 
 @pytest.mark.parametrize(
-    ("model", "optimizer", "lives"),
+    ("model", "optimizer", "layouts"),
     [
         # ranks, expert-parallel size, ZeRO stage
         ("looped-moe", "adamw", [(4, 2, 3), (2, 2, 3), (1, 1, 3), (4, 4, 3)]),
@@ -42,30 +42,30 @@ def of(model: str, data: Path, run: Path, ranks: int, experts: int, stage: int, 
         ("looped-moe", "muon", [(4, 2, 3), (2, 2, 3), (1, 1, 3), (4, 4, 2)]),
     ],
 )
-def test_losses_go_on_across_layouts(
+def test_losses_continue_across_layouts(
     model: str,
     optimizer: str,
-    lives: list[tuple[int, int, int]],
+    layouts: list[tuple[int, int, int]],
     pools: dict[int, RankPool],
     tiny_data: Path,
     tmp_path: Path,
 ) -> None:
     options: dict[str, Any] = {"optim__kind": optimizer, "eval__every": 6}
-    straight = of(model, tiny_data, tmp_path / "straight", *lives[0], **options)
-    assert set(pools[lives[0][0]].run(run_training, straight)) == {0}
-    for number, life in enumerate(lives):
-        config = of(model, tiny_data, tmp_path / "run", *life, **options)
-        if number < len(lives) - 1:
-            assert set(pools[life[0]].run(run_some_steps, config, 3)) == {PREEMPTED}
+    straight = of(model, tiny_data, tmp_path / "straight", *layouts[0], **options)
+    assert set(pools[layouts[0][0]].run(run_training, straight)) == {0}
+    for number, each in enumerate(layouts):
+        config = of(model, tiny_data, tmp_path / "run", *each, **options)
+        if number < len(layouts) - 1:
+            assert set(pools[each[0]].run(run_some_steps, config, 3)) == {PREEMPTED}
         else:
-            assert set(pools[life[0]].run(run_training, config)) == {0}
+            assert set(pools[each[0]].run(run_training, config)) == {0}
     for name in TOLERANCE:
         assert curve(config, name) == pytest.approx(curve(straight, name), rel=TOLERANCE[name]), name
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "train/loss" in line] == list(
         range(1, STEPS + 1)
     )
-    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
-    assert log.count("was written with another layout (") == len(lives) - 1
+    log = RunDirectory(tmp_path / "run").log(0).read_text()
+    assert log.count("was written with another layout (") == len(layouts) - 1
 
 
 def everything(config: Config, found: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,10 +84,10 @@ def everything(config: Config, found: Path | None) -> tuple[dict[str, Any], dict
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_number_comes_back_on_another_layout(
+def test_every_number_is_restored_on_another_layout(
     stage: int, optimizer: str, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Moments, step counts, hyperparameters of every group and balance biases, bit for bit."""
+    """Weights, moments, step counts, hyperparameters of every group and balance biases, bit for bit."""
     written = of("looped-moe", tiny_data, tmp_path / "run", 2, 2, stage, optim__kind=optimizer)
     two_ranks.run(run_some_steps, written, 3)
     found = layout.latest(RunDirectory(tmp_path / "run").checkpoints)
@@ -95,12 +95,12 @@ def test_every_number_comes_back_on_another_layout(
     reader = CheckpointReader(found)
     alone = of("looped-moe", tiny_data, tmp_path / "other", 1, 1, (stage + 1) % 4, optim__kind=optimizer)
     fresh = one_rank.run(everything, alone, None)[0]
-    pieces, rest = one_rank.run(everything, alone, found)[0]
+    shards, rest = one_rank.run(everything, alone, found)[0]
     assert rest["groups"] == fresh[1]["groups"], "every group keeps its own hyperparameters"
     assert rest["buffers"] == {name: value.tolist() for name, value in reader.buffers().items()}
     assert any(any(value) for value in rest["buffers"].values()), "the balance biases have moved"
-    assert set(pieces) == set(reader.manifest.parameters)
-    for name, (start, stop, steps, values) in pieces.items():
+    assert set(shards) == set(reader.manifest.parameters)
+    for name, (start, stop, steps, values) in shards.items():
         assert (start, stop) == (0, torch.Size(reader.manifest.parameters[name].shape).numel())
         assert steps == 3
         assert values.pop("weights") == reader.parameter(name).flatten().tolist()
@@ -117,7 +117,7 @@ def failure(config: Config, found: Path) -> str:
     return "no error"
 
 
-def test_another_models_checkpoint_is_refused(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     two_ranks.run(run_some_steps, of("looped-moe", tiny_data, tmp_path / "run", 2, 2, 3), 1)
     found = layout.latest(RunDirectory(tmp_path / "run").checkpoints)
     messages = two_ranks.run(failure, of("looped", tiny_data, tmp_path / "other", 2, 1, 3), found)

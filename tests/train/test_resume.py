@@ -1,8 +1,9 @@
-"""A resumed run is the uninterrupted run, to the last bit."""
+"""A resumed run gives the same numbers as an uninterrupted one, to the last bit."""
 
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mythos.checkpoint import layout
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
+from mythos.run.directory import STATE_FILE, RunDirectory
 from mythos.run.metrics import read_metrics
 from tests.data.conftest import write_data_set
 from tests.spawn import RankPool
@@ -27,21 +29,16 @@ MOE: dict[str, Any] = {"checkpoint__every": SAVED, "eval__every": 3, "parallel__
 
 
 def as_if_killed_after(config: Config, step: int, directory: Path) -> Config:
-    """A copy of the run as a kill some steps after the checkpoint would have left it."""
+    """A copy of the run in the state in which a kill three steps after the checkpoint leaves it."""
     source = Path(config.run.directory)
     shutil.copytree(source, directory)
-    (directory / "checkpoints" / "latest").write_text(layout.tag(step))
-    shutil.rmtree(directory / "checkpoints" / layout.tag(config.train.steps))
-    lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
+    run = RunDirectory(directory)
+    run.latest.write_text(layout.tag(step))
+    shutil.rmtree(run.checkpoints / layout.tag(config.train.steps))
+    lines = run.metrics.read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= step + 3]
-    (directory / "metrics.jsonl").write_text("".join(kept) + '{"step": 10, "train/lo')
-    (directory / "config.yaml").write_text((source / "config.yaml").read_text().replace(str(source), str(directory)))
-    return tiny_config_in(config, directory)
-
-
-def tiny_config_in(config: Config, directory: Path) -> Config:
-    from dataclasses import replace
-
+    run.metrics.write_text("".join(kept) + '{"step": 10, "train/lo')
+    run.config.write_text(run.config.read_text().replace(str(source), str(directory)))
     return replace(config, run=replace(config.run, directory=str(directory)))
 
 
@@ -79,7 +76,7 @@ def test_tensorboard_shows_one_curve_under_the_names_of_metrics_jsonl(
     assert two_ranks.run(run_training, straight) == [0, 0]
     resumed = as_if_killed_after(straight, SAVED, tmp_path / "resumed")
     assert two_ranks.run(run_training, resumed) == [0, 0]
-    events = EventAccumulator(str(tmp_path / "resumed" / "tensorboard"))
+    events = EventAccumulator(str(RunDirectory(tmp_path / "resumed").tensorboard))
     events.Reload()
     lines = read_metrics(tmp_path / "resumed")
     names = {name for line in lines for name in line} - {"step"}
@@ -96,37 +93,37 @@ def test_old_checkpoints_are_removed_and_the_state_is_stored(
     options = MOE | {"checkpoint__every": 3, "checkpoint__keep_last": 2}
     config = tiny_config("looped-moe", tiny_data, tmp_path / "run", ranks=2, train__steps=10, **options)
     two_ranks.run(run_training, config)
-    directory = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in directory.glob("step_*")) == ["step_00000009", "step_00000010"]
-    assert (directory / "latest").read_text() == "step_00000010"
-    state = json.loads((directory / "step_00000010" / "state.json").read_text())
+    run = RunDirectory(tmp_path / "run")
+    assert sorted(path.name for path in run.checkpoints.glob("step_*")) == ["step_00000009", "step_00000010"]
+    assert run.latest.read_text() == "step_00000010"
+    state = json.loads((run.checkpoints / "step_00000010" / STATE_FILE).read_text())
     assert (state["step"], state["samples"], state["data"]["seed"]) == (10, 80, 42)
     assert state["world"] == {"ranks": 2, "zero_stage": 3, "expert_parallel_size": 2, "precision": "fp32"}
     assert state["tokens"] == 80 * 15
 
 
-def test_a_start_before_the_first_checkpoint_begins_again_without_doubled_steps(
+def test_a_start_without_a_checkpoint_begins_again_without_doubled_steps(
     two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
     config = tiny_config("looped-moe", tiny_data, tmp_path / "run", ranks=2, train__steps=3, **MOE)
     two_ranks.run(run_training, config)
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(RunDirectory(tmp_path / "run").checkpoints)
     assert two_ranks.run(run_training, config) == [0, 0]
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "val/loss_depth_3" in line] == [0, 3]
 
 
-def test_what_a_killed_save_left_is_set_aside(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+def test_an_interrupted_save_is_set_aside(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, train__steps=6, checkpoint__every=3)
     two_ranks.run(run_training, tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, train__steps=1))
-    half = tmp_path / "run" / "checkpoints" / "step_00000002.partial"
-    half.mkdir()
-    (half / "weights_00000.safetensors").write_bytes(b"half")
+    directory = RunDirectory(tmp_path / "run").checkpoints
+    partial = directory / f"{layout.tag(2)}{layout.PARTIAL}"
+    partial.mkdir()
+    (partial / layout.weights_file(0)).write_bytes(b"half")
     assert two_ranks.run(run_training, config) == [0, 0]
-    directory = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in directory.glob("step_*")) == ["step_00000003", "step_00000006"]
-    assert (directory / "set_aside" / half.name / "weights_00000.safetensors").read_bytes() == b"half"
+    assert (directory / layout.SET_ASIDE / partial.name / layout.weights_file(0)).read_bytes() == b"half"
 
 
 def global_generators() -> list[Any]:
@@ -151,7 +148,7 @@ def states_after_each_step(config: Config) -> list[Any]:
 def test_training_draws_nothing_from_global_generators(
     model: str, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """So that a checkpoint needs no state of them, which could not be split among another number of ranks."""
+    """A checkpoint therefore needs no generator state, which could not be split among another number of ranks."""
     config = tiny_config(model, tiny_data, tmp_path / "run", ranks=2, train__steps=3, checkpoint__every=2)
     for first, second, third in two_ranks.run(states_after_each_step, config):
         assert first == second == third
@@ -165,13 +162,13 @@ def failure(config: Config, accept: tuple[str, ...] = ()) -> str:
     return "no error"
 
 
-def test_what_does_not_fit_the_checkpoint_is_refused(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+def test_other_data_than_the_checkpoints_is_refused(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = tiny_config("looped-moe", tiny_data, run, ranks=2, train__steps=4, **MOE)
     two_ranks.run(run_training, config)
 
     finished = two_ranks.run(run_training, config)
-    assert finished == [0, 0], "a finished run stays finished"
+    assert finished == [0, 0], "a finished run makes no further steps"
     assert len(curve(config, "train/loss")) == 4
 
     longer = MOE | {"train__steps": 6}

@@ -1,0 +1,82 @@
+"""Runs of version 0.1, whose directories are in version_0_1/, resume and are read by the commands.
+
+Both were trained on two ranks for 8 of 16 steps; expected.json has the validation loss after step 8 and the losses of
+the same run without an interruption.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mythos.config.schema import Config
+from mythos.export import export, load_exported
+from mythos.run.directory import RunDirectory
+from mythos.run.metrics import read_metrics
+from mythos.run.status import read_status
+from tests.cluster import run
+from tests.spawn import RankPool
+from tests.tiny import tiny_config
+from tests.train.runs import curve, run_training
+
+DIRECTORIES = Path(__file__).parent / "version_0_1"
+MYTHOS = Path(sys.executable).parent / "mythos"
+MODELS = {"dense-adamw": ("dense", "adamw", "val/loss"), "published-muon": ("published", "muon", "val/loss_depth_3")}
+
+
+@pytest.fixture(params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def directory(name: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DIRECTORIES / name, tmp_path / "run"))
+
+
+@pytest.fixture
+def expected(name: str) -> dict[str, Any]:
+    return json.loads((DIRECTORIES / name / "expected.json").read_text(encoding="utf-8"))
+
+
+def configuration(name: str, directory: Path, data: Path) -> Config:
+    model, optimizer, _ = MODELS[name]
+    return tiny_config(model, data, directory, ranks=2, train__steps=16, optim__kind=optimizer, eval__every=8)
+
+
+def test_training_resumes(
+    name: str, directory: Path, expected: dict[str, Any], two_ranks: RankPool, tiny_data: Path
+) -> None:
+    config = configuration(name, directory, tiny_data)
+    assert two_ranks.run(run_training, config) == [0, 0]
+    losses = curve(config, "train/loss")
+    assert len(losses) == 16
+    if name == "dense-adamw":  # version 0.1 drew the depths of the looped model from another random stream
+        assert losses == pytest.approx(expected["train_loss"], rel=1e-6)
+    validated = {line["step"]: line[MODELS[name][2]] for line in read_metrics(directory) if MODELS[name][2] in line}
+    assert validated[8] == pytest.approx(expected["validation_loss_at_step_8"], rel=1e-6)
+    assert set(validated) == {0, 8, 16}
+    assert read_status(directory).attempts == 2
+    environment = RunDirectory(DIRECTORIES / name).environment.read_bytes()
+    assert RunDirectory(directory).environment.read_bytes() == environment, "it is no longer written"
+
+
+def test_status_reads_it(directory: Path) -> None:
+    status = read_status(directory)
+    assert (status.state, status.step, status.steps, status.attempts) == ("preempted", 8, 16, 1)
+    assert status.checkpoint == "step_00000008"
+
+
+def test_its_weights_are_exported(directory: Path, tmp_path: Path) -> None:
+    assert export(directory, tmp_path / "out").name == "step_00000008"
+    assert load_exported(tmp_path / "out").state_dict()
+
+
+def test_it_is_evaluated(name: str, directory: Path, expected: dict[str, Any], tiny_data: Path) -> None:
+    done = run([MYTHOS, "eval", directory, f"data.directory={tiny_data}"], 200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((RunDirectory(directory).evaluations / "step_00000008.json").read_text(encoding="utf-8"))
+    assert result[MODELS[name][2]] == pytest.approx(expected["validation_loss_at_step_8"], rel=1e-6)
