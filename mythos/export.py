@@ -75,7 +75,8 @@ def load_exported(directory: Path) -> nn.Module:
     Raises:
         UserError: a file is missing, or holds weights of another model.
     """
-    config = load([directory / CONFIG_FILE], ["parallel.expert_parallel_size=1"])  # one process holds all experts
+    one_process = ["parallel.expert_parallel_size=1"]  # it holds all experts
+    config = load([directory / CONFIG_FILE], one_process, saved=True)
     model = build_structure(config)
     wanted = dict(model.named_parameters()) | {
         name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()

@@ -18,16 +18,19 @@ CHECKPOINT_DIRECTORY = "checkpoints"
 """The directory beside it, which every run makes."""
 
 
-def merge(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Any]:
+def merge(files: Sequence[str | Path], overrides: Sequence[str], saved: bool = False) -> dict[str, Any]:
     """Merge YAML files, of which later ones win, then the overrides as one more layer.
 
     A layer that chooses another kind (``optim.kind=adamw``) or switches something off (``sample.tokens=0``) also
     removes the options that now have no effect from the layers before it: nobody has to edit a file for that.
 
+    Args:
+        saved: Mythos wrote the files, perhaps in version 0.1, which wrote options without effect as well.
+
     Raises:
         UserError: a file or an override cannot be read.
     """
-    layers = [_read(file) for file in files]
+    layers = [_read(file, saved) for file in files]
     given = [_parse(override) for override in overrides]
     try:
         merged = OmegaConf.create()
@@ -42,7 +45,7 @@ def merge(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, An
     return {str(key): value for key, value in tree.items()}
 
 
-def _read(file: str | Path) -> Any:
+def _read(file: str | Path, saved: bool) -> Any:
     try:
         layer = OmegaConf.load(file)
     except OSError as error:
@@ -52,7 +55,7 @@ def _read(file: str | Path) -> Any:
     if not OmegaConf.is_dict(layer):
         raise UserError(f"{file}: must hold options as `key: value`, not {type(layer).__name__}")
     _refuse_missing(layer, str(file))
-    if Path(file).name == CONFIG_FILE and (Path(file).parent / CHECKPOINT_DIRECTORY).is_dir():
+    if saved or (Path(file).name == CONFIG_FILE and (Path(file).parent / CHECKPOINT_DIRECTORY).is_dir()):
         _keep_effective(layer)
     return layer
 

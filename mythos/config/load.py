@@ -26,13 +26,18 @@ OUTSIDE_A_RUN: dict[str, Any] = {
 """The required options of a run, for a model's configuration without a run."""
 
 
-def load(files: Sequence[str | Path], overrides: Sequence[str] = (), world_size: int = 1) -> Config:
+def load(
+    files: Sequence[str | Path], overrides: Sequence[str] = (), world_size: int = 1, saved: bool = False
+) -> Config:
     """Merge YAML files (later ones win), then ``key=value`` overrides, and validate for ``world_size`` processes.
+
+    Args:
+        saved: Mythos wrote the files: options without effect in them are left out.
 
     Raises:
         UserError: one line for each unknown key, wrong type, value out of range and broken rule, all at once.
     """
-    return validate(merge(files, overrides), world_size)
+    return validate(merge(files, overrides, saved), world_size)
 
 
 def load_model(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Looped | Dense:
@@ -69,7 +74,7 @@ def load_run(saved: Path, overrides: Sequence[str] = (), world_size: int = 1) ->
     Raises:
         UserError: as ``load``; also when there is no run.
     """
-    raw = merge([saved], overrides)
+    raw = merge([saved], overrides, saved=True)
     train = raw.get("train")
     if isinstance(train, dict) and isinstance(train.get("micro_batch_sequences"), int):
         train["global_batch_sequences"] = train["micro_batch_sequences"] * world_size
