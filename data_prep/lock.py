@@ -1,7 +1,6 @@
-"""One run at a time for one output: a lock that the system lets go when its process ends, however it ends."""
+"""One run at a time for one output: a lock that the kernel releases when its process ends, even after a kill."""
 
 import errno
-import fcntl
 import os
 import socket
 import sys
@@ -10,15 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mythos.errors import UserError
+from mythos.files import take_lock
 
 _LOCK_FILE = "lock"
 
 
 @contextmanager
 def locked_directory(directory: Path) -> Iterator[None]:
-    """Make the directory if need be and hold its lock. Raises UserError when another process holds it.
+    """Create the directory if necessary and hold its lock. Raises UserError if another process holds it.
 
-    The block may remove the directory. What a killed run left in it stays, and its lock does not.
+    The block may remove the directory. What a killed run left in the directory stays, but its lock is released.
     """
     descriptor = _acquire(directory)
     try:
@@ -36,18 +36,20 @@ def _acquire(directory: Path) -> int:
         except FileNotFoundError:  # another run has just ended and removed the directory
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            raise UserError(
-                f"{directory}: {holder} is writing this output; wait for it or end it, or name another --output"
-            ) from None
+            if not take_lock(descriptor):
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+                os.close(descriptor)
+                raise UserError(
+                    f"{directory}: {holder} is writing this output; wait for it or end it, or choose another --output"
+                )
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            print(f"{directory}: its file system has no locks: start no second run for this output", file=sys.stderr)
-        # The lock of a directory that was removed after it was opened keeps nobody out.
+            print(
+                f"{directory}: its file system does not support locks: start no second run for this output",
+                file=sys.stderr,
+            )
+        # If the file was removed after it was opened, this lock does not exclude anybody.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

@@ -1,17 +1,17 @@
-"""Which documents share a row. Every row is full: the training has no padding, and no token is lost.
+"""Which documents share a row. Every row is full: training needs no padding, and no token is lost.
 
-straight: documents laid end to end and cut wherever a row is full.
+straight: documents are placed end to end and cut wherever a row is full.
 
-best_fit: from a bounded buffer of documents, rows are filled so that few documents are cut. A row is begun by what is
-left of the document cut at the end of an earlier row, or by a document longer than a row. What is free is then filled
-by, in this order:
-    1. one document, or the two with the longest first, that end exactly where the row ends;
+best_fit: rows are filled from a bounded buffer of documents so that few documents are cut. A row begins with the rest
+of the document that was cut at the end of an earlier row, or else with a document that is longer than a row. The
+remaining space is filled by, in this order:
+    1. one document, or the pair with the longest first, that exactly fills the row;
     2. else the longest document that fits;
-    3. else, when none fits, a document is cut: one longer than a row, or the longest. What is left of it begins the
-       next row, so that a text goes on either after its own beginning or at the start of a row, as with ``straight``.
-After "Fewer Truncations Improve Language Modeling" (Ding et al. 2024, arXiv 2404.10830), which fits into rows with
-padding, and the rows of nanochat, which begin with BOS and throw away what is cut off. Rule 1 is what makes full rows
-possible without a cut in nearly each of them.
+    3. else a document is cut: one that is longer than a row, or the longest. Its rest begins the next row, so a text
+       continues either directly after its own beginning or at the start of a row, as with ``straight``.
+After "Fewer Truncations Improve Language Modeling" (Ding et al. 2024, arXiv 2404.10830), whose rows have padding, and
+nanochat, whose rows begin with BOS and which drops what is cut off. Rule 1 makes full rows possible without a cut in
+almost every row.
 """
 
 from collections import defaultdict, deque
@@ -24,32 +24,32 @@ _BUFFER_ROWS = 256
 
 
 class Piece(NamedTuple):
-    """A document, or (``continues``) the rest of one whose beginning lies in another row."""
+    """A document, or (``continues``) the rest of a document whose beginning is in another row."""
 
     tokens: np.ndarray
     continues: bool = False
 
 
 class Packer(Protocol):
-    """Takes documents and gives full rows."""
+    """Takes documents and returns full rows."""
 
     documents_cut: int
-    """Documents that do not lie whole in one row, each counted once."""
+    """Documents that are split over several rows, each counted once."""
 
     def add(self, piece: Piece) -> list[np.ndarray]:
-        """Take a piece; return the rows that are full by now."""
+        """Take a piece; returns the rows that are full now."""
 
     def finish(self) -> tuple[list[np.ndarray], list[Piece]]:
-        """The last full rows, and the pieces that are left: together less than a row."""
+        """The last full rows, and the remaining pieces: together less than a row."""
 
 
 def packer(packing: str, row_tokens: int) -> Packer:
-    """The packer of that name."""
+    """The packer with this name."""
     return BestFitPacker(row_tokens) if packing == "best_fit" else StraightPacker(row_tokens)
 
 
 class StraightPacker:
-    """Documents end to end."""
+    """Places documents end to end."""
 
     def __init__(self, row_tokens: int) -> None:
         self.documents_cut = 0
@@ -58,7 +58,7 @@ class StraightPacker:
         self._unfinished_tokens = 0
 
     def add(self, piece: Piece) -> list[np.ndarray]:
-        """Take a piece; return the rows that are full by now."""
+        """Take a piece; returns the rows that are full now."""
         self._unfinished.append(piece)
         self._unfinished_tokens += len(piece.tokens)
         row_count, rest = divmod(self._unfinished_tokens, self._row_tokens)
@@ -72,12 +72,12 @@ class StraightPacker:
         return list(tokens[: row_count * self._row_tokens].reshape(row_count, self._row_tokens))
 
     def finish(self) -> tuple[list[np.ndarray], list[Piece]]:
-        """No more rows; the pieces of the unfinished one."""
+        """No more rows, and the pieces of the incomplete one."""
         return [], self._unfinished
 
 
 class BestFitPacker:
-    """Best fit from a buffer of about a million tokens, or 256 rows where that is more."""
+    """Best fit from a buffer of about a million tokens, or 256 rows if that is more."""
 
     def __init__(self, row_tokens: int, buffer_tokens: int | None = None) -> None:
         self.documents_cut = 0
@@ -87,11 +87,11 @@ class BestFitPacker:
         self._continuing: deque[Piece] = deque()
         self._long: deque[Piece] = deque()
         self._by_length: dict[int, deque[Piece]] = defaultdict(deque)
-        # Which lengths, up to a row, the buffer holds: makes the search for a pair one vector operation.
+        # Whether the buffer has a document of each length, so that the search for a pair is one vector operation.
         self._present = np.zeros(row_tokens + 1, dtype=bool)
 
     def add(self, piece: Piece) -> list[np.ndarray]:
-        """Take a piece; return the rows that had to make room for it."""
+        """Take a piece; returns the rows that were made to free buffer space for it."""
         self._keep(piece)
         rows = []
         while self._held_tokens >= max(self._buffer_tokens, self._row_tokens):
@@ -99,12 +99,12 @@ class BestFitPacker:
         return rows
 
     def finish(self) -> tuple[list[np.ndarray], list[Piece]]:
-        """The rows that the buffer still fills, and the pieces that are left."""
+        """The rows that can still be filled from the buffer, and the remaining pieces."""
         rows = []
         while self._held_tokens >= self._row_tokens:
             rows.append(self._next_row())
-        whole = [piece for length in sorted(self._by_length) for piece in self._by_length[length]]
-        return rows, [*self._continuing, *whole]
+        documents = [piece for length in sorted(self._by_length) for piece in self._by_length[length]]
+        return rows, [*self._continuing, *documents]
 
     def _keep(self, piece: Piece) -> None:
         length = len(piece.tokens)
@@ -152,10 +152,10 @@ class BestFitPacker:
         return np.concatenate(parts)
 
     def _fitting(self, free: int) -> list[int]:
-        """The lengths of the next documents for this much room; none when no document fits."""
+        """The lengths of the next documents for this much space; none if no document fits."""
         if self._present[free]:
             return [free]
-        # longer[i] says whether a document of length i + 1 and one of length free - i - 1 are there.
+        # The lengths i + 1 for which the buffer has a document of that length and one of length free - i - 1.
         longer = np.flatnonzero(self._present[1:free] & self._present[free - 1 : 0 : -1])
         if longer.size:
             first = int(longer[-1]) + 1
@@ -168,5 +168,5 @@ class BestFitPacker:
         if self._long:
             return self._long.popleft()
         lengths = np.flatnonzero(self._present)
-        # Only where nothing else is left does a rest stand inside a row.
+        # A rest is placed inside a row only if nothing else is left.
         return self._take(int(lengths[-1])) if lengths.size else self._continuing.popleft()

@@ -1,43 +1,44 @@
-"""What the workers do: each item is a piece of work whose result depends on the item alone, not on who does it.
+"""The items of work up to the parts of a data set. The result of an item depends on the item alone, not on the worker.
 
-A part is what a row range of a source becomes: for each split the packed rows and then the tail, the pieces that fill
-no row. A part's name is a hash of all that it depends on, and its record, NAME.json, is renamed into place last: a part
-with a record is whole, and is that of these settings, whatever was killed or changed meanwhile.
+A part is made from a row range of a source: for each split the packed rows, and then the tail, the pieces that fill no
+row. The name of a part is a hash of everything that it depends on, and its record, NAME.json, is written last: a part
+that has a record is complete and was made with these settings, whatever was killed or changed in the meantime.
 """
 
 import json
-import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import xxhash
 from pydantic import TypeAdapter
 
-from data_prep.documents import RowRange, read_texts, read_token_ids, row_ranges, split_of
-from data_prep.durable import publish, temporary_path, wait_to_see, writing
+from data_prep.documents import RowRange, split_of
 from data_prep.packing import Piece, packer
-from data_prep.shards import ShardFormat, encode_shard
+from data_prep.text_files import text_file
 from data_prep.tokenizer_file import load_tokenizer, text_bytes_of_ids
 from mythos.data.format import SPLITS
-from mythos.errors import UserError
+from mythos.errors import os_errors_as_user_errors
+from mythos.files import hash_file, opened_atomically, write_atomically
 
 Progress = Callable[[int], None]
-"""Told of the bytes that were worked off since the last call."""
+"""Called with the number of bytes that were processed since the last call."""
 
-# Bumped when other code would make other parts from the same input.
+# Incremented when changed code makes other parts from the same input.
 PART_VERSION = 1
-# Text handed to the tokenizer at a time; its encodings take dozens of times as much memory.
+FREE_SPACE = "free space or choose another --output, and run the same command again: finished parts are kept"
+# Text passed to the tokenizer at a time; its encodings take dozens of times as much memory.
 _BATCH_CHARACTERS = 1 << 18
-_HASH_CHUNK_BYTES = 1 << 24
+_VISIBLE_WITHIN_S = 60.0
 
 
 @dataclass(frozen=True)
 class SplitPart:
-    """One split of a part. ``tail`` has, for each piece, its tokens and whether it continues a cut document."""
+    """One split of a part. ``tail`` gives, for each piece, its length and whether it continues a cut document."""
 
     documents: int
     documents_cut: int
@@ -66,14 +67,14 @@ class PartSettings:
     dtype: str
 
     def part_name(self, rows: RowRange, source_hash: str) -> str:
-        """A hash of all that the part's content depends on; where files lie is not among it."""
+        """A hash of everything that the content of the part depends on; the paths of files do not matter."""
         meaning = {name: value for name, value in asdict(self).items() if name not in ("directory", "tokenizer")}
         key = json.dumps([PART_VERSION, meaning, source_hash, rows.first_row, rows.rows], sort_keys=True)
         return xxhash.xxh3_128_hexdigest(key.encode())
 
 
 class Document(NamedTuple):
-    """A document's token ids, begun by BOS."""
+    """The token ids of a document, beginning with BOS."""
 
     tokens: np.ndarray
     split: str
@@ -82,7 +83,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class InspectSource:
-    """Result: the source's row ranges. Reads its metadata alone."""
+    """Result: the row ranges of the source. Reads only its metadata."""
 
     source: str
     column: str
@@ -90,34 +91,27 @@ class InspectSource:
     kind: Literal["inspect"] = "inspect"
 
     def run(self, progress: Progress) -> Any:
-        """Raises UserError when the source is unusable."""
-        return [asdict(rows) for rows in row_ranges(Path(self.source), self.column, self.content)]
+        """Raises UserError if the source is unusable."""
+        return [asdict(rows) for rows in text_file(Path(self.source), self.column, self.content).row_ranges()]
 
 
 @dataclass(frozen=True)
 class HashSource:
-    """Result: the file's size and the hash of its content."""
+    """Result: the size of the file and the hash of its content."""
 
     source: str
     kind: Literal["hash"] = "hash"
 
     def run(self, progress: Progress) -> Any:
-        """Raises UserError when it cannot be read."""
-        digest, size = xxhash.xxh3_64(), 0
-        try:
-            with open(self.source, "rb") as file:
-                while chunk := file.read(_HASH_CHUNK_BYTES):
-                    digest.update(chunk)
-                    size += len(chunk)
-                    progress(len(chunk))
-        except OSError as error:
-            raise UserError(f"{self.source}: cannot be read ({error.strerror}); check the file") from error
-        return [size, digest.hexdigest()]
+        """Raises UserError if it cannot be read."""
+        with os_errors_as_user_errors(self.source, "check the file"), open(self.source, "rb") as file:
+            digest = hash_file(file, progress)
+            return [file.tell(), digest]
 
 
 @dataclass(frozen=True)
 class MakePart:
-    """Result: none; the record stands beside the part."""
+    """Result: none; the record is in a file beside the part."""
 
     name: str
     rows: RowRange
@@ -129,57 +123,25 @@ class MakePart:
         settings = self.settings
         documents = _text_documents if settings.content == "text" else _token_documents
         directory = Path(settings.directory)
-        with writing(directory):
-            writers = {split: _SplitWriter(directory, self.name, split, settings) for split in SPLITS}
-            try:
+        with os_errors_as_user_errors(directory, FREE_SPACE):
+            with ExitStack() as files:
+                writers = {
+                    split: _SplitWriter(
+                        files.enter_context(opened_atomically(directory / f"{self.name}.{split}")), settings
+                    )
+                    for split in SPLITS
+                }
                 for document in documents(self.rows, settings, progress):
                     writers[document.split].add(document)
                 record = {split: writer.finish() for split, writer in writers.items()}
-                publish(directory / f"{self.name}.json", RECORD.dump_json(record))
-            finally:
-                for writer in writers.values():
-                    writer.abandon()
-
-
-@dataclass(frozen=True)
-class WriteShard:
-    """Result: none; ``entry_file`` with the shard's index entry is the mark of a finished shard.
-
-    ``pieces`` are (file of a part, first row, rows).
-    """
-
-    directory: str
-    entry_file: str
-    number: int
-    layout: ShardFormat
-    row_tokens: int
-    dtype: str
-    pieces: list[tuple[str, int, int]]
-    kind: Literal["shard"] = "shard"
-
-    def run(self, progress: Progress) -> Any:
-        """Raises UserError for a full disk."""
-        rows = np.concatenate([read_rows(*piece, self.row_tokens, self.dtype) for piece in self.pieces])
-        name, content, entry = encode_shard(self.layout, self.number, rows)
-        with writing(Path(self.directory)):
-            publish(Path(self.directory) / name, content)
-            publish(Path(self.entry_file), json.dumps(entry).encode())
-        progress(rows.nbytes)
-
-    def read_entry(self) -> dict[str, Any]:
-        """The index entry of the finished shard."""
-        wait_to_see(Path(self.entry_file).exists)
-        entry: dict[str, Any] = json.loads(Path(self.entry_file).read_text())
-        return entry
+            write_atomically(directory / f"{self.name}.json", RECORD.dump_json(record))
 
 
 class _SplitWriter:
-    """Packs the documents of one split of a part and writes them as they come."""
+    """Packs the documents of one split of a part and writes the full rows at once."""
 
-    def __init__(self, directory: Path, name: str, split: str, settings: PartSettings) -> None:
-        self._path = directory / f"{name}.{split}"
-        self._temporary = temporary_path(self._path)
-        self._file = self._temporary.open("wb")
+    def __init__(self, file: BinaryIO, settings: PartSettings) -> None:
+        self._file = file
         self._packer = packer(settings.packing, settings.row_tokens)
         self._documents = self._rows = 0
         self._text_bytes: int | None = 0
@@ -195,17 +157,8 @@ class _SplitWriter:
         self._write(rows)
         for piece in tail:
             self._file.write(piece.tokens.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        os.replace(self._temporary, self._path)
         lengths = [(len(piece.tokens), piece.continues) for piece in tail]
         return SplitPart(self._documents, self._packer.documents_cut, self._text_bytes, self._rows, lengths)
-
-    def abandon(self) -> None:
-        """Leave nothing unfinished behind."""
-        with suppress(OSError):  # closing writes what is buffered: on a full disk that fails once more
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
 
     def _write(self, rows: list[np.ndarray]) -> None:
         for row in rows:
@@ -214,7 +167,7 @@ class _SplitWriter:
 
 
 def read_record(directory: Path, name: str, row_bytes: int, token_bytes: int) -> PartRecord | None:
-    """The record of a part that is there with its full size, or None."""
+    """The record of a part if the part is complete, or None."""
     try:
         record = RECORD.validate_json((directory / f"{name}.json").read_bytes())
         for split, part in record.items():
@@ -226,8 +179,15 @@ def read_record(directory: Path, name: str, row_bytes: int, token_bytes: int) ->
     return record
 
 
+def wait_until_visible(written: Callable[[], bool]) -> None:
+    """Wait for what another node has just written: a network file system may cache for a while that it is missing."""
+    until = time.monotonic() + _VISIBLE_WITHIN_S
+    while not written() and time.monotonic() < until:
+        time.sleep(0.5)
+
+
 def read_rows(path: str, first_row: int, rows: int, row_tokens: int, dtype: str) -> np.ndarray:
-    """Rows of a part's file, of shape (rows, row_tokens)."""
+    """Rows of the file of a part, of shape (rows, row_tokens)."""
     offset = first_row * row_tokens * np.dtype(dtype).itemsize
     return np.fromfile(path, dtype=dtype, count=rows * row_tokens, offset=offset).reshape(rows, row_tokens)
 
@@ -243,7 +203,7 @@ def read_tail(path: Path, part: SplitPart, settings: PartSettings) -> Iterator[P
 
 def _text_documents(rows: RowRange, settings: PartSettings, progress: Progress) -> Iterator[Document]:
     tokenizer = load_tokenizer(Path(settings.tokenizer))
-    for batch in _batches(read_texts(rows, settings.column)):
+    for batch in _batches(text_file(Path(rows.source), settings.column, settings.content).texts(rows)):
         size = 0
         encodings = tokenizer.encoder.encode_batch_fast(batch, add_special_tokens=False)
         for text, encoding in zip(batch, encodings, strict=True):
@@ -260,9 +220,10 @@ def _text_documents(rows: RowRange, settings: PartSettings, progress: Progress) 
 def _token_documents(rows: RowRange, settings: PartSettings, progress: Progress) -> Iterator[Document]:
     tokenizer = load_tokenizer(Path(settings.tokenizer))
     sizes = text_bytes_of_ids(tokenizer.encoder)
-    for ids in read_token_ids(rows, settings.column, settings.vocabulary_size):
+    file = text_file(Path(rows.source), settings.column, settings.content)
+    for ids in file.token_ids(rows, settings.vocabulary_size):
         begun = ids if ids[0] == tokenizer.bos else np.concatenate([[tokenizer.bos], ids])
-        # The same whatever integers the file holds.
+        # As <u4, so that the split does not depend on the type of integers in the file.
         split = split_of(begun.astype("<u4").tobytes(), settings.validation_percent)
         text_bytes = None if sizes is None else int(sizes[ids].sum())
         yield Document(begun.astype(settings.dtype), split, text_bytes)

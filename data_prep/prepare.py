@@ -1,19 +1,19 @@
-"""Parquet -> documents -> rows -> MDS shards, as mythos/data/format.py describes them.
+"""Documents -> rows -> MDS shards, as described in mythos/data/format.py.
 
-    sources ──► row ranges ──► parts (each split's rows and tail) ──► shards of equal size ──► DIR
-               of ~16 MB       by the workers, in any order           by the workers
+    sources ──► row ranges ──► parts (rows and tail of each split) ──► shards of equal size ──► DIR
+               of ~16 MB       by the workers, in any order            by the workers
 
-The tails of all parts, less than a row each, are packed together in their order. So the data set depends on the sources
-and the settings alone, not on how many processes worked or died. Everything is made in the hidden directory
-.DIR.partial beside DIR; the complete data set is renamed into place, and the rest removed. A run that was killed leaves
-its finished parts there, and the next one goes on with them.
+The tails of all parts, less than a row each, are packed together in order. So the data set depends on the sources and
+the settings alone, not on the number of processes or on kills. Everything is written to the hidden directory
+.DIR.partial beside DIR; the complete data set is renamed to DIR, and the rest is removed. A killed run leaves its
+finished parts there, and the next run continues with them.
 """
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,24 @@ import numpy as np
 import xxhash
 
 from data_prep.documents import RowRange, check_validation_percent
-from data_prep.durable import is_temporary, publish, publishing, wait_to_see, writing
 from data_prep.lock import locked_directory
 from data_prep.packing import packer
 from data_prep.parts import (
+    FREE_SPACE,
     MakePart,
     PartRecord,
     PartSettings,
-    WriteShard,
     read_record,
     read_tail,
+    wait_until_visible,
 )
 from data_prep.progress import Progress
-from data_prep.shards import LARGEST_SHARD_MIB, ShardFormat, write_index
+from data_prep.shards import LARGEST_SHARD_MIB, ShardFormat, WriteShard, deal, write_index
 from data_prep.sources import hashed, row_ranges_of, stamp
 from data_prep.tokenizer_file import TokenizerFile, agreed_validation_percent, load_tokenizer
-from data_prep.verify import structure
+from data_prep.verify import check_existing
 from data_prep.workers import Workers
 from mythos.data.format import (
-    MANIFEST_FILE,
     SPLITS,
     TOKENIZER_FILE,
     Manifest,
@@ -47,9 +46,10 @@ from mythos.data.format import (
     SplitCounts,
     token_dtype,
 )
-from mythos.errors import UserError
+from mythos.errors import UserError, os_errors_as_user_errors
+from mythos.files import is_temporary, opened_atomically, write_atomically
 
-_TAILS = "tails"  # the part that is made of the tails of the others
+_TAILS = "tails"  # the part that is made from the tails of the others
 
 
 def prepare(
@@ -60,18 +60,18 @@ def prepare(
     settings: Settings,
     workers: Workers,
 ) -> tuple[Manifest, bool]:
-    """Write both splits into ``output``; return the manifest and whether it was made just now.
+    """Write both splits into ``output``; returns the manifest and whether it is new.
 
-    When ``output`` holds a data set made from the same sources with the same settings, nothing is done.
+    If ``output`` already holds a data set made from the same sources with the same settings, nothing is done.
 
     Raises:
         UserError: unusable input, an output with other settings or that another run is writing, a split too small for
-            one row, a full disk. WorkerLost, which is one too: a process died.
+            one row, a full disk. Its subclass WorkerLost: a process died.
     """
     _check(sequence_length, settings)
-    output = Path(os.path.realpath(output))  # a link cannot be replaced by what is renamed into its place
+    output = Path(os.path.realpath(output))  # a directory cannot be renamed over a link
     if os.path.ismount(output):
-        raise UserError(f"{output}: is a mount point; name a directory below it as --output")
+        raise UserError(f"{output}: is a mount point; choose a directory below it as --output")
     sources = [Path(os.path.abspath(source)) for source in sources]
     encoder = load_tokenizer(tokenizer)
     ranges = row_ranges_of(sources, settings, workers)
@@ -86,27 +86,27 @@ def prepare(
     )
     work = output.with_name(f".{output.name}.partial")
     if _is_occupied(output):
-        manifest = _existing(output, plan)
-        if work.exists():  # killed between its last two steps
-            with writing(work), suppress(UserError), locked_directory(work):
+        manifest = check_existing(output, plan)
+        if work.exists():  # the run was killed between its last two steps
+            with os_errors_as_user_errors(work, FREE_SPACE), suppress(UserError), locked_directory(work):
                 shutil.rmtree(work)
         return manifest, False
-    with writing(work), locked_directory(work):
-        if _is_occupied(output):  # another run has finished it just before the lock was free
+    with os_errors_as_user_errors(work, FREE_SPACE), locked_directory(work):
+        if _is_occupied(output):  # another run finished it just before the lock was released
             shutil.rmtree(work)
-            return _existing(output, plan), False
+            return check_existing(output, plan), False
         run = _Run(work, plan, stamps, encoder, workers)
         try:
             manifest = run.make(ranges, output)
         except BaseException as error:
-            workers.end(error)  # first: they may be writing
+            workers.end(error)  # before tidying up, because they may still be writing
             run.tidy()
             raise
     return manifest, True
 
 
 def settings_for(tokenizer: Path, asked_validation_percent: float | None, **settings: Any) -> Settings:
-    """Settings with the validation share that suits the tokenizer (UserError where what is asked does not)."""
+    """Settings with a validation percentage that suits the tokenizer. Raises UserError if the given one does not."""
     if asked_validation_percent is not None:
         check_validation_percent(asked_validation_percent)
     sha256 = load_tokenizer(tokenizer).sha256
@@ -115,7 +115,7 @@ def settings_for(tokenizer: Path, asked_validation_percent: float | None, **sett
 
 
 class _Run:
-    """One run with its lock held."""
+    """One run that holds the lock."""
 
     def __init__(
         self, work: Path, plan: Manifest, stamps: Mapping[Path, object], tokenizer: TokenizerFile, workers: Workers
@@ -123,7 +123,7 @@ class _Run:
         self._work, self._plan, self._tokenizer, self._workers = work, plan, tokenizer, workers
         self._stamps = stamps
         self._parts = work / "parts"
-        token_bytes = token_dtype(plan.vocabulary_size).itemsize
+        token_bytes = np.dtype(token_dtype(plan.vocabulary_size)).itemsize
         self._row_bytes = plan.row_tokens * token_bytes
         self._token_bytes = token_bytes
         self._part_settings = PartSettings(
@@ -136,13 +136,13 @@ class _Run:
             validation_percent=plan.settings.validation_percent,
             packing=plan.settings.packing,
             row_tokens=plan.row_tokens,
-            dtype=str(token_dtype(plan.vocabulary_size)),
+            dtype=token_dtype(plan.vocabulary_size),
         )
 
     def make(self, ranges: list[list[RowRange]], output: Path) -> Manifest:
         self._parts.mkdir(exist_ok=True)
         self._remove_unfinished()
-        publish(self._work / TOKENIZER_FILE, self._tokenizer.content)
+        write_atomically(self._work / TOKENIZER_FILE, self._tokenizer.content)
         names = self._make_parts(ranges)
         records = [self._record(name) for name in names]
         splits = {split: self._pack_tails(split, names, records) for split in SPLITS}
@@ -152,15 +152,15 @@ class _Run:
         rows = {split: [(name, record[split].rows) for name, record in made] for split in SPLITS}
         data = self._write_shards(rows, splits)
         manifest = replace(self._plan, splits=splits)
-        publish(data / TOKENIZER_FILE, self._tokenizer.content)
+        write_atomically(data / TOKENIZER_FILE, self._tokenizer.content)
         manifest.save(data)
-        # Fails, and so keeps the other's work, if something was put here meanwhile.
+        # Fails if another process has put something there in the meantime, which is kept.
         os.rename(data, output)
         shutil.rmtree(self._work)
         return manifest
 
     def tidy(self) -> None:
-        """After a failure: finished work stays, and nothing else."""
+        """After a failure, keep finished work and remove everything else."""
         self._remove_unfinished()
         if not any(self._parts.glob("*.json")):
             shutil.rmtree(self._work, ignore_errors=True)
@@ -172,7 +172,7 @@ class _Run:
             for source, source_ranges in zip(self._plan.sources, ranges, strict=True)
             for rows in source_ranges
         ]
-        # A source that is given twice makes the same parts twice.
+        # A source that is given twice has the same parts twice.
         missing = list({part.name: part for part in parts if not self._is_made(part.name)}.values())
         total = sum(part.rows.bytes for part in parts)
         left = sum(part.rows.bytes for part in missing)
@@ -188,20 +188,20 @@ class _Run:
         return read_record(self._parts, name, self._row_bytes, self._token_bytes) is not None
 
     def _record(self, name: str) -> PartRecord:
-        wait_to_see(lambda: self._is_made(name))
+        wait_until_visible(lambda: self._is_made(name))
         record = read_record(self._parts, name, self._row_bytes, self._token_bytes)
         if record is None:
             raise UserError(
-                f"{self._parts / name}: written by a worker, but not to be seen here; --output must lie on a file "
-                "system that all nodes share"
+                f"{self._parts / name}: written by a worker, but not visible here; --output must be on a file system "
+                "that all nodes share"
             )
         return record
 
     def _pack_tails(self, split: str, names: list[str], records: list[PartRecord]) -> SplitCounts:
-        """Make the last part, of what filled no row; return the counts of the whole split."""
+        """Make the last part from the pieces that fill no row; returns the counts of the whole split."""
         packing = packer(self._plan.settings.packing, self._plan.row_tokens)
         sequences = sum(record[split].rows for record in records)
-        with publishing(self._parts / f"{_TAILS}.{split}") as file:
+        with opened_atomically(self._parts / f"{_TAILS}.{split}") as file:
 
             def write(rows: list[np.ndarray]) -> None:
                 nonlocal sequences
@@ -237,14 +237,14 @@ class _Run:
             )
 
     def _write_shards(self, rows: dict[str, list[tuple[str, int]]], splits: dict[str, SplitCounts]) -> Path:
-        """The directory that will be the data set, complete but for tokenizer and manifest."""
+        """Write the shards and indexes; returns the directory that lacks only tokenizer and manifest."""
         layout = ShardFormat(
             self._plan.encoding,
             self._row_bytes,
             self._plan.settings.shard_size_mib << 20,
             self._plan.settings.compression,
         )
-        # Shards of a killed run are of use only where all parts and settings are the same.
+        # Shards of a killed run are reused only if all parts and settings are the same.
         identity = xxhash.xxh3_64_hexdigest(repr((rows, layout)).encode())
         data, entries = self._work / f"data-{identity}", self._work / f"entries-{identity}"
         items: list[WriteShard] = []
@@ -252,7 +252,7 @@ class _Run:
             (data / split).mkdir(parents=True, exist_ok=True)
             (entries / split).mkdir(parents=True, exist_ok=True)
             tail_rows = splits[split].sequences - sum(count for _, count in rows[split])
-            for number, pieces in enumerate(_deal([*rows[split], (_TAILS, tail_rows)], layout.rows_a_shard)):
+            for number, pieces in enumerate(deal([*rows[split], (_TAILS, tail_rows)], layout.rows_a_shard)):
                 items.append(
                     WriteShard(
                         directory=str(data / split),
@@ -280,23 +280,6 @@ class _Run:
                 path.unlink(missing_ok=True)
 
 
-def _deal(parts: list[tuple[str, int]], rows_a_shard: int) -> Iterator[list[tuple[str, int, int]]]:
-    """For each shard, the (part, first row, rows) that it takes, all rows in order."""
-    pieces: list[tuple[str, int, int]] = []
-    free = rows_a_shard
-    for name, rows in parts:
-        first = 0
-        while first < rows:
-            count = min(rows - first, free)
-            pieces.append((name, first, count))
-            first, free = first + count, free - count
-            if not free:
-                yield pieces
-                pieces, free = [], rows_a_shard
-    if pieces:
-        yield pieces
-
-
 def _check(sequence_length: int, settings: Settings) -> None:
     if sequence_length < 1:
         raise UserError(f"sequence-length {sequence_length}: give at least 1 token")
@@ -307,20 +290,3 @@ def _check(sequence_length: int, settings: Settings) -> None:
 
 def _is_occupied(output: Path) -> bool:
     return output.exists() and not (output.is_dir() and not any(output.iterdir()))
-
-
-def _existing(output: Path, plan: Manifest) -> Manifest:
-    """The manifest of a data set that is there already. Raises UserError if it is not the one that was asked for."""
-    if not (output / MANIFEST_FILE).exists():
-        raise UserError(f"{output}: exists and holds no data set; name another --output, or remove it")
-    manifest = Manifest.load(output)
-    for field in fields(Manifest):
-        found, asked = getattr(manifest, field.name), getattr(plan, field.name)
-        if field.name != "splits" and found != asked:
-            # Sources can be many; their list would be no line.
-            what = "made from other sources" if field.name == "sources" else f"with {field.name} {found}, not {asked}"
-            raise UserError(f"{output}: holds a data set {what}; name another --output or remove it")
-    findings, _ = structure(output, manifest)
-    if findings:
-        raise UserError(f"{findings[0]}; remove {output} and run again, or see `mythos data verify {output}`")
-    return manifest

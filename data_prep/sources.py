@@ -1,4 +1,4 @@
-"""The Parquet files that a data set is made from: looked at, hashed, and watched for changes."""
+"""The files that a data set is made from: inspecting, hashing, and detecting changes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +11,14 @@ from mythos.data.format import Settings, Source
 
 
 def row_ranges_of(sources: list[Path], settings: Settings, workers: Workers) -> list[list[RowRange]]:
-    """Each source's row ranges. All are looked at before any long work: a wrong one is not found out after hours."""
+    """The row ranges of each source. All are inspected first, so that a wrong one is not found after hours of work."""
     items = [InspectSource(str(source), settings.column, settings.content) for source in sources]
     results = dict(workers.run(items, lambda done_bytes: None))
     return [[RowRange(**rows) for rows in results[number]] for number in range(len(items))]
 
 
 def stamp(source: Path) -> tuple[int, int] | None:
-    """What tells that a file was written to; None where it is gone."""
+    """A value that changes when the file is written to; None if it does not exist."""
     try:
         status = source.stat()
     except OSError:
@@ -27,7 +27,7 @@ def stamp(source: Path) -> tuple[int, int] | None:
 
 
 def hashed(sources: list[Path], workers: Workers) -> Iterator[Source]:
-    """Name, size and hash of each."""
+    """Name, size and hash of each source."""
     total = sum(source.stat().st_size for source in sources)
     with Progress("hashing the sources", total) as progress:
         results = dict(workers.run([HashSource(str(source)) for source in sources], progress))

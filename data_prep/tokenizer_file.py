@@ -1,6 +1,6 @@
-"""A tokenizer file, and the note beside it that says what text its training left out.
+"""A tokenizer file, and the note beside it about the text that was held out from its training.
 
-my/tokenizer.json            what the `tokenizers` library reads; it allows no fields of our own
+my/tokenizer.json            the format of the `tokenizers` library, which allows no additional fields
 my/tokenizer.training.json   the note; a tokenizer from elsewhere has none
 """
 
@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tokenizers import Tokenizer
 
 from mythos.data.format import BOS
-from mythos.errors import UserError
+from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import write_atomically
 
 _REMEDY = "train one by `mythos data tokenizer`"
@@ -36,11 +36,11 @@ class TrainingNote:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes of held-out text for each token, without BOS; None where the sample held none out."""
+        """UTF-8 bytes of held-out text per token, without BOS; None if no text was held out."""
         return self.held_out_bytes / self.held_out_tokens if self.held_out_tokens else None
 
     def save(self, tokenizer: Path) -> None:
-        """Write it beside the tokenizer file."""
+        """Write the note beside the tokenizer file."""
         write_atomically(_note_path(tokenizer), json.dumps(asdict(self), indent=2) + "\n")
 
 
@@ -59,16 +59,14 @@ class TokenizerFile:
 
     @property
     def vocabulary_size(self) -> int:
-        """All ids are below it."""
+        """The largest id plus one."""
         return max(self.encoder.get_vocab().values()) + 1
 
 
 def load_tokenizer(path: Path) -> TokenizerFile:
-    """Read it, for encoding without truncation or padding. Raises UserError when it is damaged or has no BOS."""
-    try:
+    """Read a tokenizer, set to no truncation and no padding. Raises UserError if it is damaged or has no BOS."""
+    with os_errors_as_user_errors(path, _REMEDY):
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {_REMEDY}") from error
     return _parse(path, content)
 
 
@@ -80,7 +78,7 @@ def _parse(path: Path, content: bytes) -> TokenizerFile:
         raise UserError(f"{path}: not a tokenizer file ({str(error).splitlines()[0]}); {_REMEDY}") from error
     if encoder.token_to_id(BOS) is None:
         raise UserError(f"{path}: has no token {BOS}; {_REMEDY}, or add that token to this one")
-    # A document that holds the letters of a special token gets their plain tokens: BOS marks a beginning, only.
+    # "<|bos|>" inside a document is encoded as plain text, so that BOS only marks the beginning of a document.
     encoder.encode_special_tokens = True
     encoder.no_truncation()
     encoder.no_padding()
@@ -88,10 +86,10 @@ def _parse(path: Path, content: bytes) -> TokenizerFile:
 
 
 def agreed_validation_percent(tokenizer: Path, sha256: str, asked: float | None) -> float:
-    """What was asked for, else what the tokenizer held out.
+    """The percentage that was asked for, or else the one that was held out from the training of the tokenizer.
 
-    Raises UserError where more is asked: validation text would then be text that the tokenizer was trained on. (What
-    is in validation at some percentage is there at any higher one, so less is no harm.)
+    Raises UserError if more is asked for: the tokenizer would then have been trained on validation text. Less is fine,
+    because a document that is in validation at some percentage is in validation at any higher one.
     """
     path = _note_path(tokenizer)
     note = None
@@ -105,16 +103,16 @@ def agreed_validation_percent(tokenizer: Path, sha256: str, asked: float | None)
     if asked is not None and asked > note.validation_percent:
         raise UserError(
             f"validation-percent {asked}: {tokenizer} was trained with {note.validation_percent} held out, so it has "
-            f"seen text that would be validation text; give at most {note.validation_percent}, or train it again "
+            f"seen part of this validation text; give at most {note.validation_percent}, or train it again "
             f"with --validation-percent {asked}"
         )
     return note.validation_percent if asked is None else asked
 
 
 def text_bytes_of_ids(encoder: Tokenizer) -> np.ndarray | None:
-    """Bytes of text that each id stands for, int64 of shape (vocabulary,); None for other than byte-level tokenizers.
+    """Bytes of text per id, int64 of shape (vocabulary,); None for tokenizers that are not byte-level.
 
-    In the vocabulary of a byte-level tokenizer each byte is written as one character. Special tokens are no text.
+    The vocabulary of a byte-level tokenizer writes each byte as one character. Special tokens stand for no text.
     """
     decoder = json.loads(encoder.to_str()).get("decoder") or {}
     if decoder.get("type") != "ByteLevel":

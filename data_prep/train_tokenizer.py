@@ -1,7 +1,7 @@
-"""Train a byte-level BPE tokenizer on a sample of the train split of Parquet text.
+"""Training a byte-level BPE tokenizer on a sample of the train split.
 
 Byte-level: every text can be encoded and decodes to itself, so there is no unknown token. The merges, and so the file,
-are the same for the same sources and settings whatever the number of threads.
+depend on the sources and settings alone, not on the number of threads.
 """
 
 import errno
@@ -9,24 +9,25 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_prep.documents import RowRange, check_validation_percent, read_texts, row_ranges, split_of
+from data_prep.documents import RowRange, check_validation_percent, split_of
 from data_prep.progress import Progress
+from data_prep.text_files import text_file
 from data_prep.tokenizer_file import TrainingNote
 from mythos.data.format import BOS
-from mythos.errors import UserError
+from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import write_atomically
 
 _BYTES = 256
-# A visit to a row range yields at least so much, so that a small sample of a large corpus takes few visits.
+# A visit to a row range yields at least this much, so that a small sample of a large corpus needs few visits.
 _LEAST_VISIT_BYTES = 4 << 20
 _HELD_OUT_BYTES = 8 << 20
-# How much further is read, once the sample is full, for a document to measure on.
+# How much more is read after the sample is full to find a held-out document to measure on.
 _FURTHER_BYTES = 256 << 20
 
 
@@ -39,16 +40,16 @@ def train_tokenizer(
     sample_bytes: float = float("inf"),
     special_tokens: Sequence[str] = (),
 ) -> tuple[int, TrainingNote]:
-    """Write a tokenizer file and its note; return its vocabulary size (fewer than asked where the text has too few
-    pairs) and the note.
+    """Write a tokenizer file and its note; returns the note and the vocabulary size.
 
-    BOS has id 0, the other special tokens follow in their order. Only documents of the train split are seen, so nothing
-    of the validation text reaches the vocabulary. Memory and time are bounded by the sample. Raises UserError for an
-    unusable source or setting, a full disk, or when no document falls in the train split.
+    The vocabulary is smaller than asked for if the text has too few pairs. BOS has id 0, and the other special tokens
+    follow in their order. Only documents of the train split are used, so validation text does not influence the
+    vocabulary. Memory and time are bounded by the sample. Raises UserError for an unusable source or setting, a full
+    disk, or if no document is in the train split.
     """
     _check(vocabulary_size, validation_percent, sample_bytes, special_tokens)
     _check_output(output)
-    ranges = [rows for source in sources for rows in row_ranges(source, column, "text")]
+    ranges = [rows for source in sources for rows in text_file(source, column, "text").row_ranges()]
     total_bytes = sum(rows.bytes for rows in ranges)
     sample = _Sample(ranges, column, validation_percent, sample_bytes)
     tokenizer = Tokenizer(models.BPE())
@@ -57,7 +58,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
         special_tokens=[BOS, *special_tokens],
-        # All 256 bytes, also those that the text does not hold.
+        # All 256 bytes, including those that do not occur in the text.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -92,11 +93,11 @@ def _check(vocabulary_size: int, validation_percent: float, sample_bytes: float,
         raise UserError(f"sample-mb {sample_bytes / 1e6:g}: give a number above 0")
     for token in special_tokens:
         if not token or [BOS, *special_tokens].count(token) > 1:
-            raise UserError(f"special-token {token!r}: give each once, not empty and not {BOS}")
+            raise UserError(f"special-token {token!r}: give each token once, not empty and not {BOS}")
 
 
 def _check_output(output: Path) -> None:
-    """Before the long work: a file can be written there."""
+    """Check before the long work that the file can be written."""
     with _writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.is_dir():
@@ -104,20 +105,15 @@ def _check_output(output: Path) -> None:
         tempfile.TemporaryFile(dir=output.parent).close()
 
 
-@contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{output}: cannot be written ({error.strerror}); free space or name another --output"
-        ) from error
+def _writing(output: Path) -> AbstractContextManager[None]:
+    return os_errors_as_user_errors(output, "free space or choose another --output")
 
 
 class _Sample:
-    """Documents from all over the corpus: its row ranges in an order of their own, the first documents of each.
+    """Documents from the whole corpus: the first documents of its row ranges, which are visited in random order.
 
-    Each range gives its share of the sample, but not less than a visit is worth. A small corpus is its own sample.
+    Each range contributes its share of the sample, but at least _LEAST_VISIT_BYTES. A corpus that is smaller than the
+    sample is used completely.
     """
 
     def __init__(self, ranges: list[RowRange], column: str, validation_percent: float, sample_bytes: float) -> None:
@@ -126,17 +122,17 @@ class _Sample:
         self._column, self._validation_percent, self._sample_bytes = column, validation_percent, sample_bytes
         self._share = sample_bytes / max(sum(rows.bytes for rows in ranges), 1)
         if self._share < 1:
-            # Fixed, so that the same corpus gives the same sample.
+            # A fixed seed, so that the same corpus gives the same sample.
             order = np.random.Generator(np.random.Philox(0)).permutation(len(ranges))
             ranges = [ranges[number] for number in order]
         self._ranges = ranges
 
     def train_texts(self, progress: Progress) -> Iterator[str]:
-        """The texts to train on; those of the validation split are kept apart in ``held_out``."""
+        """The texts to train on; those of the validation split are added to ``held_out``."""
         held_out_bytes = further_bytes = 0
         for rows in self._ranges:
             visit_bytes = 0
-            for text in read_texts(rows, self._column):
+            for text in text_file(Path(rows.source), self._column, "text").texts(rows):
                 content = text.encode()
                 visit_bytes += len(content)
                 is_full = self.train_bytes >= self._sample_bytes

@@ -1,7 +1,7 @@
-"""Is a prepared data set whole: every file against the indexes, the indexes against the manifest."""
+"""Checking a prepared data set: every file against the indexes, the indexes against the manifest."""
 
-import hashlib
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,12 @@ from data_prep.verify_shard import VerifyShard, stored
 from data_prep.workers import Workers
 from mythos.data.format import (
     INDEX_FILE,
+    MANIFEST_FILE,
     SPLITS,
-    TOKENIZER_FILE,
     Manifest,
     parse_json_object,
     read_data_file,
+    tokenizer_problem,
 )
 from mythos.data.shards import read_index
 from mythos.errors import UserError
@@ -22,10 +23,10 @@ REMEDY = "fetch that file again, or remove {directory} and prepare it again: the
 
 
 def verify(directory: Path, workers: Workers, progress: Callable[[int], None]) -> tuple[Manifest, list[str]]:
-    """The manifest and a line for each thing that is wrong, none when the data set is whole.
+    """The manifest and a line for each problem, none if the data set is valid.
 
-    Every shard is read: its hash, its header, and that all ids are below the vocabulary. Raises UserError when there is
-    no readable manifest.
+    Every shard is read to check its hash, its header, and that all ids are below the vocabulary size. Raises UserError
+    if the manifest cannot be read.
     """
     manifest = Manifest.load(directory)
     findings, shards = structure(directory, manifest)
@@ -33,21 +34,22 @@ def verify(directory: Path, workers: Workers, progress: Callable[[int], None]) -
     for number, wrong in workers.run(shards, progress):
         if wrong:
             broken[number] = f"{shards[number].path}: {wrong}"
-    # structure() has already named a shard that is missing or has another size.
+    # structure() has already reported the shards that are missing or have another size.
     named = {line.split(":")[0] for line in findings}
     findings += [broken[number] for number in sorted(broken) if str(shards[number].path) not in named]
-    findings += _tokenizer_findings(directory, manifest)
+    if problem := tokenizer_problem(directory, manifest):
+        findings.append(problem)
     remedy = REMEDY.format(directory=directory)
     return manifest, [f"{finding}; {remedy}" for finding in findings]
 
 
 def data_bytes(directory: Path) -> int:
-    """The size of all shards that are there."""
+    """The size of all existing shards."""
     return sum(path.stat().st_size for split in SPLITS for path in (directory / split).glob("shard.*") if path.exists())
 
 
 def structure(directory: Path, manifest: Manifest) -> tuple[list[str], list[VerifyShard]]:
-    """What is wrong without reading a shard (sizes, counts, files that do not belong), and the shards to read."""
+    """The problems that are found without reading a shard (sizes, counts, extra files), and the shards to read."""
     findings: list[str] = []
     shards: list[VerifyShard] = []
     for split in SPLITS:
@@ -62,8 +64,10 @@ def structure(directory: Path, manifest: Manifest) -> tuple[list[str], list[Veri
                 size, expected = shard.path.stat().st_size, stored(shard.entry)["bytes"]
                 if size != expected:
                     findings.append(f"{shard.path}: {size} bytes, the index says {expected}")
+            except FileNotFoundError:
+                findings.append(f"{shard.path}: missing, but listed in the index")
             except OSError as error:
-                findings.append(f"{shard.path}: the index names it, but {error.strerror}")
+                findings.append(f"{shard.path}: cannot be read ({error.strerror})")
         rows = sum(shard.entry["samples"] for shard in own)
         counts = manifest.splits[split]
         if (rows, rows * manifest.row_tokens) != (counts.sequences, counts.tokens):
@@ -73,7 +77,7 @@ def structure(directory: Path, manifest: Manifest) -> tuple[list[str], list[Veri
             )
         named = {shard.path for shard in own}
         findings += [
-            f"{path}: no shard of the index"
+            f"{path}: not listed in the index"
             for path in sorted((directory / split).glob("shard.*"))
             if path not in named
         ]
@@ -81,23 +85,29 @@ def structure(directory: Path, manifest: Manifest) -> tuple[list[str], list[Veri
     return findings, shards
 
 
+def check_existing(output: Path, plan: Manifest) -> Manifest:
+    """The manifest of an existing data set. Raises UserError if it is not the one that was asked for."""
+    if not (output / MANIFEST_FILE).exists():
+        raise UserError(f"{output}: exists and holds no data set; choose another --output, or remove it")
+    manifest = Manifest.load(output)
+    for field in fields(Manifest):
+        found, asked = getattr(manifest, field.name), getattr(plan, field.name)
+        if field.name != "splits" and found != asked:
+            # There may be many sources: too many for one line.
+            what = "made from other sources" if field.name == "sources" else f"with {field.name} {found}, not {asked}"
+            raise UserError(f"{output}: holds a data set {what}; choose another --output or remove it")
+    findings, _ = structure(output, manifest)
+    if findings:
+        raise UserError(f"{findings[0]}; remove {output} and run again, or see `mythos data verify {output}`")
+    return manifest
+
+
 def _read_entries(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """The entries of an index, which the reader takes, and which say how their shards were written."""
-    remedy = "its shards were not looked at"
+    """The entries of an index that the reader accepts, with the settings that their shards were written with."""
+    remedy = "its shards were not checked"
     read_index(path, manifest, remedy)
     entries: list[dict[str, Any]] = parse_json_object(path, read_data_file(path), remedy)["shards"]
     for number, entry in enumerate(entries):
         if not isinstance(entry.get("size_limit"), int):
             raise UserError(f"{path}: shard {number}: damaged entry (size_limit); {remedy}")
     return entries
-
-
-def _tokenizer_findings(directory: Path, manifest: Manifest) -> list[str]:
-    path = directory / TOKENIZER_FILE
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        return [f"{path}: cannot be read ({error.strerror})"]
-    if found != manifest.tokenizer_sha256:
-        return [f"{path}: not the tokenizer that made the ids (sha256 {found}, the manifest has another)"]
-    return []

@@ -23,7 +23,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, TypeAdapter
 
-from data_prep.parts import HashSource, InspectSource, MakePart, WriteShard
+from data_prep.parts import HashSource, InspectSource, MakePart
+from data_prep.shards import WriteShard
 from data_prep.verify_shard import VerifyShard
 from mythos.errors import DONE, FAILED, UserError
 from mythos.ranks.messages import Channel, Listener, connect

@@ -1,8 +1,8 @@
-"""Errors that reach the user as one line, and the exit codes that scripts rely on."""
+"""Errors that are reported to the user as one line, and the exit codes that scripts rely on."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 DONE = 0
 FAILED = 1
@@ -12,12 +12,12 @@ PREEMPTED = 85
 
 
 class UserError(Exception):
-    """Something the user can correct. The message is one line (or one line a finding): value, place, remedy.
+    """A mistake that the user can correct. The message is one line for each finding: place, value, remedy.
 
     The command line prints it without a traceback and exits with ``exit_code``.
 
     Args:
-        agreed: every rank raises this same error, so that rank 0 alone reports it.
+        agreed: every rank raises this same error, so only rank 0 reports it.
     """
 
     exit_code = BAD_INPUT
@@ -28,7 +28,7 @@ class UserError(Exception):
 
 
 class TrainingError(UserError):
-    """The run itself failed (for example the loss stayed non-finite); the last checkpoint is intact. On all ranks."""
+    """Training failed, for example because the loss stayed non-finite; the last checkpoint is valid. On all ranks."""
 
     exit_code = FAILED
 
@@ -37,18 +37,24 @@ class TrainingError(UserError):
 
 
 class SaveError(TrainingError):
-    """Checkpoints could not be written several times in a row; the last complete one is intact. On all ranks."""
+    """Several checkpoints in a row could not be written; the last complete one is valid. On all ranks."""
 
     exit_code = FAILED_TO_SAVE
 
 
 @contextmanager
-def os_errors_as_user_errors(place: object, remedy: str) -> Iterator[None]:
-    """Turn an OSError into a UserError ``PLACE: REASON: REMEDY``; the reason names another file if one is to blame."""
+def os_errors_as_user_errors(place: object, remedy: str, when_full: str | None = None) -> Iterator[None]:
+    """Turn an OSError into a UserError ``PLACE: REASON: REMEDY``; the reason names another file if one is to blame.
+
+    Args:
+        when_full: the remedy if the disk is full or a quota is exceeded.
+    """
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.filename is not None and Path(str(error.filename)) != Path(str(place)):
+        if error.filename is not None and not str(place).endswith(str(error.filename)):
             reason = f"{reason} ({error.filename})"
+        if when_full is not None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = when_full
         raise UserError(f"{place}: {reason}: {remedy}") from error

@@ -1,11 +1,11 @@
-"""Files: written completely or not at all, hashed, locked, and read line by line."""
+"""Atomic writes, hashes, locks and JSON lines: the only implementation of each in this project."""
 
 import fcntl
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -27,7 +27,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def opened_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write: moved to ``path`` when the block ends, removed when it fails. Raises OSError."""
+    """A file to write; renamed to ``path`` when the block ends, removed when the block raises. Raises OSError."""
     temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
@@ -40,20 +40,20 @@ def opened_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes what will be ``path``.
+    """The file that this process writes before it is renamed to ``path``.
 
-    It names host and process: a process of a killed job may still write on another node.
+    The name holds host and process, because a process of a killed job may still be writing on another node.
     """
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY_SUFFIX}")
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a killed process left this file unfinished."""
+    """Whether this is a temporary file of ``opened_atomically``, which a killed process leaves behind."""
     return path.suffix == TEMPORARY_SUFFIX
 
 
 def flush_directory(directory: Path) -> None:
-    """Wait until the names in a directory are on the disk. Raises OSError."""
+    """Flush the entries of a directory, such as a rename, to the disk. Raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,25 +61,31 @@ def flush_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def hash_file(file: Path | BinaryIO) -> str:
-    """xxh3_64 of the content of a file, given by its path or open at any position. Raises OSError."""
+def hash_file(file: Path | BinaryIO, progress: Callable[[int], None] | None = None) -> str:
+    """xxh3_64 of the content of a file, given by its path or open at any position. Raises OSError.
+
+    Args:
+        progress: is called with the number of bytes of each chunk that was read.
+    """
     if isinstance(file, Path):
         with file.open("rb") as opened:
-            return hash_file(opened)
+            return hash_file(opened, progress)
     digest = xxhash.xxh3_64()
     file.seek(0)
     while chunk := file.read(CHUNK_BYTES):
         digest.update(chunk)
+        if progress is not None:
+            progress(len(chunk))
     return digest.hexdigest()
 
 
 def take_lock(file: IO[Any] | int, wait_s: float = 0.0, *, shared: bool = False, every_s: float = 0.05) -> bool:
-    """Take an flock on an open file, trying again for ``wait_s`` seconds; whether it was taken.
+    """Take an flock on an open file, retrying for ``wait_s`` seconds. Returns whether it was taken.
 
-    The lock ends when the file is closed or the process ends, however it ends.
+    The kernel releases the lock when the file is closed or the process ends, even after a kill.
 
     Raises:
-        OSError: the file system has no locks.
+        OSError: the file system does not support locks.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     until = time.monotonic() + wait_s
@@ -94,12 +100,12 @@ def take_lock(file: IO[Any] | int, wait_s: float = 0.0, *, shared: bool = False,
 
 
 def read_json_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one a line, in order; empty when there is no file.
+    """The JSON objects of a file that has one on each line, in order; empty when the file does not exist.
 
-    A line that a kill or a full disk cut is left out.
+    A line that was cut off by a kill or a full disk is skipped.
 
     Args:
-        last_bytes: read only so much of the end of the file.
+        last_bytes: read only this many bytes at the end of the file.
     """
     if not path.exists():
         return []

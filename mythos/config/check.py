@@ -149,7 +149,7 @@ def _data(config: Config) -> Iterator[Finding]:
     for name in data.sources:
         if not re.fullmatch(SOURCE_NAME, name):
             yield Finding(f"data.sources.{name}", name, "a name may only contain letters, digits, - and _")
-    for directory, _ in data_sources(config).values():
+    for directory, _ in data_sources(config.data).values():
         if "://" in directory and data.cache_directory is None:
             remedy = f"{directory} needs one: give a directory on each node's own disk"
             yield Finding("data.cache_directory", None, remedy, ("data.directory", "data.sources"))

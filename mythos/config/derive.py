@@ -1,6 +1,6 @@
 """Values that follow from the configuration. They are functions, so that they always agree with it."""
 
-from mythos.config.schema import Config
+from mythos.config.schema import Config, Data
 
 
 def global_batch_sequences(config: Config) -> int:
@@ -28,8 +28,8 @@ def eval_depths(config: Config) -> tuple[int, ...]:
     return config.eval.depths or (round(config.loop.mean_depth),)
 
 
-def data_sources(config: Config) -> dict[str, tuple[str, float]]:
+def data_sources(data: Data) -> dict[str, tuple[str, float]]:
     """Directory and weight of each data set by name, however they were given; a single one is called ``data``."""
-    if config.data.directory is not None:
-        return {"data": (config.data.directory, 1.0)}
-    return {name: (source.directory, source.weight) for name, source in sorted(config.data.sources.items())}
+    if data.directory is not None:
+        return {"data": (data.directory, 1.0)}
+    return {name: (source.directory, source.weight) for name, source in sorted(data.sources.items())}

@@ -1,7 +1,7 @@
 """The rows of one split of a prepared data set.
 
-No shared memory and no import of `streaming` (5 s and 840 MB a process); whatever is wrong with the files is raised in
-the caller as one line.
+There is no shared memory and no import of `streaming` (5 s and 700 MiB in each process). Every problem with the files
+is raised in the caller as one line.
 """
 
 from collections import OrderedDict
@@ -16,20 +16,20 @@ from mythos.data.shards import InPlace, OpenShard, Storage, read_index
 from mythos.errors import UserError
 
 KEEP_OPEN = 8
-"""Shards that stay open for reading here and there, without ``prepare``."""
+"""Shards that stay open for random access, without ``prepare``."""
 
 
 class TokenDataset:
     """``dataset[i]`` is row i, an int64 array of ``sequence_length + 1`` token ids.
 
-    Construction checks the manifest, the index, and, for a directory, that every shard is there with its size. A
-    shard's hash is checked whenever it is opened. Every failure is a UserError that names the file.
+    Construction checks the manifest, the index and, for a directory, that every shard exists with its size. A shard's
+    hash is checked whenever the shard is opened. Every failure is a UserError that names the file.
 
-    One thread at a time may read; ``prepare`` lets others open shards ahead of it.
+    Only one thread at a time may read; ``prepare`` opens shards ahead of it in other threads.
 
     Args:
-        directory: where manifest and indexes lie.
-        storage: where the shards lie; by default in ``directory``.
+        directory: of the manifest and the indexes.
+        storage: access to the shards; by default they are read from ``directory``.
     """
 
     def __init__(self, directory: Path, split: str, storage: Storage | None = None) -> None:
@@ -74,32 +74,32 @@ class TokenDataset:
         return rows.astype(np.int64)
 
     def check(self, rows: int) -> None:
-        """Open the shards of the first ``rows`` rows, or UserError: so that all ranks find out together."""
+        """Open the shards of the first ``rows`` rows, so that all ranks detect a damaged one together. Or UserError."""
         for number in range(int(np.searchsorted(self._ends, min(rows, len(self)))) + 1):
             self._opened(number)
 
     def prepare(self, numbers: Iterable[int], executor: Executor) -> None:
-        """Open these shards, and no others, in the background. What goes wrong is raised when a row is read."""
+        """Open these shards in the background, and close all others. Errors are raised when a row is read."""
         wanted = list(dict.fromkeys(numbers))
         self._keep_open = len(wanted)
-        for number in set(self._open) - set(wanted):  # first, to make room in a cache
-            self._let_go(number)
+        for number in set(self._open) - set(wanted):  # first, so that a cache can free their space
+            self._close(number)
         for number in wanted:
             if number not in self._open:
                 self._open[number] = executor.submit(self._open_shard, number)
 
     def close(self) -> None:
-        """Let go of all files."""
+        """Close all files."""
         for number in list(self._open):
-            self._let_go(number)
+            self._close(number)
 
     def _opened(self, number: int) -> OpenShard:
         ahead = self._open.get(number)
         if ahead is not None and ahead.done() and ahead.exception() is not None:
-            del self._open[number]  # what has failed ahead of time is tried once more, now that it is needed
+            del self._open[number]  # opening it ahead of time failed: try once more, now that it is needed
         if number not in self._open:
             while len(self._open) >= self._keep_open:
-                self._let_go(next(iter(self._open)))
+                self._close(next(iter(self._open)))
             self._open[number] = Future()
             try:
                 self._open[number].set_result(self._open_shard(number))
@@ -113,13 +113,13 @@ class TokenDataset:
         shard = self.shards[number]
         return OpenShard(self._storage.open(shard), shard, str(self._place / shard.raw.name), self._remedy)
 
-    def _let_go(self, number: int) -> None:
+    def _close(self, number: int) -> None:
         self._ready.pop(number, None)
         future = self._open.pop(number)
         if not future.cancel():
-            future.add_done_callback(_close)
+            future.add_done_callback(_close_shard)
 
 
-def _close(future: "Future[OpenShard]") -> None:
+def _close_shard(future: "Future[OpenShard]") -> None:
     if not future.cancelled() and future.exception() is None:
         future.result().close()

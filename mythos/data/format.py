@@ -1,12 +1,12 @@
-"""What a prepared data set is: shared by the writer (data_prep) and the reader (stream.py).
+"""The format of a prepared data set: shared by the writer (data_prep) and the reader (dataset.py).
 
     DIR/tokenizer.json                       the tokenizer that made the ids
     DIR/manifest.json                        what the data set holds; written last, so it marks a complete data set
-    DIR/train/{index.json,shard.*.mds}       MDS shards with one column `tokens`; shard.*.mds.zstd where compressed
+    DIR/train/{index.json,shard.*.mds}       MDS shards with one column `tokens`; shard.*.mds.zstd if compressed
     DIR/validation/{index.json,shard.*.mds}
 
 A row is ``sequence_length + 1`` token ids: inputs are ``row[:-1]``, targets are ``row[1:]``. Every row is full, and
-each document is begun by the BOS token; data_prep/packing.py says which documents share a row.
+each document begins with the BOS token; data_prep/packing.py decides which documents share a row.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mythos.errors import UserError
@@ -33,14 +32,14 @@ SHARD_HASH = "xxh3_64"
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
-def token_dtype(vocabulary_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every id below ``vocabulary_size``."""
-    return np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.uint32)
+def token_dtype(vocabulary_size: int) -> str:
+    """The smallest of uint16 and uint32 that holds every id below ``vocabulary_size``. A name: no numpy at start-up."""
+    return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One Parquet file that the documents came from."""
+    """One file that the documents came from."""
 
     __pydantic_config__ = _STRICT
 
@@ -51,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked of `mythos data prepare` or `import`, beyond the sequence length and the tokenizer."""
+    """The options of `mythos data prepare` or `import`, except the sequence length and the tokenizer."""
 
     __pydantic_config__ = _STRICT
 
@@ -61,15 +60,15 @@ class Settings:
     packing: Literal["straight", "best_fit"] = "straight"
     compression: Literal["zstd"] | None = None
     content: Literal["text", "token_ids"] = "text"
-    """What the column held: text, or the ids of an earlier tokenisation."""
+    """What the column holds: text, or the token ids of an earlier tokenisation."""
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What one split holds. ``tokens`` are those in the rows; the unfinished last row is ``tokens_dropped``.
+    """The size of one split. ``tokens`` counts those in rows, ``tokens_dropped`` those of the incomplete last row.
 
-    ``text_bytes`` is None for imported token ids whose tokenizer is not a byte-level one. ``documents_cut`` counts the
-    documents that do not lie whole in one row.
+    ``text_bytes`` is None for imported token ids of a tokenizer that is not byte-level. ``documents_cut`` counts the
+    documents that are split over several rows.
     """
 
     __pydantic_config__ = _STRICT
@@ -83,7 +82,7 @@ class SplitCounts:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes of text for each token, BOS tokens counted: turns nats a token into bits a byte."""
+        """UTF-8 bytes of text per token, BOS tokens included: converts nats per token to bits per byte."""
         return None if self.text_bytes is None else self.text_bytes / (self.tokens + self.tokens_dropped)
 
 
@@ -103,7 +102,7 @@ class Manifest:
 
     @property
     def row_tokens(self) -> int:
-        """Token ids in one row."""
+        """Number of token ids in a row."""
         return self.sequence_length + 1
 
     @property
@@ -117,7 +116,7 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest":
-        """Read DIR/manifest.json. Raises UserError when it is missing, damaged or of another version."""
+        """Read DIR/manifest.json. Raises UserError if it is missing, damaged or of another version."""
         path = directory / MANIFEST_FILE
         text = read_data_file(path)
         remedy = f"remove {directory} and run `mythos data prepare` again"
@@ -139,10 +138,10 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 def fingerprint(directory: Path) -> str:
-    """A sha256 that identifies the data wherever it lies, so that a resumed run can tell another data set.
+    """A sha256 that identifies the data independently of its path, so that a resumed run detects other data.
 
-    It covers both index files (they hold the size and hash of every shard) and the fields that give the ids meaning.
-    Raises UserError when the manifest or an index is missing.
+    It covers both index files, which hold the size and hash of every shard, and the fields that give the ids meaning.
+    Raises UserError if the manifest or an index is missing.
     """
     manifest = Manifest.load(directory)
     meaning = [
@@ -153,29 +152,44 @@ def fingerprint(directory: Path) -> str:
     ]
     digest = hashlib.sha256(json.dumps(meaning).encode())
     for split in SPLITS:
-        # Hashed by itself first, so that no bytes can move from one index to the other.
+        # Each is hashed by itself first, so that moving bytes from one index to the other changes the result.
         digest.update(hashlib.sha256(read_data_file(directory / split / INDEX_FILE).encode()).digest())
     return digest.hexdigest()
 
 
+def tokenizer_problem(directory: Path, manifest: Manifest) -> str | None:
+    """What is wrong with the tokenizer of a data set, naming the file; None if it is the one that made the ids."""
+    path = directory / TOKENIZER_FILE
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    if found != manifest.tokenizer_sha256:
+        return (
+            f"{path}: not the tokenizer that made the ids (sha256 {found[:12]}, the manifest has "
+            f"{manifest.tokenizer_sha256[:12]})"
+        )
+    return None
+
+
 def read_data_file(path: Path) -> str:
-    """The text of a file that belongs to a prepared data set. Raises UserError naming the file."""
+    """The text of a file of a prepared data set. Raises UserError naming the file."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(
-            f"{path}: no such file, so this is no complete data set; check the path or run `mythos data prepare`"
+            f"{path}: no such file, so the data set is incomplete; check the path or run `mythos data prepare`"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); run `mythos data prepare` again") from error
 
 
 def parse_json_object(path: Path, text: str, remedy: str) -> dict[str, Any]:
-    """The JSON object in ``text``. Raises UserError naming ``path`` when it is damaged."""
+    """The JSON object in ``text``. Raises UserError naming ``path`` if it is damaged."""
     try:
         value = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: damaged, not valid JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged, holds a JSON {type(value).__name__} and not an object; {remedy}")
+        raise UserError(f"{path}: damaged, holds a JSON {type(value).__name__} instead of an object; {remedy}")
     return value

@@ -1,19 +1,19 @@
 """Which source each sample of a mixture comes from: exact over any window, with random access.
 
-The sources are the leaves of a binary tree, split again and again into two parts of nearly equal weight. A node sends
-the share p of its samples to the left, as evenly as can be: of its first m samples
+The sources are the leaves of a binary tree, built by repeatedly splitting them into two parts of nearly equal weight. A
+node sends the share p of its samples to the left child, as evenly as possible: of its first m samples,
 
     left(m) = floor(m p + 1/2)
 
-go left, so sample m goes left where left(m + 1) > left(m), and is sample left(m) of the left child; otherwise it is
-sample m - left(m) of the right child. Any n consecutive samples of a node hold n p of the left child within 1 (either
-the next integer below or the next above). Down the tree, with W_a the weight of node a,
+go left. So sample m goes left if left(m + 1) > left(m), and is sample left(m) of the left child; otherwise it is
+sample m - left(m) of the right child. Of any n consecutive samples of a node, n p go to the left child, rounded up or
+down. Over the whole tree, with W_a the weight of node a,
 
     |samples of source i in any window of n - n w_i / W| < bound_i = w_i * sum over a of 1 / W_a,
 
-a running over the nodes from the root's child to the leaf i: 1 for two sources, below 2 for three, 3/2 for four of
-equal weight. It does not grow with n, nor with the length of the run. Weights are taken as the exact decimal fractions
-that they are written as; the arithmetic is in integers.
+where a runs over the nodes from the root's child to the leaf i. The bound is 1 for two sources, below 2 for three and
+3/2 for four of equal weight. It grows neither with n nor with the length of the run. Weights are interpreted as the
+exact decimal fractions that they are written as; all arithmetic is in integers.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class _Node:
 
     @cached_property
     def share(self) -> Fraction:
-        """Of the left child."""
+        """The fraction of the samples that goes to the left child."""
         assert self.children is not None
         return self.children[0].weight / self.weight
 
@@ -49,15 +49,15 @@ class Mixture:
     def __init__(self, weights: Sequence[float]) -> None:
         leaves = [_Node(Fraction(str(weight)), source) for source, weight in enumerate(weights)]
         if not leaves or any(leaf.weight <= 0 for leaf in leaves):
-            raise ValueError(f"weights {list(weights)}: at least one, all above 0")
+            raise ValueError(f"weights {list(weights)}: need at least one, all above 0")
         self._root = _tree(sorted(leaves, key=lambda leaf: -leaf.weight))
         self.shares = [float(leaf.weight / self._root.weight) for leaf in leaves]
         self.bounds = [0.0] * len(leaves)
-        """For each source, what its count in any window differs by, at most, from the window's exact share."""
+        """For each source, the bound on the difference between its count in any window and its exact share."""
         self._fill_bounds(self._root, Fraction(0))
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """The source of a sample, and which of that source's samples it is."""
+        """The source of a sample, and the number of the sample within that source."""
         node = self._root
         while node.children is not None:
             left, right = node.children
@@ -69,7 +69,7 @@ class Mixture:
         return node.source, sample
 
     def counts(self, samples: int) -> list[int]:
-        """How many of the first ``samples`` each source gives."""
+        """How many of the first ``samples`` come from each source."""
         counts = [0] * len(self.shares)
         pending = [(self._root, samples)]
         while pending:
@@ -92,7 +92,7 @@ class Mixture:
 
 
 def _tree(leaves: list[_Node]) -> _Node:
-    """Leaves by falling weight, cut where the two sums are nearest to each other."""
+    """A tree of leaves sorted by decreasing weight, split where the two sums are closest to each other."""
     if len(leaves) == 1:
         return leaves[0]
     total = sum((leaf.weight for leaf in leaves), Fraction(0))

@@ -1,6 +1,5 @@
-"""The data of a run: opened, checked against the configuration, and told apart from other data when it is resumed."""
+"""Opening the data of a run: checks against the configuration, and the identity that a resumed run compares."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,19 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mythos.config.consent import arguments, differences, is_accepted
-from mythos.config.derive import data_sources, global_batch_sequences
-from mythos.config.schema import Config
+from mythos.config.derive import data_sources
+from mythos.config.schema import Data
 from mythos.data.cache import GIB, Cached, NodeCache
 from mythos.data.dataset import KEEP_OPEN, TokenDataset
-from mythos.data.format import INDEX_FILE, MANIFEST_FILE, SPLITS, TOKENIZER_FILE, fingerprint, read_data_file
+from mythos.data.format import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    SPLITS,
+    TOKENIZER_FILE,
+    fingerprint,
+    read_data_file,
+    tokenizer_problem,
+)
 from mythos.data.remote import is_object_store
 from mythos.data.stream import AHEAD_SHARDS, Source, TokenStream
 from mythos.errors import UserError
@@ -23,28 +30,35 @@ METADATA = (MANIFEST_FILE, TOKENIZER_FILE, *(f"{split}/{INDEX_FILE}" for split i
 
 @dataclass(frozen=True)
 class RunData:
-    """Both splits of every source, the tokenizer that they share, and what identifies them."""
+    """Both splits of every source, and the tokenizer that they share.
+
+    ``identity`` determines the samples of the run: the order of the rows and the content of every source.
+    """
 
     training: list[Source]
     validation: list[Source]
     tokenizer: Path
     identity: dict[str, Any]
 
-    def stream(self, config: Config) -> TokenStream:
+    def stream(self) -> TokenStream:
         """The samples to train on."""
-        return TokenStream(self.training, config.seed, config.data.shuffle_shards)
+        return TokenStream(self.training, self.identity["seed"], self.identity["shuffle_shards"])
 
 
-def open_data(config: Config) -> RunData:
-    """Open the data sets that the configuration names.
+def open_data(config: Data, vocabulary_size: int, seed: int, global_batch_sequences: int) -> RunData:
+    """Open the data sets that the configuration lists.
+
+    Args:
+        vocabulary_size: of the model.
+        seed: of the run.
 
     Raises:
         UserError: one is missing or damaged, was prepared for another sequence length, vocabulary or tokenizer, or
             the cache cannot hold the shards that are in use.
     """
     cache = None
-    if config.data.cache_directory is not None:
-        cache = NodeCache(Path(config.data.cache_directory), int(config.data.cache_gib * GIB))
+    if config.cache_directory is not None:
+        cache = NodeCache(Path(config.cache_directory), int(config.cache_gib * GIB))
     training: list[Source] = []
     validation: list[Source] = []
     fingerprints = {}
@@ -56,15 +70,15 @@ def open_data(config: Config) -> RunData:
                 remedy = f"copy or prepare {place} again"
                 storage = Cached(cache, f"{place.rstrip('/')}/{split}", remedy)
             opened.append(Source(name, weight, TokenDataset(directory, split, storage)))
-        _check_fits(config, training[-1], place)
+        _check_fits(config, vocabulary_size, training[-1], place)
         _check_tokenizer(directory, training[0], training[-1])
         fingerprints[name] = fingerprint(directory)
     if cache is not None:
         _check_cache_size(config, training, validation)
     identity = {
-        "seed": config.seed,
-        "global_batch_sequences": global_batch_sequences(config),
-        "shuffle_shards": config.data.shuffle_shards,
+        "seed": seed,
+        "global_batch_sequences": global_batch_sequences,
+        "shuffle_shards": config.shuffle_shards,
         "sources": {
             source.name: {"fingerprint": fingerprints[source.name], "weight": source.weight} for source in training
         },
@@ -73,7 +87,7 @@ def open_data(config: Config) -> RunData:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer that made the data's token ids. Raises UserError when it is missing or damaged."""
+    """The tokenizer that made the token ids of the data. Raises UserError if it is missing or damaged."""
     text = read_data_file(path)
     try:
         return Tokenizer.from_str(text)
@@ -122,54 +136,51 @@ def _options_behind(path: str) -> tuple[str, ...]:
 
 
 def _metadata(directory: str, cache: NodeCache | None) -> Path:
-    """Where manifest, tokenizer and indexes can be read."""
+    """The local directory of the manifest, the tokenizer and the indexes."""
     if not is_object_store(directory):
         return Path(directory)
     if cache is None:
-        raise UserError(f"data.cache_directory = None: {directory} needs one: give a directory on each node's own disk")
+        raise UserError(
+            f"data.cache_directory = None: {directory} needs a cache: choose a directory on each node's own disk"
+        )
     return cache.fetch_metadata(directory.rstrip("/"), METADATA)
 
 
-def _check_fits(config: Config, source: Source, directory: str) -> None:
+def _check_fits(config: Data, vocabulary_size: int, source: Source, directory: str) -> None:
     manifest = source.dataset.manifest
-    if manifest.sequence_length != config.data.sequence_length:
+    if manifest.sequence_length != config.sequence_length:
         raise UserError(
-            f"data.sequence_length = {config.data.sequence_length}: {directory} was prepared with "
+            f"data.sequence_length = {config.sequence_length}: {directory} was prepared with "
             f"{manifest.sequence_length}: set that, or prepare the data again"
         )
-    if manifest.vocabulary_size > config.model.vocabulary_size:
+    if manifest.vocabulary_size > vocabulary_size:
         raise UserError(
-            f"model.vocabulary_size = {config.model.vocabulary_size}: the tokenizer of {directory} has "
+            f"model.vocabulary_size = {vocabulary_size}: the tokenizer of {directory} has "
             f"{manifest.vocabulary_size} tokens: set at least that"
         )
 
 
 def _check_tokenizer(directory: Path, first: Source, source: Source) -> None:
-    path, expected = directory / TOKENIZER_FILE, source.dataset.manifest.tokenizer_sha256
-    found = hashlib.sha256(read_data_file(path).encode()).hexdigest()
-    if found != expected:
-        raise UserError(
-            f"{path}: not the tokenizer that made the shards (sha256 {found[:12]}, the manifest has {expected[:12]}): "
-            "put that one there, or prepare the data again"
-        )
-    if expected != first.dataset.manifest.tokenizer_sha256:
+    if problem := tokenizer_problem(directory, source.dataset.manifest):
+        raise UserError(f"{problem}; restore that tokenizer, or prepare the data again")
+    if source.dataset.manifest.tokenizer_sha256 != first.dataset.manifest.tokenizer_sha256:
         raise UserError(
             f"data.sources: {first.name} and {source.name} were made by different tokenizers: "
             f"prepare {source.dataset.directory} again with {first.dataset.directory / TOKENIZER_FILE}"
         )
 
 
-def _check_cache_size(config: Config, training: Sequence[Source], validation: Sequence[Source]) -> None:
+def _check_cache_size(config: Data, training: Sequence[Source], validation: Sequence[Source]) -> None:
     needed = 0
     for source, in_use in (
-        *((source, config.data.shuffle_shards + AHEAD_SHARDS) for source in training),
+        *((source, config.shuffle_shards + AHEAD_SHARDS) for source in training),
         *((source, KEEP_OPEN) for source in validation),
     ):
         shards = source.dataset.shards
         largest = max(shard.raw.bytes + (shard.packed.bytes if shard.packed else 0) for shard in shards)
         needed += largest * min(len(shards), in_use)
-    if needed > config.data.cache_gib * GIB:
+    if needed > config.cache_gib * GIB:
         raise UserError(
-            f"data.cache_gib = {config.data.cache_gib}: the shards in use at a time need {needed / GIB:.3g}: "
+            f"data.cache_gib = {config.cache_gib}: the shards in use at a time need {needed / GIB:.3g}: "
             "raise it, or lower data.shuffle_shards"
         )

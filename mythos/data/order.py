@@ -1,4 +1,4 @@
-"""The order in which an epoch reads a data set: a formula, in place of a stored permutation of all rows.
+"""The order in which an epoch reads a data set: a formula instead of a stored permutation of all rows.
 
 With S shards of r_s rows and G = min(shuffle_shards, S), in epoch e:
 
@@ -8,14 +8,15 @@ With S shards of r_s rows and G = min(shuffle_shards, S), in epoch e:
     slot t         = chunk(sigma_e(t - c mod S), c) for every c, shuffled       t = 0 .. S - 1
     epoch e        = slot 0, slot 1, ..., slot S - 1
 
-Every chunk of every shard lies in one slot, so an epoch holds each row once. A slot mixes G shards evenly (two
-neighbours come from one shard with probability 1 / G); from a slot to the next one shard leaves and one enters, so a
-reader needs G shards and learns long before which come next. The rows of a shard are spread over G slots, as many
-samples as G shards have rows. With G = S a slot is a sample of the whole data set, with the same share of every shard.
+Every chunk of every shard is in exactly one slot, so an epoch holds each row once. A slot mixes G shards evenly: two
+neighbours come from the same shard with probability 1 / G. From one slot to the next, one shard leaves and one enters,
+so a reader needs G shards at a time and knows the following ones long in advance. The rows of a shard are spread over G
+slots, that is, over as many samples as G shards have rows. With G = S a slot is a sample of the whole data set with the
+same share of every shard.
 
-Memory: the permutations of the shards in use, 8 bytes a row. Any sample is found from its number alone, in
-milliseconds. The random numbers are raw output of Philox, keyed by (seed, epoch) and counted by what they are for,
-and sorted: the stream of the bit generator is fixed for ever, numpy's ``permutation`` is not.
+Memory: the permutations of the shards in use, 8 bytes per row. Any sample is found from its number alone, in
+milliseconds. A permutation is the argsort of raw output of Philox, whose key is (seed, epoch) and whose counter holds
+the purpose: numpy guarantees the stream of the bit generator for all versions, but not that of ``permutation``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ class _Purpose(IntEnum):
 
 
 def random_order(length: int, seed: int, epoch: int, purpose: int, number: int, series: int = 0) -> np.ndarray:
-    """A random permutation of range(length), int64, a function of the arguments alone."""
+    """A random permutation of range(length), int64, that depends on the arguments alone."""
     counter = np.array([0, series, number, purpose], dtype=np.uint64)
     generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=counter)
     return np.argsort(generator.random_raw(length), kind="stable")
@@ -44,8 +45,8 @@ class Order:
     Args:
         shard_rows: rows of each shard, in the order of the data set.
         seed: of the whole run.
-        shuffle_shards: shards whose rows are mixed at a time.
-        series: tells apart orders of the same seed, such as those of several sources.
+        shuffle_shards: number of shards whose rows are mixed at a time.
+        series: distinguishes orders of the same seed, such as those of several sources.
     """
 
     def __init__(self, shard_rows: Sequence[int], seed: int, shuffle_shards: int, series: int = 0) -> None:
@@ -53,9 +54,9 @@ class Order:
         self._first_row = np.cumsum(self._rows) - self._rows
         self._seed, self._series = seed, series
         self.in_use = min(shuffle_shards, len(self._rows))
-        """Shards that a slot reads from: G."""
+        """Number of shards that a slot reads from: G."""
         self.rows = int(self._rows.sum())
-        """Rows of one epoch."""
+        """Number of rows of an epoch."""
         self._epoch = lru_cache(maxsize=2)(self._epoch)  # type: ignore[method-assign]
         self._slot = lru_cache(maxsize=2)(self._slot)  # type: ignore[method-assign]
         self._within = lru_cache(maxsize=self.in_use + 1)(self._within)  # type: ignore[method-assign]
@@ -72,9 +73,10 @@ class Order:
         return indices
 
     def shards_from(self, sample: int) -> Iterator[int]:
-        """The shards in the order in which they are needed from this sample on; the first ``in_use`` at once. Endless.
+        """An endless iterator of the shards in the order in which they are needed from this sample on.
 
-        A shard is named again when it enters again, in the next epoch or, for the last of an epoch, in its last slots.
+        The first ``in_use`` are needed at once. A shard comes again when it enters again: in the next epoch or, for the
+        last shards of an epoch, in its last slots.
         """
         epoch, slot, _ = self._locate(sample)
         while True:
@@ -86,7 +88,7 @@ class Order:
             epoch, slot = epoch + 1, 0
 
     def slot_of(self, sample: int) -> tuple[int, int]:
-        """Epoch and slot of a sample: as long as they are the same, the same shards are in use."""
+        """Epoch and slot of a sample. Samples with the same epoch and slot need the same shards."""
         return self._locate(sample)[:2]
 
     def _locate(self, sample: int) -> tuple[int, int, int]:
@@ -97,7 +99,7 @@ class Order:
         return epoch, slot, position - (int(ends[slot - 1]) if slot else 0)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in their order, and where each slot ends."""
+        """The shards in the order of the epoch, and the position where each slot ends."""
         shards = random_order(len(self._rows), self._seed, epoch, _Purpose.SHARDS, 0, self._series)
         sizes = np.zeros(len(shards), dtype=np.int64)
         for chunk in range(self.in_use):
@@ -109,7 +111,7 @@ class Order:
         return (chunk + 1) * self._rows // self.in_use
 
     def _slot(self, epoch: int, slot: int) -> np.ndarray:
-        """The rows of a slot, in their order."""
+        """The rows of a slot, in order."""
         shards, _ = self._epoch(epoch)
         pieces = []
         for chunk in range(self.in_use):

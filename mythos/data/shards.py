@@ -1,12 +1,11 @@
-"""The shards of a prepared data set, as its MDS index lists them, and one of them open for reading.
+"""The shards of a prepared data set: as its MDS index lists them, and opened for reading.
 
 An MDS shard of ``rows`` samples is: uint32 rows | uint32 offsets[rows + 1] | JSON config | samples. Our only column has
-a fixed size, so the samples are a plain matrix at the end of the file. Rows are read with ``pread``, which is faster
-than a memory map (no page fault a row), and a file that is cut or taken away while it is in use is an error and not
-a signal.
+a fixed size, so the samples are a plain matrix at the end of the file. Rows are read with ``pread``. It is faster than
+a memory map, which costs a page fault for each row, and a file that is truncated or removed while it is in use raises
+an error, where a memory map would raise a signal.
 """
 
-import errno
 import os
 import re
 import tempfile
@@ -17,18 +16,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-import xxhash
 
 from mythos.data.format import COLUMN, SHARD_HASH, Manifest, parse_json_object, read_data_file
-from mythos.errors import UserError
+from mythos.errors import UserError, os_errors_as_user_errors
+from mythos.files import hash_file
 
-_HASH_CHUNK_BYTES = 1 << 24
 COMPRESSION = "zstd"
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file as the index describes it."""
+    """A file as described in the index."""
 
     name: str
     bytes: int
@@ -37,7 +35,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: the rows it holds, the file that is read, and the packed file that it is stored in, if it is."""
+    """One shard: its rows, the raw file that is read, and the compressed file if it is stored compressed."""
 
     rows: int
     row_bytes: int
@@ -46,22 +44,22 @@ class Shard:
 
     @property
     def stored(self) -> StoredFile:
-        """The file that lies in the data set."""
+        """The file in the data set's directory."""
         return self.packed or self.raw
 
 
 class Storage(Protocol):
-    """Where the shards of one split lie."""
+    """Access to the shards of one split."""
 
     def check(self, shards: Sequence[Shard]) -> None:
-        """Find what is missing at once, as far as it costs little. Raises UserError."""
+        """Check that the shards exist, where that is cheap. Raises UserError."""
 
     def open(self, shard: Shard) -> BinaryIO:
-        """The shard's raw file, its hash checked. May be called from several threads. Raises UserError."""
+        """Open the shard's raw file and check its hash. May be called from several threads. Raises UserError."""
 
 
 def read_index(path: Path, manifest: Manifest, remedy: str) -> list[Shard]:
-    """The shards that an index names. Raises UserError when it is damaged or of another kind than the manifest says."""
+    """The shards that an index lists. Raises UserError if it is damaged or does not match the manifest."""
     index = parse_json_object(path, read_data_file(path), remedy)
     entries = index.get("shards")
     if index.get("version") != 2 or not isinstance(entries, list):
@@ -112,19 +110,15 @@ def _parse_file(entry: Any) -> StoredFile:
 
 
 def file_problem(file: BinaryIO, expected: StoredFile) -> str | None:
-    """What is wrong with an open file, in a few words: its size or its hash; None when it is whole."""
+    """What is wrong with an open file, its size or its hash, in a few words; None if it is as expected."""
     found_bytes = os.fstat(file.fileno()).st_size
     if found_bytes != expected.bytes:
         return f"{found_bytes} bytes, the index says {expected.bytes}"
-    digest = xxhash.xxh3_64()
-    file.seek(0)
-    while chunk := file.read(_HASH_CHUNK_BYTES):
-        digest.update(chunk)
-    return None if digest.hexdigest() == expected.xxh3_64 else "damaged, its hash differs from the index"
+    return None if hash_file(file) == expected.xxh3_64 else "damaged, its hash differs from the index"
 
 
 def unpack(packed: Path, shard: Shard, target: BinaryIO) -> str | None:
-    """Write the raw form of a packed file; returns what is wrong with the packed file, or None."""
+    """Decompress a packed file into ``target``; returns what is wrong with the packed file, or None."""
     import zstd
 
     assert shard.packed is not None
@@ -134,7 +128,7 @@ def unpack(packed: Path, shard: Shard, target: BinaryIO) -> str | None:
     try:
         target.write(zstd.decompress(packed.read_bytes()))
     except zstd.Error as error:
-        return f"damaged, cannot be unpacked ({error})"
+        return f"damaged, cannot be decompressed ({error})"
     target.flush()
     return file_problem(target, shard.raw)
 
@@ -142,48 +136,42 @@ def unpack(packed: Path, shard: Shard, target: BinaryIO) -> str | None:
 def check_files(directory: Path, shards: Sequence[Shard], remedy: str) -> None:
     """Raises UserError unless a directory holds every shard with its size."""
     sizes = {}
-    try:  # one listing: on a network file system it brings the sizes along
-        for entry in os.scandir(directory):
-            with suppress(FileNotFoundError):  # a link to nowhere
+    with os_errors_as_user_errors(directory, remedy):
+        for entry in os.scandir(directory):  # one listing: on a network file system it includes the sizes
+            with suppress(FileNotFoundError):  # a dangling link
                 sizes[entry.name] = entry.stat().st_size
-    except OSError as error:
-        raise UserError(f"{directory}: {error.strerror}; {remedy}") from error
     for shard in shards:
         name, expected = shard.stored.name, shard.stored.bytes
         if name not in sizes:
-            raise UserError(f"{directory / name}: the index names it, but No such file or directory; {remedy}")
+            raise UserError(f"{directory / name}: missing, but listed in the index; {remedy}")
         if sizes[name] != expected:
             raise UserError(f"{directory / name}: {sizes[name]} bytes, the index says {expected}; {remedy}")
 
 
 class InPlace:
-    """Shards read where they lie. Packed ones are unpacked into temporary files without a name, which end with us."""
+    """Shards read from the data set's directory. Compressed ones are unpacked into unnamed temporary files."""
 
     def __init__(self, directory: Path, remedy: str) -> None:
         self._directory = directory
         self._remedy = remedy
 
     def check(self, shards: Sequence[Shard]) -> None:
-        """Every shard is there with its size, or UserError."""
+        """Raises UserError unless every shard exists with its size."""
         check_files(self._directory, shards, self._remedy)
 
     def open(self, shard: Shard) -> BinaryIO:
         """See ``Storage``."""
         path = self._directory / shard.stored.name
-        try:
+        when_full = (
+            f"no space to unpack it in {tempfile.gettempdir()}; set data.cache_directory, or TMPDIR to a larger disk"
+        )
+        with os_errors_as_user_errors(path, self._remedy, when_full):
             if shard.packed is None:
                 file: BinaryIO = path.open("rb")
                 problem = file_problem(file, shard.raw)
             else:
-                file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the shard is in use
+                file = tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the shard is in use
                 problem = unpack(path, shard, file)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"{tempfile.gettempdir()}: no room for the unpacked {path}; set data.cache_directory, or TMPDIR "
-                    "to a larger disk"
-                ) from error
-            raise UserError(f"{path}: cannot be read ({error.strerror}); {self._remedy}") from error
         if problem is not None:
             file.close()
             raise UserError(f"{path}: {problem}; {self._remedy}")
@@ -191,32 +179,31 @@ class InPlace:
 
 
 class OpenShard:
-    """A shard whose rows can be read."""
+    """An open shard, whose rows can be read."""
 
     def __init__(self, file: BinaryIO, shard: Shard, name: str, remedy: str) -> None:
-        """Raises UserError when the file's own header disagrees with the index."""
+        """Raises UserError if the header of the file does not match the index."""
         self._file, self._shard, self._name, self._remedy = file, shard, name, remedy
         self._start = shard.raw.bytes - shard.rows * shard.row_bytes
         header = np.zeros(2, dtype="<u4")
         try:
-            count = os.preadv(file.fileno(), [header.data], 0)
-        except OSError as error:
+            count = self._read_at(0, header)
+            if count != header.nbytes or header.tolist() != [shard.rows, self._start]:
+                raise UserError(f"{name}: its header does not match the index; {remedy}")
+        except UserError:
             file.close()
-            raise UserError(f"{name}: cannot be read ({error.strerror}); {remedy}") from error
-        if count != header.nbytes or header.tolist() != [shard.rows, self._start]:
-            file.close()
-            raise UserError(f"{name}: its header disagrees with the index; {remedy}")
+            raise
 
     def read(self, row: int, into: np.ndarray) -> None:
         """Read one row into an array of the stored type."""
-        position = self._start + row * self._shard.row_bytes
-        try:
-            count = os.preadv(self._file.fileno(), [into.data], position)
-        except OSError as error:
-            raise UserError(f"{self._name}: cannot be read any more ({error.strerror}); {self._remedy}") from error
+        count = self._read_at(self._start + row * self._shard.row_bytes, into)
         if count != self._shard.row_bytes:
-            raise UserError(f"{self._name}: was cut while in use; {self._remedy}")
+            raise UserError(f"{self._name}: was truncated while in use; {self._remedy}")
+
+    def _read_at(self, position: int, into: np.ndarray) -> int:
+        with os_errors_as_user_errors(self._name, self._remedy):
+            return os.preadv(self._file.fileno(), [into.data], position)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()

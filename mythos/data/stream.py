@@ -1,8 +1,8 @@
-"""The samples of a run, numbered from 0: which rows of which data set, the same for whoever asks.
+"""The samples of a run, numbered from 0: the row and the data set of each.
 
-Sample n belongs to one source (``mixture.py``) and is one of that source's samples, which run through its rows epoch
-after epoch (``order.py``). So the position of a run is one number, and there is no notion of ranks: at any world size,
-and after any resume, the same sample numbers give the same rows.
+Sample n belongs to one source (``mixture.py``) and is one of that source's samples, which go through its rows epoch by
+epoch (``order.py``). So the position of a run is a single number, and the stream does not depend on ranks: for any
+world size, and after any resume, the same sample numbers give the same rows.
 """
 
 import resource
@@ -20,15 +20,15 @@ from mythos.data.order import Order
 from mythos.errors import UserError
 
 AHEAD_SHARDS = 8
-"""Shards opened (fetched, their hash checked) before the order needs them."""
+"""Number of shards that are opened (fetched, hash checked) before the order needs them."""
 THREADS = 8
 _OTHER_FILES = 256
-"""Files that a process may have open beside its shards."""
+"""Number of files that a process may have open in addition to its shards."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set and its weight in the mixture."""
+    """A data set with its weight in the mixture."""
 
     name: str
     weight: float
@@ -36,15 +36,15 @@ class Source:
 
 
 class TokenStream:
-    """An endless run of samples from one source or several.
+    """An endless sequence of samples from one or several sources.
 
     Args:
-        sources: their order does not matter, their names do: each has an order of its own.
+        sources: their sequence does not matter, but their names do: each name gives another order of the rows.
         seed: of the whole run.
-        shuffle_shards: shards of each source whose rows are mixed at a time.
+        shuffle_shards: number of shards of each source whose rows are mixed at a time.
 
     Raises:
-        UserError: this process may not have that many shards open.
+        UserError: this process may not have that many files open.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int, shuffle_shards: int) -> None:
@@ -64,18 +64,18 @@ class TokenStream:
         _allow_open_files(sum(order.in_use + AHEAD_SHARDS for order in self._orders))
 
     def samples(self, first_sample: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The number of the source, and the row in it, of each of these samples; int64 of shape (count,) each."""
+        """For each of these samples, the number of its source and its row there; int64 of shape (count,) each."""
         located = [self.mixture.locate(sample) for sample in range(first_sample, first_sample + count)]
         numbers = np.array([number for number, _ in located], dtype=np.int64)
         rows = np.empty(count, dtype=np.int64)
         for number, order in enumerate(self._orders):
             own = numbers == number
-            if own.any():  # those of a source are consecutive within it
+            if own.any():  # the samples of a source are consecutive within it
                 rows[own] = order.indices(located[int(own.argmax())][1], int(own.sum()))
         return numbers, rows
 
     def rows(self, first_sample: int, count: int) -> np.ndarray:
-        """The token ids of these samples, int64 of shape (count, sequence_length + 1). One thread at a time.
+        """The token ids of these samples, int64 of shape (count, sequence_length + 1). Not thread safe.
 
         Raises:
             UserError: a shard is missing or damaged, or cannot be fetched.
@@ -92,7 +92,7 @@ class TokenStream:
         return tokens
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often each source has been read through after so many samples."""
+        """The number of epochs of each source after so many samples."""
         counts = self.mixture.counts(samples)
         return {
             source.name: count / order.rows
@@ -100,13 +100,13 @@ class TokenStream:
         }
 
     def close(self) -> None:
-        """Let go of all files. What is being fetched ends by itself."""
+        """Close all files, without waiting for shards that are being fetched."""
         self._executor.shutdown(wait=False, cancel_futures=True)
         for source in self.sources:
             source.dataset.close()
 
     def _prepare(self, sample: int) -> None:
-        """Open the shards that are needed from this sample on, and the next ones, in the background."""
+        """Open the shards that are needed from this sample on, and the following ones, in the background."""
         counts = self.mixture.counts(sample)
         for number, (source, order, count) in enumerate(zip(self.sources, self._orders, counts, strict=True)):
             slot = order.slot_of(count)
@@ -123,7 +123,7 @@ def _allow_open_files(shards: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UserError(
-            f"data.shuffle_shards: {shards} shards would be open at a time, this process may open {hard} files: "
-            "lower it, or raise `ulimit -n`"
+            f"data.shuffle_shards: {shards} shards would be open at a time, but this process may open only {hard} "
+            "files: lower it, or raise `ulimit -n`"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

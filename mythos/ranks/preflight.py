@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 import mythos
 from mythos.config.consent import differences
+from mythos.config.derive import global_batch_sequences
 from mythos.config.load import flatten, to_dict
 from mythos.config.model_schema import Model
 from mythos.config.schema import Config, Run
@@ -99,7 +100,8 @@ def open_data_everywhere(config: Config) -> RunData:
     Raises:
         UserError: as ``open_data``; or two nodes have different data at the same path.
     """
-    data = agree(lambda: open_data(config))
+    batch = global_batch_sequences(config)
+    data = agree(lambda: open_data(config.data, config.model.vocabulary_size, config.seed, batch))
     identities: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(identities, (socket.gethostname(), data.identity))
     first_host, first = identities[0]

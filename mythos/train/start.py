@@ -75,7 +75,7 @@ class OpenRun:
 
     def open_batches(self, state: RunState) -> StepBatches:
         """The batches from the state's position on."""
-        return StepBatches(self.config, self.data.stream(self.config), state.step + 1, state.samples)
+        return StepBatches(self.config, self.data.stream(), state.step + 1, state.samples)
 
     def missing_validation(self, step: int) -> bool:
         """Whether this step is still to be validated: at the start of a run, or after a stop or kill. Collective."""

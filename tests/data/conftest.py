@@ -1,4 +1,4 @@
-"""A small data set of random ids, in several shards, written by the real MDSWriter."""
+"""A small data set of random ids in several shards, written by the MDSWriter of mosaicml-streaming."""
 
 import hashlib
 import shutil
@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mythos.config.derive import global_batch_sequences
+from mythos.config.schema import Config
 from mythos.data.format import COLUMN, SHARD_HASH, SPLITS, Manifest, Settings, Source, SplitCounts
+from mythos.data.open import RunData, open_data
 
 SEQUENCE_LENGTH = 15
 ROWS = {"train": 103, "validation": 7}
 SHARD_BYTES = 1024  # about 20 rows: six train shards
-TOKENIZER = "not read unless text is written"
+TOKENIZER = "only read to generate text"
 
 
 def write_data_set(
@@ -22,7 +25,7 @@ def write_data_set(
     compression: str | None = None,
     rows: int = ROWS["train"],
 ) -> Path:
-    """``rows`` are those of the train split."""
+    """Write a data set whose train split has ``rows`` rows."""
     from streaming import MDSWriter
 
     counts = ROWS | {"train": rows}
@@ -54,13 +57,18 @@ def write_data_set(
     return directory
 
 
+def open_run_data(config: Config) -> RunData:
+    """The data of the run that a configuration describes."""
+    return open_data(config.data, config.model.vocabulary_size, config.seed, global_batch_sequences(config))
+
+
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared by all tests: read only."""
+    """Shared by all tests, so it must not be changed."""
     return write_data_set(tmp_path_factory.mktemp("pristine"))
 
 
 @pytest.fixture
 def data_set(pristine: Path, tmp_path: Path) -> Path:
-    """A copy of one's own, to damage."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(pristine, tmp_path / "data"))

@@ -1,4 +1,4 @@
-"""An S3 bucket on this machine: the part of the protocol that a download needs, over a directory."""
+"""A local S3 server: the part of the protocol that a download needs, serving a directory."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def object_store(directory: Path) -> Iterator[str]:
-    """Serve ``directory`` as the objects of every bucket; yields the endpoint's address."""
+    """Serve ``directory`` as the content of every bucket; yields the address of the endpoint."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -42,7 +42,7 @@ def object_store(directory: Path) -> Iterator[str]:
                 self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nothing on the console."""
+            """Print nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,4 +1,4 @@
-"""The node's cache with real processes and real kills."""
+"""The node's cache, with real processes and real kills."""
 
 import fcntl
 import multiprocessing
@@ -42,7 +42,7 @@ def leftovers(cache: Path) -> list[Path]:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The origins that were fetched, in order."""
+    """The addresses that were fetched, in order."""
     origins: list[str] = []
     fetch = remote.fetch
 
@@ -55,7 +55,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
-def test_rows_come_through_the_cache_each_shard_fetched_once(
+def test_rows_read_through_the_cache_are_right_and_each_shard_is_fetched_once(
     compression: str | None, pristine: Path, tmp_path: Path, fetched: list[str]
 ) -> None:
     data = write_data_set(tmp_path / "data", compression=compression)
@@ -68,7 +68,7 @@ def test_rows_come_through_the_cache_each_shard_fetched_once(
     assert not leftovers(tmp_path / "cache")
 
 
-def test_the_cache_stays_within_its_bound_and_keeps_what_was_used_last(
+def test_the_cache_stays_within_its_limit_and_keeps_the_shards_used_last(
     pristine: Path, tmp_path: Path, fetched: list[str]
 ) -> None:
     shards = TokenDataset(pristine, "train").shards
@@ -90,8 +90,8 @@ def test_the_cache_stays_within_its_bound_and_keeps_what_was_used_last(
     assert len(fetched) == count + 1
 
 
-def test_open_shards_keep_their_place_and_no_room_is_wasted_on_them(pristine: Path, tmp_path: Path) -> None:
-    """Removed while open they would still fill the disk, unseen."""
+def test_open_shards_stay_in_the_cache(pristine: Path, tmp_path: Path) -> None:
+    """A shard that is removed while it is open still occupies the disk, without being counted."""
     reader = open_cached(pristine, tmp_path / "cache", 64 * 1024)
     limit = 3 * max(shard.raw.bytes for shard in reader.shards)
     reader = open_cached(pristine, tmp_path / "cache", limit)
@@ -109,10 +109,10 @@ def test_open_shards_keep_their_place_and_no_room_is_wasted_on_them(pristine: Pa
     for number in range(1, len(reader.shards)):
         other[number * rows]
         other.close()
-    assert not first.exists(), "closed, it is the one that was opened longest ago"
+    assert not first.exists(), "once closed, it is the least recently opened one"
 
 
-def test_what_is_not_the_caches_own_stays(pristine: Path, tmp_path: Path) -> None:
+def test_foreign_files_are_kept(pristine: Path, tmp_path: Path) -> None:
     for name in ("shards/thesis.bin", "partial/mine/notes.txt"):
         (tmp_path / "cache" / name).parent.mkdir(parents=True)
         (tmp_path / "cache" / name).write_text("years of work")
@@ -124,7 +124,7 @@ def test_what_is_not_the_caches_own_stays(pristine: Path, tmp_path: Path) -> Non
         assert (tmp_path / "cache" / name).read_text() == "years of work"
 
 
-def test_a_stopped_process_that_makes_room_holds_nobody_up(
+def test_a_stopped_process_that_frees_space_blocks_nobody(
     pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mythos.data.cache.ROOM_WAIT_S", 0.3)
@@ -134,7 +134,7 @@ def test_a_stopped_process_that_makes_room_holds_nobody_up(
         open_cached(pristine, tmp_path / "cache")[0]
 
 
-def test_a_stream_needs_no_more_than_the_shards_in_use_and_ahead(pristine: Path, tmp_path: Path) -> None:
+def test_a_stream_needs_no_more_space_than_the_shards_in_use_and_ahead(pristine: Path, tmp_path: Path) -> None:
     data = write_data_set(tmp_path / "data", rows=1200)  # 60 shards
     dataset = open_cached(data, tmp_path / "cache", 64 * 1024)
     largest = max(shard.raw.bytes for shard in dataset.shards)
@@ -144,19 +144,19 @@ def test_a_stream_needs_no_more_than_the_shards_in_use_and_ahead(pristine: Path,
     plain = TokenStream([Source("data", 1.0, TokenDataset(data, "train"))], 1, shuffle_shards=6)
     for first in range(0, 1600, 8):
         np.testing.assert_array_equal(stream.rows(first, 8), plain.rows(first, 8))
-        assert bytes_of_one_moment(tmp_path / "cache") <= limit
+        assert bytes_at_one_moment(tmp_path / "cache") <= limit
     stream.close()
 
 
-def bytes_of_one_moment(cache: Path) -> int:
-    """Files come and go while a directory is listed: two listings that agree were not disturbed. Names end in sizes."""
+def bytes_at_one_moment(cache: Path) -> int:
+    """The total of the sizes in the names, from two equal listings: files may change while a directory is listed."""
     before, now = None, cached(cache)
     while now != before:
         before, now = now, cached(cache)
     return sum(int(path.name.split("-")[1]) for path in now)
 
 
-def test_a_bad_copy_is_fetched_again_and_a_bad_origin_is_named(
+def test_a_damaged_copy_is_fetched_again_and_a_damaged_original_is_reported(
     data_set: Path, tmp_path: Path, fetched: list[str]
 ) -> None:
     expected = open_cached(data_set, tmp_path / "cache")[0]
@@ -164,7 +164,7 @@ def test_a_bad_copy_is_fetched_again_and_a_bad_origin_is_named(
         (copy,) = cached(tmp_path / "cache")
         damage(copy)
         np.testing.assert_array_equal(open_cached(data_set, tmp_path / "cache")[0], expected)
-    # A stream of the test before may still be fetching.
+    # A stream of an earlier test may still be fetching.
     assert len([origin for origin in fetched if origin.startswith(str(data_set))]) == 3
 
     shard = data_set / "train" / "shard.00001.mds"
@@ -176,26 +176,26 @@ def test_a_bad_copy_is_fetched_again_and_a_bad_origin_is_named(
     assert not leftovers(tmp_path / "cache")
 
 
-def test_a_shard_that_goes_missing_after_the_start_is_named(data_set: Path, tmp_path: Path) -> None:
+def test_a_shard_that_is_removed_after_the_start_is_reported(data_set: Path, tmp_path: Path) -> None:
     dataset = open_cached(data_set, tmp_path / "cache")
     (data_set / "train" / "shard.00002.mds").unlink()
     dataset[0]
-    with pytest.raises(UserError, match=r"shard\.00002\.mds: cannot be fetched \(No such file"):
+    with pytest.raises(UserError, match=r"shard\.00002\.mds: No such file or directory: check"):
         dataset.read(range(LENGTH))
-    with pytest.raises(UserError, match=r"shard\.00002\.mds: the index names it"):
+    with pytest.raises(UserError, match=r"shard\.00002\.mds: missing, but listed in the index"):
         open_cached(data_set, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("place", ["a file", "not allowed"])
-def test_a_cache_that_cannot_be_written_is_named(place: str, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(place: str, tmp_path: Path) -> None:
     path = tmp_path / "cache"
     path.write_text("") if place == "a file" else None
-    with pytest.raises(UserError, match="data.cache_directory = .*; give a directory") as caught:
+    with pytest.raises(UserError, match="data.cache_directory = .*: choose a writable directory") as caught:
         NodeCache(path if place == "a file" else Path("/proc/mythos"), MIB)
     assert "\n" not in str(caught.value)
 
 
-def test_a_failing_write_is_one_line(pristine: Path, tmp_path: Path) -> None:
+def test_a_failing_write_is_reported_in_one_line(pristine: Path, tmp_path: Path) -> None:
     dataset = open_cached(pristine, tmp_path / "cache")
     shard = dataset.shards[0]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -225,7 +225,7 @@ def read_all(data: Path, cache: Path, limit_bytes: int, rounds: int, fetches: An
 
 
 @pytest.mark.parametrize("room_for", [100, 2])
-def test_ranks_and_runs_share_a_cache_at_the_same_time(pristine: Path, tmp_path: Path, room_for: int) -> None:
+def test_processes_share_a_cache_at_the_same_time(pristine: Path, tmp_path: Path, room_for: int) -> None:
     shards = TokenDataset(pristine, "train").shards
     limit = room_for * max(shard.raw.bytes for shard in shards)
     fetches = SPAWN.Queue()
@@ -254,7 +254,7 @@ def hang_in_a_fetch(data: Path, cache: Path, started: Any) -> None:
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_killed_or_stopped_run_holds_nobody_up(
+def test_a_killed_or_stopped_run_blocks_nobody(
     end: signal.Signals, pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = SPAWN.Event()
@@ -271,7 +271,7 @@ def test_a_killed_or_stopped_run_holds_nobody_up(
         assert len(leftovers(tmp_path / "cache")) == 1
         rows = open_cached(pristine, tmp_path / "cache").read(range(LENGTH))
         np.testing.assert_array_equal(rows, TokenDataset(pristine, "train").read(range(LENGTH)))
-        assert len(leftovers(tmp_path / "cache")) == (end == signal.SIGSTOP), "what lives is left alone"
+        assert len(leftovers(tmp_path / "cache")) == (end == signal.SIGSTOP), "the download of a living process is kept"
     finally:
         process.kill()
         process.join()
@@ -279,7 +279,7 @@ def test_a_killed_or_stopped_run_holds_nobody_up(
     assert not leftovers(tmp_path / "cache")
 
 
-def test_a_held_lock_of_another_shard_does_not_matter(pristine: Path, tmp_path: Path) -> None:
+def test_a_locked_fetch_of_another_shard_does_not_block(pristine: Path, tmp_path: Path) -> None:
     dataset = open_cached(pristine, tmp_path / "cache")
     own = int(dataset.shards[0].raw.xxh3_64, 16) % 64
     with (tmp_path / "cache" / "locks" / f"{(own + 1) % 64:02d}").open("w") as lock:
@@ -287,7 +287,7 @@ def test_a_held_lock_of_another_shard_does_not_matter(pristine: Path, tmp_path: 
         dataset[0]
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_lost(pristine: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_reading_continues_later(pristine: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], check=False).returncode:
@@ -295,7 +295,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(pristine: Path, tmp_path: P
     try:
         dataset = open_cached(pristine, disk / "cache")
         dataset[0]
-        with pytest.raises(UserError, match="No space left on device; lower data.cache_gib, or make room") as caught:
+        with pytest.raises(UserError, match="No space left on device.*: lower data.cache_gib, or free space") as caught:
             dataset.read(range(LENGTH))
         assert str(disk / "cache") in str(caught.value)
         dataset.close()

@@ -32,7 +32,7 @@ def test_rows_equal_those_of_the_streaming_library(tmp_path: Path, vocabulary_si
         np.testing.assert_array_equal(row, theirs[index]["tokens"])
 
 
-def test_packed_shards_give_the_same_rows_and_leave_the_data_directory_alone(pristine: Path, tmp_path: Path):
+def test_compressed_shards_give_the_same_rows_and_the_data_directory_is_unchanged(pristine: Path, tmp_path: Path):
     packed = write_data_set(tmp_path / "data", compression="zstd:3")
     before = sorted(packed.rglob("*"))
     ours, expected = TokenDataset(packed, "train"), TokenDataset(pristine, "train")
@@ -51,7 +51,7 @@ def test_only_a_bounded_number_of_files_is_open(pristine: Path, monkeypatch: pyt
     assert len(os.listdir("/proc/self/fd")) == files + 2
     np.testing.assert_array_equal(rows, TokenDataset(pristine, "train").read(range(LENGTH)))
     dataset.close()
-    assert len(os.listdir("/proc/self/fd")) <= files + 2, "those of the second data set"
+    assert len(os.listdir("/proc/self/fd")) <= files + 2, "only those of the second data set are open"
 
 
 def test_rows_may_be_read_in_any_order_and_changed(pristine: Path):
@@ -60,7 +60,7 @@ def test_rows_may_be_read_in_any_order_and_changed(pristine: Path):
     for index in reversed(range(LENGTH)):
         row = backward[index]
         np.testing.assert_array_equal(row, rows[index])
-        row[:] = -1  # a copy: the next reader sees the data
+        row[:] = -1  # a copy: the next read returns the data
         np.testing.assert_array_equal(backward[index], rows[index])
 
 
@@ -93,7 +93,7 @@ def test_flipped_byte_is_found_when_the_shard_is_first_used(data_set: Path, posi
     shard = data_set / "train" / "shard.00002.mds"
     flip_byte(shard, position)
     dataset = TokenDataset(data_set, "train")
-    dataset[0]  # the other shards still serve
+    dataset[0]  # the other shards can still be read
     rows_before = sum(entry["samples"] for entry in read_index(data_set)["shards"][:2])
     with pytest.raises(UserError, match="hash") as caught:
         dataset[rows_before]
@@ -101,13 +101,13 @@ def test_flipped_byte_is_found_when_the_shard_is_first_used(data_set: Path, posi
     assert "mythos data prepare" in str(caught.value)
     dataset[rows_before - 1]
     with pytest.raises(UserError, match="hash"):
-        dataset[rows_before]  # asked again, it is still refused
+        dataset[rows_before]  # it is refused again
 
 
 def test_missing_shard_is_found_at_construction(data_set: Path):
     shard = data_set / "train" / "shard.00003.mds"
     shard.unlink()
-    with pytest.raises(UserError, match="No such file") as caught:
+    with pytest.raises(UserError, match="missing, but listed in the index") as caught:
         TokenDataset(data_set, "train")
     assert str(shard) in str(caught.value)
 
@@ -121,15 +121,15 @@ def test_truncated_shard_is_found_at_construction(data_set: Path):
     assert str(shard) in str(caught.value)
 
 
-def test_shard_cut_while_it_is_in_use_is_an_error_and_not_a_signal(data_set: Path):
+def test_shard_truncated_while_in_use_is_an_error_and_not_a_signal(data_set: Path):
     dataset = TokenDataset(data_set, "train")
     dataset[0]
     os.truncate(data_set / "train" / "shard.00000.mds", 300)
-    with pytest.raises(UserError, match=r"shard\.00000\.mds: was cut while in use"):
+    with pytest.raises(UserError, match=r"shard\.00000\.mds: was truncated while in use"):
         dataset[15]
 
 
-def test_shard_truncated_after_construction_is_found_before_it_is_mapped(data_set: Path):
+def test_shard_truncated_after_construction_is_found_when_it_is_opened(data_set: Path):
     dataset = TokenDataset(data_set, "train")
     shard = data_set / "train" / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:100])
@@ -164,7 +164,7 @@ def set_in_shard(name: str, value: object) -> Callable[[dict[str, Any]], object]
         (lambda index: index.update(shards={}), "version 2"),
     ],
 )
-def test_index_that_is_not_ours_is_refused(data_set: Path, damage: Callable[[dict[str, Any]], object], complaint: str):
+def test_foreign_index_is_refused(data_set: Path, damage: Callable[[dict[str, Any]], object], complaint: str):
     index = read_index(data_set)
     damage(index)
     path = data_set / "train" / "index.json"

@@ -16,20 +16,20 @@ def edit_manifest(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_ids_of_the_largest_16_bit_vocabulary_fit():
+def test_uint16_is_used_up_to_its_largest_vocabulary():
     assert token_dtype(65536) == "uint16"
     assert token_dtype(65537) == "uint32"
 
 
-def test_manifest_survives_a_round_trip(pristine: Path, tmp_path: Path):
+def test_a_saved_manifest_loads_as_it_was(pristine: Path, tmp_path: Path):
     manifest = Manifest.load(pristine)
     assert manifest.encoding == "ndarray:uint16:16"
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
-    assert os.listdir(tmp_path) == ["manifest.json"]  # no temporary file stays
+    assert os.listdir(tmp_path) == ["manifest.json"]  # no temporary file is left
 
 
-def test_bytes_per_token_counts_the_dropped_tail(pristine: Path):
+def test_bytes_per_token_includes_the_dropped_tail(pristine: Path):
     counts = Manifest.load(pristine).splits["validation"]
     assert counts.bytes_per_token == 999 / (7 * 16 + 5)
 
@@ -39,14 +39,14 @@ def test_bytes_per_token_counts_the_dropped_tail(pristine: Path):
     [
         ("", "not valid JSON"),
         ('{"format_version": 2', "not valid JSON"),
-        ("[1]", "not an object"),
+        ("[1]", "instead of an object"),
         ('{"format_version": 1}', "format_version is 1"),
         ("{}", "format_version is None"),
         ('{"format_version": 2}', "sequence_length"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )
-def test_damaged_manifest_is_one_line_naming_the_file(data_set: Path, content: str | bytes, complaint: str):
+def test_a_damaged_manifest_is_reported_in_one_line(data_set: Path, content: str | bytes, complaint: str):
     path = data_set / "manifest.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=complaint) as caught:
@@ -87,14 +87,14 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert os.listdir(tmp_path) == ["file.json"]
 
 
-def test_fingerprint_does_not_depend_on_the_place_or_the_sources(pristine: Path, tmp_path: Path):
+def test_fingerprint_does_not_depend_on_the_path_or_the_sources(pristine: Path, tmp_path: Path):
     moved = Path(shutil.copytree(pristine, tmp_path / "moved"))
     edit_manifest(moved, sources=[])
     assert fingerprint(moved) == fingerprint(pristine)
 
 
 @pytest.mark.parametrize("change", ["tokenizer_sha256", "sequence_length", "vocabulary_size", *SPLITS])
-def test_fingerprint_notices_other_data(pristine: Path, data_set: Path, change: str):
+def test_fingerprint_changes_with_the_data(pristine: Path, data_set: Path, change: str):
     if change in SPLITS:
         index = data_set / change / "index.json"
         content = json.loads(index.read_text())
@@ -105,7 +105,7 @@ def test_fingerprint_notices_other_data(pristine: Path, data_set: Path, change: 
     assert fingerprint(data_set) != fingerprint(pristine)
 
 
-def test_fingerprint_of_half_a_data_set_is_refused(data_set: Path):
+def test_fingerprint_of_an_incomplete_data_set_is_refused(data_set: Path):
     (data_set / "validation" / "index.json").unlink()
     with pytest.raises(UserError, match=r"validation/index\.json"):
         fingerprint(data_set)

@@ -30,7 +30,7 @@ def test_every_window_holds_each_source_by_its_weight_within_the_bound(weights: 
         worst = max(np.max(error - np.minimum.accumulate(error)), np.max(np.maximum.accumulate(error) - error))
         assert worst <= mixture.bounds[source] + 1e-6
         if len(weights) > 1:
-            assert worst > 0.3 or share < 1e-3, "the bound means something"
+            assert worst > 0.3 or share < 1e-3, "the bound is not much too large"
 
 
 def test_the_bounds_are_those_of_the_docstring() -> None:
@@ -58,6 +58,6 @@ def test_the_mixture_is_exact_after_a_trillion_samples() -> None:
 
 
 @pytest.mark.parametrize("weights", [(), (0.0, 1.0), (-1.0, 2.0)])
-def test_weights_that_make_no_mixture(weights: tuple[float, ...]) -> None:
+def test_invalid_weights_are_refused(weights: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="above 0"):
         Mixture(weights)

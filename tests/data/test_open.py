@@ -1,4 +1,4 @@
-"""The data of a run: what a resumed run accepts, what bad input ends with, on every rank."""
+"""The data of a run: which changes a resumed run accepts, and how bad input is reported on every rank."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ from mythos.config.load import to_dict, validate
 from mythos.config.schema import Config
 from mythos.config.show import documented_yaml
 from mythos.data.dataset import TokenDataset
-from mythos.data.open import check_data_unchanged, open_data
+from mythos.data.open import check_data_unchanged
 from mythos.data.stream import Source, TokenStream
 from mythos.errors import UserError
 from mythos.ranks.preflight import open_data_everywhere
 from mythos.run.metrics import read_metrics
 from mythos.train.batch import StepBatches
-from tests.data.conftest import SEQUENCE_LENGTH, write_data_set
+from tests.data.conftest import SEQUENCE_LENGTH, open_run_data, write_data_set
 from tests.data.test_dataset import flip_byte
 from tests.spawn import RankPool
 from tests.tiny import VOCABULARY, tiny_config
@@ -34,7 +34,7 @@ from tests.train.runs import curve, run_training
 
 
 def failure(config: Config, accept: tuple[str, ...] = ()) -> tuple[str, bool]:
-    """The one line that this rank ends with, and whether every rank has it."""
+    """The error message of this rank, and whether it is marked as the same on all ranks."""
     try:
         run_training(config, accept)
     except UserError as error:
@@ -43,7 +43,7 @@ def failure(config: Config, accept: tuple[str, ...] = ()) -> tuple[str, bool]:
 
 
 def mixed(config: Config, sources: dict[str, tuple[Path, float]]) -> Config:
-    """The configuration with several sources in place of its data set."""
+    """The configuration with several sources instead of one data set."""
     tree = to_dict(config)
     tree["data"] |= {
         "directory": None,
@@ -53,15 +53,17 @@ def mixed(config: Config, sources: dict[str, tuple[Path, float]]) -> Config:
 
 
 def rows_of_steps(config: Config, first_step: int, steps: int) -> np.ndarray:
-    """What this rank gets, (steps, micro-steps, micro batch, tokens)."""
-    batches = StepBatches(config, open_data(config).stream(config), first_step, (first_step - 1) * 8)
-    rows = np.stack([batches.take(step) for step in range(first_step, first_step + steps)])
+    """The rows of this rank: (steps, micro-steps, micro batch, tokens)."""
+    batches = StepBatches(config, open_run_data(config).stream(), first_step, (first_step - 1) * 8)
+    rows = np.stack([batches.take().rows for _ in range(steps)])
     batches.close()
     return rows
 
 
 @pytest.mark.parametrize("micro_batch", [4, 1])
-def test_two_ranks_get_the_rows_of_one(micro_batch: int, two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+def test_two_ranks_together_get_the_rows_of_one_rank(
+    micro_batch: int, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
     config = tiny_config("dense", tiny_data, tmp_path, ranks=2, train__micro_batch_sequences=micro_batch)
     by_rank = two_ranks.run(rows_of_steps, config, 12, 5)
     # (steps, micro-steps, ranks, micro batch, tokens): the global batch in its order
@@ -71,7 +73,7 @@ def test_two_ranks_get_the_rows_of_one(micro_batch: int, two_ranks: RankPool, ti
 
 
 class SlowStream:
-    """Rows come when they are let through."""
+    """A stream whose reads wait for a gate."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -89,7 +91,7 @@ class SlowStream:
         self.gate.release(100)
 
 
-def test_the_next_step_is_read_while_this_one_runs_and_its_error_reaches_the_caller(
+def test_the_next_step_is_read_during_this_one_and_its_error_is_raised_in_the_caller(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mythos.train.batch.dist.get_rank", lambda: 0)
@@ -98,7 +100,7 @@ def test_the_next_step_is_read_while_this_one_runs_and_its_error_reaches_the_cal
     batches = StepBatches(tiny_config("dense", tiny_data, tmp_path, train__steps=3), stream, 1, 0)  # type: ignore[arg-type]
     stream.gate.release()
     assert batches.take().rows.shape == (1, 8, 3)
-    stream.gate.release()  # nobody has asked for step 2
+    stream.gate.release()  # nobody has taken step 2 yet
     until = time.monotonic() + 30
     while stream.asked != [0, 8]:
         assert time.monotonic() < until
@@ -114,7 +116,7 @@ def test_the_next_step_is_read_while_this_one_runs_and_its_error_reaches_the_cal
     batches.close()
 
 
-def test_after_the_last_step_nothing_is_read(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_after_the_last_step(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mythos.train.batch.dist.get_rank", lambda: 0)
     monkeypatch.setattr("mythos.train.batch.dist.get_world_size", lambda: 1)
     stream = SlowStream()
@@ -127,7 +129,7 @@ def test_after_the_last_step_nothing_is_read(tiny_data: Path, tmp_path: Path, mo
     batches.close()
 
 
-def test_a_mixture_trains_resumes_and_tells_its_position(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_mixture_trains_resumes_and_saves_its_position(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     other = write_data_set(tmp_path / "other", VOCABULARY, seed=1, rows=31)
     sources = {"web": (tiny_data, 3.0), "code": (other, 1.0)}
     options = {"train__steps": 6, "checkpoint__every": 3, "eval__every": 3, "optim__cooldown": "constant"}
@@ -218,7 +220,7 @@ def test_a_batch_in_tokens_is_accepted_under_its_own_name() -> None:
 
 
 def damage_late_shard(data: Path, config: Config) -> tuple[Path, int]:
-    """Flip a byte in the shard that a run of one shard at a time needs last; the step that first needs it."""
+    """Flip a byte in the shard that a run of one shard at a time needs last; returns it and its first step."""
     dataset = TokenDataset(data, "train")
     ends = np.cumsum([shard.rows for shard in dataset.shards])
     stream = TokenStream([Source("data", 1.0, dataset)], config.seed, config.data.shuffle_shards)
@@ -231,7 +233,7 @@ def damage_late_shard(data: Path, config: Config) -> tuple[Path, int]:
     return shard, first_use[last] // 8 + 1
 
 
-def test_a_shard_found_damaged_in_mid_run_ends_all_ranks_and_loses_nothing(
+def test_a_damaged_shard_ends_all_ranks_during_the_run_and_loses_no_step(
     two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
@@ -256,7 +258,7 @@ def test_a_shard_found_damaged_in_mid_run_ends_all_ranks_and_loses_nothing(
 
 def remove_a_shard(data: Path) -> str:
     (data / "train" / "shard.00002.mds").unlink()
-    return "train/shard.00002.mds: the index names it"
+    return "train/shard.00002.mds: missing, but listed in the index"
 
 
 def cut_the_index(data: Path) -> str:
@@ -266,7 +268,7 @@ def cut_the_index(data: Path) -> str:
 
 def change_the_tokenizer(data: Path) -> str:
     (data / "tokenizer.json").write_text("another")
-    return "tokenizer.json: not the tokenizer that made the shards"
+    return "tokenizer.json: not the tokenizer that made the ids"
 
 
 def damage_a_validation_shard(data: Path) -> str:
@@ -300,7 +302,7 @@ def test_data_that_does_not_fit_the_configuration(
         name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in overrides.items()
     }
     with pytest.raises(UserError) as caught:
-        open_data(tiny_config("dense", tiny_data, tmp_path / "run", **overrides))
+        open_run_data(tiny_config("dense", tiny_data, tmp_path / "run", **overrides))
     assert str(caught.value).startswith(complaint.format(data=tiny_data))
 
 
@@ -312,29 +314,29 @@ def test_sources_with_different_tokenizers_are_refused(tiny_data: Path, tmp_path
     (other / "manifest.json").write_text(json.dumps(manifest))
     config = mixed(tiny_config("dense", tiny_data, tmp_path), {"a": (tiny_data, 1.0), "b": (other, 1.0)})
     with pytest.raises(UserError, match="data.sources: a and b were made by different tokenizers"):
-        open_data(config)
+        open_run_data(config)
 
 
-def test_what_is_wrong_with_the_options_is_told_at_once(tiny_data: Path, tmp_path: Path) -> None:
+def test_wrong_options_are_reported_at_once(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config("dense", tiny_data, tmp_path)
     with pytest.raises(UserError, match="data.directory = 'both given'"):
         tiny_config("dense", tiny_data, tmp_path, data__sources={"a": {"directory": "x", "weight": 1.0}})
     with pytest.raises(UserError) as caught:
         mixed(config, {"a b": (tiny_data, 1.0), "c": (Path("x"), -1.0)})
     assert "data.sources.c.weight = -1.0: input should be greater than 0" in str(caught.value)
-    with pytest.raises(UserError, match="data.sources.a b = 'a b': a name has letters"):
+    with pytest.raises(UserError, match="data.sources.a b = 'a b': a name may only contain letters"):
         mixed(config, {"a b": (tiny_data, 1.0)})
-    with pytest.raises(UserError, match="data.cache_directory = None: s3://bucket needs one"):
+    with pytest.raises(UserError, match="data.cache_directory = None: s3://bucket needs"):
         tiny_config("dense", "s3://bucket", tmp_path)  # type: ignore[arg-type]
 
 
-def test_a_mixture_survives_the_printed_configuration(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_mixture_is_unchanged_by_printing_and_loading_the_configuration(tiny_data: Path, tmp_path: Path) -> None:
     config = mixed(tiny_config("dense", tiny_data, tmp_path), {"web" * 30: (tiny_data, 0.25), "code": (tiny_data, 1.0)})
     assert yaml.safe_load(documented_yaml(config)) == to_dict(config)
 
 
 def open_own(config: Config, places: list[Path]) -> str:
-    """Each rank finds another data set at what should be one place."""
+    """Open another data set on each rank, as if one path had different content on different nodes."""
     own = replace(config, data=replace(config.data, directory=str(places[dist.get_rank()])))
     try:
         open_data_everywhere(own)
@@ -343,7 +345,7 @@ def open_own(config: Config, places: list[Path]) -> str:
     return "no error"
 
 
-def test_ranks_that_find_different_data_say_so(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+def test_ranks_that_find_different_data_report_it(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     other = write_data_set(tmp_path / "other", VOCABULARY, seed=1)
     config = tiny_config("dense", tiny_data, tmp_path / "run", ranks=2)
     assert two_ranks.run(open_own, config, [tiny_data, tiny_data]) == ["no error"] * 2

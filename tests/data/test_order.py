@@ -32,10 +32,10 @@ def test_data_sets_of_any_shape(shard_rows: tuple[int, ...]) -> None:
 
 
 def test_any_slice_is_part_of_one_endless_order() -> None:
-    whole = Order(SHARDS, 7, 3).indices(0, 4 * ROWS)
+    expected = Order(SHARDS, 7, 3).indices(0, 4 * ROWS)
     order = Order(SHARDS, 7, 3)
     for first in np.random.default_rng(0).integers(0, 3 * ROWS, 50):  # out of sequence: every access is a random one
-        np.testing.assert_array_equal(order.indices(int(first), 90), whole[first : first + 90])
+        np.testing.assert_array_equal(order.indices(int(first), 90), expected[first : first + 90])
     assert order.indices(5, 0).shape == (0,)
 
 
@@ -43,8 +43,8 @@ def test_sources_with_the_same_shards_have_different_orders() -> None:
     assert epoch(Order(SHARDS, 1, 3, series=1), 0) != epoch(Order(SHARDS, 1, 3, series=2), 0)
 
 
-def test_no_sample_needs_a_shard_that_was_not_announced() -> None:
-    """The reader opens ``shards_from``: in use at once, then one a slot."""
+def test_every_needed_shard_was_announced() -> None:
+    """``shards_from`` gives the shards in use first, then one for each slot."""
     order = Order(SHARDS, 5, 3)
     for sample in range(0, 2 * ROWS, 5):
         slot, last = order.slot_of(sample), sample

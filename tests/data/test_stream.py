@@ -37,21 +37,21 @@ def samples(stream: TokenStream, first: int, count: int) -> list[tuple[int, int]
 
 
 @pytest.mark.parametrize("kind", ["one source", "mixture"])
-def test_4_2_1_4_ranks_read_exactly_the_samples_that_would_have_come(
+def test_a_changing_number_of_ranks_reads_the_samples_of_one_rank(
     kind: str, directories: dict[str, tuple[Path, float]]
 ) -> None:
-    """Each life opens the data anew and knows the sample number alone, as a resumed run does."""
+    """Each attempt opens the data again and knows only the sample number, as a resumed run does."""
     if kind == "one source":
         directories = {"data": directories["web"]}
     batch, micro_batch = 24, 3  # 24 does not divide the 103, 41 and 23 rows: batches span epochs
-    lives = [(4, 7), (2, 5), (1, 3), (4, 6), (8, 4)]  # ranks, steps
-    total = batch * sum(steps for _, steps in lives)
-    whole = open_stream(directories)
-    expected_rows, expected = whole.rows(0, total), samples(whole, 0, total)
-    whole.close()
+    attempts = [(4, 7), (2, 5), (1, 3), (4, 6), (8, 4)]  # ranks, steps
+    total = batch * sum(steps for _, steps in attempts)
+    one_rank = open_stream(directories)
+    expected_rows, expected = one_rank.rows(0, total), samples(one_rank, 0, total)
+    one_rank.close()
 
     step = 0
-    for ranks, steps in lives:
+    for ranks, steps in attempts:
         streams = [open_stream(directories) for _ in range(ranks)]
         for _ in range(steps):
             for micro_step in range(batch // (ranks * micro_batch)):
@@ -80,7 +80,7 @@ def test_rows_are_those_of_their_source(directories: dict[str, tuple[Path, float
     assert stream.rows(40, 0).shape == (0, SEQUENCE_LENGTH + 1)
 
 
-def test_every_source_runs_through_its_own_epochs(directories: dict[str, tuple[Path, float]]) -> None:
+def test_every_source_has_its_own_epochs(directories: dict[str, tuple[Path, float]]) -> None:
     stream = open_stream(directories)
     count = 1000
     drawn = samples(stream, 0, count)
@@ -100,16 +100,16 @@ def test_the_order_of_the_sources_in_the_configuration_does_not_matter(
     np.testing.assert_array_equal(open_stream(directories).rows(11, 90), open_stream(turned).rows(11, 90))
 
 
-def test_the_seed_makes_the_order(pristine: Path) -> None:
+def test_the_seed_determines_the_order(pristine: Path) -> None:
     assert samples(one(pristine, 1), 0, 50) != samples(one(pristine, 2), 0, 50)
 
 
-def test_the_samples_are_those_that_earlier_versions_gave(directories: dict[str, tuple[Path, float]]) -> None:
-    """A run resumed after an upgrade must not read rows twice."""
+def test_the_samples_are_those_of_earlier_versions(directories: dict[str, tuple[Path, float]]) -> None:
+    """A run that is resumed after an upgrade must not read rows twice."""
     assert samples(open_stream(directories), 300, 6) == [(2, 34), (1, 7), (2, 77), (1, 15), (2, 25), (2, 65)]
 
 
-def test_a_damaged_shard_is_told_when_its_rows_are_due_and_not_before(data_set: Path) -> None:
+def test_a_damaged_shard_is_reported_when_its_rows_are_read_and_not_before(data_set: Path) -> None:
     stream = one(data_set)
     batches = [{int(row) for _, row in samples(stream, first, 4)} for first in range(0, LENGTH, 4)]
     ends = np.cumsum([shard.rows for shard in stream.sources[0].dataset.shards])
@@ -118,7 +118,7 @@ def test_a_damaged_shard_is_told_when_its_rows_are_due_and_not_before(data_set: 
         for start, end in zip([0, *ends[:-1]], ends, strict=True)
     ]
     last = int(np.argmax(first_use))
-    assert first_use[last] > 5, "the run is under way"
+    assert first_use[last] > 5, "the damage is found during the run"
     shard = data_set / "train" / f"shard.{last:05d}.mds"
     flip_byte(shard, -1)
     stream = one(data_set)

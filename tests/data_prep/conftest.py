@@ -1,4 +1,4 @@
-"""A slice of the demo text: a few whole speeches, some of which the split rule keeps for validation."""
+"""A part of the demo text: a few complete speeches, some of which are in the validation split."""
 
 import dataclasses
 from pathlib import Path
@@ -23,7 +23,7 @@ SETTINGS = Settings("text", VALIDATION_PERCENT, 32)
 
 
 def write_parquet(path: Path, texts: list[str | None], row_group_documents: int = 4) -> Path:
-    # Uncompressed and plain, so that a test can find and damage the bytes of a row group.
+    # Uncompressed and with plain encoding, so that a test can find and damage the bytes of a row group.
     table = pa.table({"id": [str(number) for number in range(len(texts))], "text": texts})
     parquet.write_table(
         table, path, row_group_size=row_group_documents, compression="none", use_dictionary=False, store_schema=False
@@ -39,7 +39,7 @@ def run(
     processes: int = 1,
     **settings: Any,
 ) -> tuple[Manifest, bool]:
-    """Prepare with SETTINGS, changed where asked."""
+    """Prepare a data set with SETTINGS and the given changes."""
     with Workers(BARE, processes) as workers:
         return prepare(sources, tokenizer, output, sequence_length, dataclasses.replace(SETTINGS, **settings), workers)
 
@@ -51,7 +51,7 @@ def content_of(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def speeches() -> list[str]:
-    """12 train and 2 validation speeches, the short ones, in the order of the file."""
+    """12 train and 2 validation speeches, all short, in the order of the file."""
     texts = parquet.read_table(DEMO, columns=["text"]).column("text").to_pylist()
     short = [text for text in texts if len(text) < 14_000]
     train = [text for text in short if split_of(text, VALIDATION_PERCENT) == "train"][:12]
@@ -74,7 +74,7 @@ def tokenizer(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def several_sources(speeches: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Seven files, and so seven parts, of about 0.5 MB: each holds the speeches in several wordings."""
+    """Seven files, and so seven parts, of about 0.5 MB, each with several variants of the speeches."""
     directory = tmp_path_factory.mktemp("several")
     return [
         write_parquet(

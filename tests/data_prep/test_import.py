@@ -1,4 +1,4 @@
-"""Token ids that were made elsewhere."""
+"""Importing token ids that were made elsewhere."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def rows_of(directory: Path, split: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
-def test_documents_arrive_whole_and_begin_with_bos(
+def test_documents_are_complete_and_begin_with_bos(
     ids: list[list[int]], speeches: list[str], tokenizer: Path, tmp_path: Path, kind: pa.DataType
 ):
     # Every other document begins with BOS already; nulls and empty lists are no documents.
@@ -51,16 +51,16 @@ def test_documents_arrive_whole_and_begin_with_bos(
         starts = np.flatnonzero(tokens == 0)
         assert starts[0] == 0
         found += [piece[1:].tolist() for piece in np.split(tokens, starts[1:])][:-1]
-    assert len(found) == len(ids) - 2  # the last of each split lacks its end
+    assert len(found) == len(ids) - 2  # the last one of each split is cut
     assert all(document in ids for document in found)
     counts = manifest.splits.values()
     assert sum(split.documents for split in counts) == len(ids)
     assert sum(split.text_bytes or 0 for split in counts) == 2 * sum(len(text.encode()) for text in speeches)
-    # The two copies of a document differed in BOS alone, so they lie in one split.
+    # The two copies of a document differ only in BOS, so they are in the same split.
     assert all(split.documents % 2 == 0 for split in counts)
 
 
-def test_neither_the_integers_nor_the_processes_matter(ids: list[list[int]], tokenizer: Path, tmp_path: Path):
+def test_the_result_does_not_depend_on_integer_type_or_processes(ids: list[list[int]], tokenizer: Path, tmp_path: Path):
     contents = []
     for number, (kind, processes) in enumerate([(TYPES[1], 1), (TYPES[2], 1), (TYPES[1], 2)]):
         (tmp_path / str(number)).mkdir()
@@ -80,20 +80,20 @@ def test_lists_of_one_size(tokenizer: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("bad", "said"), [(512, "token id 512"), (-1, "token id -1"), (None, "a null among the ids")])
-def test_an_id_outside_the_vocabulary_is_named_with_its_row(
-    ids: list[list[int]], tokenizer: Path, tmp_path: Path, bad: int | None, said: str, processes: int
+@pytest.mark.parametrize(("bad", "found"), [(512, "token id 512"), (-1, "token id -1"), (None, "a null among the ids")])
+def test_an_id_outside_the_vocabulary_is_reported_with_its_row(
+    ids: list[list[int]], tokenizer: Path, tmp_path: Path, bad: int | None, found: str, processes: int
 ):
     documents: list[list[int | None] | None] = [None, [], *ids]
     documents[17] = [*ids[15][:9], bad, *ids[15][9:]]
     source = write_ids(tmp_path / "ids.parquet", documents)
-    with pytest.raises(UserError, match=rf"{source}: row 17: {said}, but the tokenizer has ids 0 to 511") as caught:
+    with pytest.raises(UserError, match=rf"{source}: row 17: {found}, but the tokenizer has ids 0 to 511") as caught:
         run([source], tokenizer, tmp_path / "data", processes=processes, **IMPORT)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.list_(pa.float32()), pa.int64()])
-def test_a_column_that_holds_no_ids(tokenizer: Path, tmp_path: Path, kind: pa.DataType):
+def test_a_column_without_ids_is_refused(tokenizer: Path, tmp_path: Path, kind: pa.DataType):
     parquet.write_table(pa.table({"input_ids": pa.nulls(3, kind)}), tmp_path / "other.parquet")
     with pytest.raises(UserError, match=r"other\.parquet: column 'input_ids' holds .*, not lists of integers"):
         run([tmp_path / "other.parquet"], tokenizer, tmp_path / "data", **IMPORT)

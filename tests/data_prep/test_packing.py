@@ -8,7 +8,7 @@ from tests.reference.packing import SlowBestFit
 
 
 def documents(seed: int, count: int, longest: int) -> list[list[int]]:
-    """Documents of distinct tokens, so that a row tells which ones it holds."""
+    """Documents of distinct tokens, so that a row shows which documents it contains."""
     generator = np.random.default_rng(seed)
     lengths = np.minimum(1 + generator.exponential(longest / 4, size=count).astype(int), longest)
     starts = np.cumsum([0, *lengths[:-1]])
@@ -49,7 +49,7 @@ def test_no_token_is_lost_and_cut_documents_are_counted(packer):
     assert packer.documents_cut == cut > 0
 
 
-def test_a_text_goes_on_after_its_own_beginning_or_at_the_start_of_a_row():
+def test_a_text_continues_after_its_own_beginning_or_at_the_start_of_a_row():
     given = documents(3, 400, 40)
     rows, _ = pack(BestFitPacker(16, 200), given)
     beginnings = {document[0] for document in given}

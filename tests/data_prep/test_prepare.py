@@ -26,14 +26,14 @@ def all_rows(directory: Path, split: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def prepared(source: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read only."""
+    """Must not be changed."""
     output = tmp_path_factory.mktemp("prepared") / "data"
     run([source], tokenizer, output)
     return output
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_rows_laid_end_to_end_are_the_documents_of_the_split(prepared: Path, speeches: list[str], split: str):
+def test_rows_joined_end_to_end_are_the_documents_of_the_split(prepared: Path, speeches: list[str], split: str):
     tokenizer = Tokenizer.from_file(str(prepared / "tokenizer.json"))
     tokens = all_rows(prepared, split).reshape(-1)
     starts = np.flatnonzero(tokens == tokenizer.token_to_id(BOS))
@@ -42,7 +42,7 @@ def test_rows_laid_end_to_end_are_the_documents_of_the_split(prepared: Path, spe
     expected = [text for text in speeches if split_of(text, VALIDATION_PERCENT) == split]
     assert texts[:-1] == expected[:-1]
     assert len(texts) == len(expected)
-    assert expected[-1].startswith(texts[-1])  # less the dropped tail
+    assert expected[-1].startswith(texts[-1])  # without the dropped tail
     missing = len(tokenizer.encode(expected[-1]).ids) - (len(tokens) - starts[-1] - 1)
     assert missing == Manifest.load(prepared).splits[split].tokens_dropped < SEQUENCE_LENGTH + 1
 
@@ -53,13 +53,13 @@ def test_no_validation_row_occurs_among_the_train_rows(prepared: Path):
     assert not train & validation
 
 
-def test_a_text_given_many_times_lies_in_one_split(speeches: list[str], tokenizer: Path, tmp_path: Path):
+def test_a_repeated_text_is_in_one_split(speeches: list[str], tokenizer: Path, tmp_path: Path):
     source = write_parquet(tmp_path / "twice.parquet", [*speeches, *reversed(speeches)])
     manifest, _ = run([source], tokenizer, tmp_path / "data")
     assert {split: counts.documents for split, counts in manifest.splits.items()} == {"train": 24, "validation": 4}
 
 
-def test_manifest_says_what_there_is(prepared: Path, source: Path, speeches: list[str]):
+def test_manifest_describes_the_data(prepared: Path, source: Path, speeches: list[str]):
     manifest = Manifest.load(prepared)
     assert manifest.vocabulary_size == 512
     assert manifest.sources[0].name == "speeches.parquet"
@@ -72,7 +72,7 @@ def test_manifest_says_what_there_is(prepared: Path, source: Path, speeches: lis
         assert 1.5 < counts.bytes_per_token < 4
 
 
-def test_letters_of_the_special_token_inside_a_document_are_text(speeches: list[str], tokenizer: Path, tmp_path: Path):
+def test_a_special_token_spelled_in_a_document_is_text(speeches: list[str], tokenizer: Path, tmp_path: Path):
     source = write_parquet(tmp_path / "tricky.parquet", [*speeches, f"it says {BOS} here. " * 50])
     manifest, _ = run([source], tokenizer, tmp_path / "data")
     starts = sum(int((all_rows(tmp_path / "data", split) == 0).sum()) for split in SPLITS)
@@ -106,7 +106,7 @@ def test_the_second_run_does_nothing(source: Path, tokenizer: Path, tmp_path: Pa
     assert state_of(tmp_path) == before
 
 
-def test_what_a_run_left_that_was_killed_at_the_very_end_is_removed(source: Path, tokenizer: Path, tmp_path: Path):
+def test_leftovers_of_a_run_that_was_killed_at_the_very_end_are_removed(source: Path, tokenizer: Path, tmp_path: Path):
     run([source], tokenizer, tmp_path / "data")
     (tmp_path / ".data.partial/parts").mkdir(parents=True)
     (tmp_path / ".data.partial/lock").touch()
@@ -114,7 +114,7 @@ def test_what_a_run_left_that_was_killed_at_the_very_end_is_removed(source: Path
     assert os.listdir(tmp_path) == ["data"]
 
 
-def test_the_same_input_gives_the_same_data_in_another_place(source: Path, tokenizer: Path, prepared: Path, tmp_path):
+def test_the_same_input_gives_the_same_data_anywhere(source: Path, tokenizer: Path, prepared: Path, tmp_path):
     run([source], tokenizer, tmp_path / "elsewhere")
     assert fingerprint(tmp_path / "elsewhere") == fingerprint(prepared)
 
@@ -150,7 +150,7 @@ def test_other_sources_or_tokenizer_are_refused(source: Path, tokenizer: Path, p
         run([source], other_tokenizer, prepared)
 
 
-def test_a_damaged_data_set_does_not_pass_for_a_finished_one(source: Path, tokenizer: Path, tmp_path: Path):
+def test_a_damaged_data_set_is_not_taken_for_a_complete_one(source: Path, tokenizer: Path, tmp_path: Path):
     run([source], tokenizer, tmp_path / "data")
     shard = tmp_path / "data" / "validation" / "shard.00000.mds"
     shard.unlink()
@@ -158,7 +158,7 @@ def test_a_damaged_data_set_does_not_pass_for_a_finished_one(source: Path, token
         run([source], tokenizer, tmp_path / "data")
 
 
-def test_a_directory_of_something_else_is_left_alone(source: Path, tokenizer: Path, tmp_path: Path):
+def test_a_foreign_directory_is_kept(source: Path, tokenizer: Path, tmp_path: Path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="exists and holds no data set"):
@@ -181,7 +181,7 @@ def test_a_failed_run_leaves_nothing_and_the_next_succeeds(source: Path, tokeniz
     assert os.listdir(workplace) == ["data"]
 
 
-def test_a_data_set_that_appeared_meanwhile_is_kept(
+def test_an_output_that_another_process_wrote_in_the_meantime_is_kept(
     source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def other_process_is_faster(directory: Path, entries: list[dict[str, Any]]) -> None:
@@ -191,7 +191,7 @@ def test_a_data_set_that_appeared_meanwhile_is_kept(
 
     write_index = prepare.write_index
     monkeypatch.setattr("data_prep.prepare.write_index", other_process_is_faster)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="data.partial: Directory not empty"):
         run([source], tokenizer, tmp_path / "data")
     assert os.listdir(tmp_path / "data") == ["theirs"]
 
@@ -219,7 +219,7 @@ def test_unusable_settings(source: Path, tokenizer: Path, tmp_path: Path, change
     assert os.listdir(tmp_path) == []
 
 
-def test_tokenizer_file_that_is_none(source: Path, tokenizer: Path, tmp_path: Path):
+def test_an_invalid_tokenizer_file(source: Path, tokenizer: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"nowhere\.json: No such file"):
         run([source], tmp_path / "nowhere.json", tmp_path / "data")
     broken = tmp_path / "broken.json"
@@ -236,10 +236,10 @@ def test_tokenizer_file_that_is_none(source: Path, tokenizer: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("packing", ["straight", "best_fit"])
-def test_every_document_is_there_once_whatever_the_parts(
+def test_every_document_occurs_once_for_any_parts(
     speeches: list[str], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
 ):
-    """With many parts the tails are packed together: no more than one row's tokens may be missing."""
+    """With many parts the tails are packed together: the tokens of at most one row may be missing."""
     texts = [f"{number} {text}" for number in range(3) for text in speeches]
     source = write_parquet(tmp_path / "texts.parquet", texts, row_group_documents=5)
     monkeypatch.setattr(documents, "RANGE_BYTES", 60_000)
@@ -275,7 +275,7 @@ def test_compressed_shards_hold_the_same_rows(source: Path, tokenizer: Path, pre
     assert packed["shards"][0]["samples"] == plain["shards"][0]["samples"]
 
 
-def test_an_unfinished_part_of_other_settings_is_not_taken(source: Path, tokenizer: Path, tmp_path: Path, prepared):
+def test_a_part_made_with_other_settings_is_not_used(source: Path, tokenizer: Path, tmp_path: Path, prepared):
     with pytest.raises(UserError, match="validation split: 0 documents"):
         run([source], tokenizer, tmp_path / "data", validation_percent=1e-9)
     assert list((tmp_path / ".data.partial/parts").glob("*.json"))
@@ -314,12 +314,12 @@ def small_disk(tmp_path: Path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk(several_sources: list[Path], tokenizer: Path, small_disk: Path, tmp_path: Path, processes: int):
-    with pytest.raises(UserError, match=r"disk/\.data\.partial.*: cannot be written \(No space left") as caught:
+    with pytest.raises(UserError, match=r"disk/\.data\.partial.*: No space left on device.*: free space") as caught:
         run(several_sources, tokenizer, small_disk / "data", processes=processes)
     assert "\n" not in str(caught.value)
     assert not (small_disk / "data").exists()
     assert not list(small_disk.rglob("*.unfinished"))
-    # With room for it, what was finished is taken up.
+    # With enough space, the finished parts are used.
     finished = {path.name for path in small_disk.rglob("parts/*.json")}
     run_command(["mount", "-o", "remount,size=64m", small_disk], limit_s=10)
     assert finished or processes == 2
@@ -328,7 +328,7 @@ def test_a_full_disk(several_sources: list[Path], tokenizer: Path, small_disk: P
     assert content_of(small_disk / "data") == content_of(tmp_path / "undisturbed")
 
 
-def test_a_source_that_is_written_to_meanwhile_is_told(
+def test_a_source_that_changes_during_the_run_is_reported(
     speeches: list[str], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     source = write_parquet(tmp_path / "growing.parquet", list(speeches))

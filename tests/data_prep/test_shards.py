@@ -1,4 +1,4 @@
-"""Our shards against those of the library that defines the format."""
+"""Shards compared with those of mosaicml-streaming, which defines the format."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.data_prep.conftest import content_of
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize(("dtype", "row_tokens", "rows"), [("uint16", 17, 200), ("uint32", 64, 31), ("uint16", 600, 5)])
-def test_every_byte_is_as_the_library_writes_it(
+def test_every_byte_is_the_same_as_from_the_library(
     tmp_path: Path, compression: str | None, dtype: str, row_tokens: int, rows: int
 ):
     from streaming import MDSWriter

@@ -1,4 +1,4 @@
-"""slurm/data_prep.sh on a real Slurm of two nodes."""
+"""slurm/data_prep.sh on a real Slurm cluster of two nodes."""
 
 import re
 import subprocess
@@ -51,7 +51,7 @@ def test_four_tasks_on_two_nodes_write_the_same_bytes_as_one_process(
     assert f"{damaged}: row group 1 is damaged" in lines[0]
 
 
-def test_without_a_command_it_says_how_it_is_used():
+def test_without_a_command_the_usage_is_printed():
     done = subprocess.run([REPO / "slurm/data_prep.sh"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: sbatch")

@@ -45,12 +45,12 @@ def test_validation_text_does_not_reach_the_tokenizer(speeches: list[str], token
     source = write_parquet(tmp_path / "train_only.parquet", list(train_only))
     train_tokenizer([source], "text", 512, tmp_path / "tokenizer.json", VALIDATION_PERCENT)
     assert (tmp_path / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
-    # The same documents would have made a difference, so the equality above says something.
+    # Other documents give another tokenizer, so the equality above is not trivial.
     train_tokenizer([source], "text", 512, tmp_path / "fewer.json", validation_percent=50)
     assert (tmp_path / "fewer.json").read_bytes() != tokenizer.read_bytes()
 
 
-def test_vocabulary_that_the_text_cannot_fill_is_fine(tmp_path: Path):
+def test_a_text_with_too_few_pairs_gives_a_smaller_vocabulary(tmp_path: Path):
     source = write_parquet(tmp_path / "short.parquet", ["aaaa bbbb"])
     size, _ = train_tokenizer([source], "text", 1000, tmp_path / "new" / "tokenizer.json", 1)
     assert 257 < size < 300
@@ -94,8 +94,8 @@ def test_unusable_settings(source: Path, tmp_path: Path, name: str, value: float
         train_tokenizer([source], "text", 300, tmp_path / "tokenizer.json", **arguments)
 
 
-def test_a_sample_comes_from_all_over_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each row range has a letter of its own; a sample of a quarter must still see most letters, and not one more."""
+def test_a_sample_comes_from_the_whole_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each row range has its own letter; a sample of a quarter must still contain most letters."""
     monkeypatch.setattr(documents, "RANGE_BYTES", 4000)
     monkeypatch.setattr(train_tokenizer_module, "_LEAST_VISIT_BYTES", 500)
     letters = [chr(ord("a") + number) for number in range(20)]
@@ -124,7 +124,7 @@ def test_bytes_per_token_are_those_of_the_held_out_text(speeches: list[str], tok
     assert note["tokenizer_sha256"] == hashlib.sha256(tokenizer.read_bytes()).hexdigest()
 
 
-def test_preparation_holds_out_what_the_tokenizer_has_not_seen(tokenizer: Path, tmp_path: Path):
+def test_preparation_uses_the_percentage_of_the_tokenizer(tokenizer: Path, tmp_path: Path):
     def share(asked: float | None, path: Path = tokenizer) -> float:
         return settings_for(path, asked, column="text", shard_size_mib=1).validation_percent
 
@@ -135,13 +135,13 @@ def test_preparation_holds_out_what_the_tokenizer_has_not_seen(tokenizer: Path, 
     foreign = tmp_path / "foreign.json"
     foreign.write_bytes(tokenizer.read_bytes())
     assert (share(None, foreign), share(6.0, foreign)) == (1.0, 6.0)
-    # A note that speaks of another tokenizer says nothing about this one.
+    # A note about another tokenizer is ignored.
     foreign.write_text(tokenizer.read_text() + "\n")
     tmp_path.joinpath("foreign.training.json").write_bytes(tokenizer.with_name("tokenizer.training.json").read_bytes())
     assert share(6.0, foreign) == 6.0
 
 
-def test_text_that_is_stored_once_and_comes_often_does_not_lengthen_the_sample(
+def test_repeated_text_that_is_stored_once_counts_each_time_in_the_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(train_tokenizer_module, "_FURTHER_BYTES", 0)
@@ -159,8 +159,8 @@ def test_a_small_sample_is_still_measured_on_held_out_text(source: Path, tmp_pat
     assert note.bytes_per_token is not None
 
 
-def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path: Path):
-    with pytest.raises(UserError, match="cannot be written .Is a directory."):
-        train_tokenizer([tmp_path / "not looked at.parquet"], "text", 300, tmp_path, 1)
-    with pytest.raises(UserError, match="/proc/nowhere/t.json: cannot be written"):
-        train_tokenizer([tmp_path / "not looked at.parquet"], "text", 300, Path("/proc/nowhere/t.json"), 1)
+def test_an_output_that_cannot_be_written_is_reported_before_the_work(tmp_path: Path):
+    with pytest.raises(UserError, match="Is a directory: free space or choose another --output"):
+        train_tokenizer([tmp_path / "not read.parquet"], "text", 300, tmp_path, 1)
+    with pytest.raises(UserError, match="/proc/nowhere/t.json: .*: free space or choose another --output"):
+        train_tokenizer([tmp_path / "not read.parquet"], "text", 300, Path("/proc/nowhere/t.json"), 1)

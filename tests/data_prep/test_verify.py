@@ -1,4 +1,4 @@
-"""`mythos data verify` finds every kind of damage, and names every bad file."""
+"""`mythos data verify` finds every kind of damage and reports every damaged file."""
 
 import json
 import shutil
@@ -22,21 +22,21 @@ SHARD, OTHER = "train/shard.00001.mds", "validation/shard.00000.mds"
 
 
 @pytest.fixture(scope="module", params=[None, "zstd"])
-def whole(
+def valid(
     request: pytest.FixtureRequest,
     several_sources: list[Path],
     tokenizer: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """In several shards; read only."""
-    output = tmp_path_factory.mktemp("whole") / "data"
+    """In several shards; must not be changed."""
+    output = tmp_path_factory.mktemp("valid") / "data"
     run(several_sources, tokenizer, output, shard_size_mib=1, compression=request.param)
     return output
 
 
 @pytest.fixture
-def data(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "data"))
+def data(valid: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(valid, tmp_path / "data"))
 
 
 def file_of(data: Path, shard: str) -> Path:
@@ -50,33 +50,33 @@ def flip(path: Path) -> None:
 
 
 def verify(data: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The findings; none when the data set is whole."""
+    """The findings; none if the data set is valid."""
     exit_code = command("verify", data, "--processes", 1)
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
     assert exit_code == (2 if lines else 0)
-    assert ("whole" in printed.out) == (not lines)
+    assert ("valid" in printed.out) == (not lines)
     assert all(str(data) in line and "prepare it again" in line for line in lines)
     return lines
 
 
-def test_whole(whole: Path, capsys: pytest.CaptureFixture[str]):
-    assert len(list((whole / "train").glob("shard.*"))) >= 3
-    assert verify(whole, capsys) == []
+def test_valid(valid: Path, capsys: pytest.CaptureFixture[str]):
+    assert len(list((valid / "train").glob("shard.*"))) >= 3
+    assert verify(valid, capsys) == []
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (flip, "damaged, its hash differs from the index"),
         (lambda path: path.write_bytes(path.read_bytes()[:-7]), "bytes, the index says"),
-        (lambda path: path.unlink(), "the index names it, but No such file"),
-        (lambda path: path.unlink() or path.symlink_to("nowhere"), "the index names it, but No such file"),
+        (lambda path: path.unlink(), "missing, but listed in the index"),
+        (lambda path: path.unlink() or path.symlink_to("nowhere"), "missing, but listed in the index"),
     ],
     ids=["flipped", "cut", "gone", "a link to nowhere"],
 )
-def test_each_bad_shard_is_named_once(
-    data: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], said: str
+def test_each_damaged_shard_is_reported_once(
+    data: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], message: str
 ):
     bad = [file_of(data, SHARD), file_of(data, OTHER)]
     for path in bad:
@@ -84,11 +84,11 @@ def test_each_bad_shard_is_named_once(
     lines = verify(data, capsys)
     assert len(lines) == 2
     for path in bad:
-        assert sum(f"{path}: " in line and said in line for line in lines) == 1
+        assert sum(f"{path}: " in line and message in line for line in lines) == 1
 
 
 def test_an_id_outside_the_vocabulary(data: Path, capsys: pytest.CaptureFixture[str]):
-    """Written, hashed and indexed as if it belonged."""
+    """A shard with a bad id but a correct hash and index entry."""
     path, index = file_of(data, SHARD), data / "train/index.json"
     entries = json.loads(index.read_text())
     entry = entries["shards"][1]
@@ -102,7 +102,7 @@ def test_an_id_outside_the_vocabulary(data: Path, capsys: pytest.CaptureFixture[
     path.write_bytes(stored)
     index.write_text(json.dumps(entries))
     (line,) = verify(data, capsys)
-    assert f"{path}: row {entry['samples'] - 1} holds token id 512, the vocabulary has 512" in line
+    assert f"{path}: row {entry['samples'] - 1} has token id 512, the vocabulary has 512" in line
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_damaged_entry_of_an_index(
     index.write_text(json.dumps(entries))
     (line,) = verify(data, capsys)
     assert f"{index}: shard 1: damaged entry" in line
-    if entries["shards"][1]["size_limit"] is not None:  # which a reader does not need
+    if entries["shards"][1]["size_limit"] is not None:  # the reader does not need this field
         with pytest.raises(UserError, match="train/index.json: shard 1: damaged entry"):
             TokenDataset(data, "train")
 
@@ -136,7 +136,7 @@ def test_counts_against_the_manifest(data: Path, capsys: pytest.CaptureFixture[s
     counts, stray = verify(data, capsys)
     assert f"{index}: " in counts
     assert "the manifest has" in counts
-    assert "no shard of the index" in stray
+    assert "not listed in the index" in stray
 
 
 def test_a_truncated_index_and_another_tokenizer(data: Path, capsys: pytest.CaptureFixture[str]):

@@ -7,13 +7,14 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from deepspeed.utils import groups
 
-from mythos.config.schema import Config, Run
+from mythos.config.schema import Config, Data, Run
 from mythos.errors import UserError
 from mythos.ranks import group, preflight, variables
 from tests.spawn import RankPool
@@ -123,9 +124,9 @@ def no_data_here() -> None:
     """As on a node where the file system is not mounted."""
     original = preflight.open_data
 
-    def open_data(config: Config) -> object:
+    def open_data(data: Data, *others: Any) -> object:
         preflight.open_data = original
-        return original(replace(config, data=replace(config.data, directory="/not/mounted")))
+        return original(replace(data, directory="/not/mounted"), *others)
 
     preflight.open_data = open_data  # type: ignore[assignment]
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from mythos.config.schema import Config
-from mythos.data.open import open_data
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import TrainingError
 from mythos.ranks.preemption import StopRequest
 from mythos.run.anomalies import FIRST_STEPS
 from mythos.run.metrics import read_metrics
 from mythos.train.loop import train
+from tests.data.conftest import open_run_data
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
 
@@ -68,7 +68,7 @@ def test_a_rewound_run_skips_the_data_since_the_checkpoint(
     left_out = 8 * (SPIKE - SAVED)
     assert f"at step {SAVED}; the next {left_out} sequences are left out" in log
 
-    stream = open_data(config).stream(config)
+    stream = open_run_data(config).stream()
     # What steps SAVED + 1 to SPIKE consumed is skipped: the repeated steps use the sequences after it.
     expected = stream.rows(0, 8 * (SPIKE + STEPS - SAVED))[:, :-1].reshape(
         -1, 2, 4, 15
