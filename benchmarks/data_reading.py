@@ -42,11 +42,11 @@ def write(directory: Path, rows: int, sequence_length: int, shards: int) -> None
             hashes=[SHARD_HASH],
             size_limit=max(rows * (sequence_length + 1) * 2 // shards, 3 * (sequence_length + 1) * 2),
         )
-        with (directory / f"{split}.bin").open("wb") as bare:
+        with (directory / f"{split}.bin").open("wb") as plain:
             for _ in range(number):
                 row = generator.integers(VOCABULARY, size=sequence_length + 1, dtype=np.uint16)
                 writer.write({COLUMN: row})
-                row.tofile(bare)
+                row.tofile(plain)
         writer.finish()
     (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
     manifest.save(directory)
@@ -66,7 +66,7 @@ def read_memmap(directory: Path, rows: int, sequence_length: int) -> int:
 
 
 def read_ours(directory: Path, rows: int, sequence_length: int) -> int:
-    """One epoch of the stream, hashes checked."""
+    """One epoch of the stream, with hashes checked."""
     stream, tokens = open_ours(directory), 0
     for first in range(0, rows - BATCH + 1, BATCH):
         tokens += stream.rows(first, BATCH).size
@@ -75,7 +75,7 @@ def read_ours(directory: Path, rows: int, sequence_length: int) -> int:
 
 
 def read_streaming(directory: Path, rows: int, sequence_length: int) -> int:
-    """One epoch of StreamingDataset, shuffled, no workers (its fastest form), batches as int64."""
+    """One epoch of StreamingDataset, shuffled, without workers (its fastest form), in batches of int64."""
     tokens, batch = 0, []
     for sample in open_streaming(directory):
         batch.append(sample[COLUMN])
@@ -107,15 +107,15 @@ def start_streaming(directory: Path, rows: int, sequence_length: int) -> int:
     return sum(next(found)[COLUMN].size for _ in range(BATCH))
 
 
-def elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call the function in a fresh process: a child's peak memory starts at its parent's, so this one stays small."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
 def measure(function: Callable[..., int], *arguments: Any) -> tuple[float, float, int, float]:
-    """Wall and CPU seconds, tokens, and peak memory in MiB, in a fresh process; imports not counted."""
-    return elsewhere(_measure, function, arguments)
+    """Wall and CPU seconds, tokens, and peak memory in MiB, in a fresh process, without imports."""
+    return in_fresh_process(_measure, function, arguments)
 
 
 def _measure(function: Callable[..., int], arguments: tuple[Any, ...]) -> tuple[float, float, int, float]:
@@ -159,7 +159,7 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="mythos-reading-", dir=options.directory))
     try:
         print(f"{rows:,} rows of {length + 1} uint16, batches of {BATCH}, load {os.getloadavg()[0]:.1f}")
-        elsewhere(write, root / "reading", rows, length, 25)
+        in_fresh_process(write, root / "reading", rows, length, 25)
         results = best([read_memmap, read_ours, read_streaming], root / "reading", rows, length)
         for name, (wall, used, tokens, memory) in zip(("memmap", "ours", "StreamingDataset"), results, strict=True):
             print(
@@ -168,7 +168,7 @@ def main() -> None:
             )
         shutil.rmtree(root / "reading")
         for shards in (10, 1000):
-            elsewhere(write, root / "start", rows, length, shards)
+            in_fresh_process(write, root / "start", rows, length, shards)
             found = len(list((root / "start" / "train").glob("*.mds")))
             for cold in (False, True):
                 results = best([start_ours, start_streaming], root / "start", rows, length, cold=cold)

@@ -1,11 +1,11 @@
-"""How fast `mythos data prepare` is, beside the `tokenizers` library alone on the same text in the same run.
+"""The speed of `mythos data prepare`, compared with the `tokenizers` library alone on the same text in the same run.
 
     python -m benchmarks.prepare_speed TEXT.parquet ... --tokenizer tokenizer.json
 
-For 1 and 2 processes, and 2 MPI ranks: MB/s of the whole command (start, reading, packing, writing, hashes and all), of
-`tokenizers` with as many processes of one thread each on text that is in memory already, their ratio, and the peak
-memory of all processes of the command together (PSS: what they share is counted once). The CPU seconds of both say the
-same on a machine that is busy with other things.
+For 1 and 2 processes, and 2 MPI ranks: MB/s of the complete command (start, reading, packing, hashing, writing), MB/s
+of `tokenizers` with as many processes of one thread each on text that is already in memory, their ratio, and the peak
+memory of all processes of the command together (PSS, which counts shared memory once). On a busy machine, compare the
+CPU seconds of both.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BATCH_CHARACTERS = 1 << 20
 def encode_alone(
     sources: list[Path], column: str, tokenizer: Path, start: Barrier, share: tuple[int, int], cpu_s: Any
 ) -> None:
-    """One process: its share of the batches in memory, then, with the others, nothing but encoding."""
+    """One process: load its share of the batches into memory, then encode at the same time as the others."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     from tokenizers import Tokenizer
 
@@ -57,7 +57,7 @@ def encode_alone(
 
 
 def measure_alone(sources: list[Path], column: str, tokenizer: Path, processes: int) -> tuple[float, float]:
-    """Wall seconds and CPU seconds of encoding everything."""
+    """Wall seconds and CPU seconds of encoding all text."""
     context = get_context("spawn")
     start = context.Barrier(processes + 1)
     cpu_s = context.Array("d", processes)
@@ -78,7 +78,7 @@ def measure_alone(sources: list[Path], column: str, tokenizer: Path, processes: 
 
 
 def measure_command(command: list[str]) -> tuple[float, float, float]:
-    """Wall seconds, CPU seconds and peak memory in MB of a command with all its processes."""
+    """Wall seconds, CPU seconds and peak memory in MB of a command and all its processes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
