@@ -12,7 +12,7 @@ SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 SCRIPTS = [path for package in ("benchmarks", "experiments") for path in sorted((ROOT / package).rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LAYERS = [
-    ("mythos.errors", "mythos.files"),
+    ("mythos.errors", "mythos.files", "mythos.random_streams"),
     ("mythos.config",),
     ("mythos.loss", "mythos.model"),
     ("mythos.data",),

@@ -20,23 +20,16 @@ the purpose: numpy guarantees the stream of the bit generator for all versions, 
 """
 
 from collections.abc import Iterator, Sequence
-from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
 
-
-class _Purpose(IntEnum):
-    SHARDS = 0
-    ROWS = 1
-    SLOT = 2
+from mythos.random_streams import Purpose, philox
 
 
-def random_order(length: int, seed: int, epoch: int, purpose: int, number: int, series: int = 0) -> np.ndarray:
+def random_order(length: int, seed: int, epoch: int, purpose: Purpose, number: int, series: int = 0) -> np.ndarray:
     """A random permutation of range(length), int64, that depends on the arguments alone."""
-    counter = np.array([0, series, number, purpose], dtype=np.uint64)
-    generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=counter)
-    return np.argsort(generator.random_raw(length), kind="stable")
+    return np.argsort(philox(purpose, seed, epoch, number, series).random_raw(length), kind="stable")
 
 
 class Order:
@@ -100,7 +93,7 @@ class Order:
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of the epoch, and the position where each slot ends."""
-        shards = random_order(len(self._rows), self._seed, epoch, _Purpose.SHARDS, 0, self._series)
+        shards = random_order(len(self._rows), self._seed, epoch, Purpose.SHARD_ORDER, 0, self._series)
         sizes = np.zeros(len(shards), dtype=np.int64)
         for chunk in range(self.in_use):
             chunk_rows = self._chunk_ends(chunk) - self._chunk_ends(chunk - 1)
@@ -119,9 +112,9 @@ class Order:
             start, end = (int(self._chunk_ends(number)[shard]) for number in (chunk - 1, chunk))
             pieces.append(self._within(epoch, shard)[start:end])
         rows = np.concatenate(pieces)
-        return rows[random_order(len(rows), self._seed, epoch, _Purpose.SLOT, slot, self._series)]
+        return rows[random_order(len(rows), self._seed, epoch, Purpose.SLOT_ORDER, slot, self._series)]
 
     def _within(self, epoch: int, shard: int) -> np.ndarray:
         """The rows of a shard, as rows of the data set, in random order."""
-        rows = random_order(int(self._rows[shard]), self._seed, epoch, _Purpose.ROWS, shard, self._series)
+        rows = random_order(int(self._rows[shard]), self._seed, epoch, Purpose.ROW_ORDER, shard, self._series)
         return rows + self._first_row[shard]

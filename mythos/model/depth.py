@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mythos.config.schema import Loop
-
-DEPTH_COUNTER = [0, 0, 0, 1]
-"""Where these draws start in the generator's sequence: far from those of the data order, which starts at 0."""
+from mythos.random_streams import Purpose, philox
 
 QUADRATURE_POINTS = 64
 
@@ -46,7 +44,7 @@ def draw_depths(config: Loop, seed: int, step: int, sequences: int) -> np.ndarra
     mean = mean_depth(config, step)
     if config.depth == "fixed":
         return np.full(sequences, round(mean))
-    generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=DEPTH_COUNTER))
+    generator = np.random.Generator(philox(Purpose.DEPTHS, seed, step))
     if config.depth == "poisson_per_batch":
         uniform = np.full(sequences, generator.random())
     elif config.stratified:
