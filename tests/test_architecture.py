@@ -1,6 +1,7 @@
 """The house rules that a reader relies on: who imports whom, how long files and functions are, how files are opened."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -30,7 +31,7 @@ LAYERS = [
 """From the bottom up: a module imports from its own layer and those below."""
 WITHOUT_TORCH = ("mythos/errors.py", "mythos/files.py", "mythos/config", "mythos/plan", "mythos/run", "launch")
 """Files and rooms that import no torch when they are imported; a function may still import it."""
-FILE_LINES, FUNCTION_LINES, TRAIN_FILES = 330, 60, 8
+FILE_LINES, FUNCTION_LINES, ROOM_PERCENT, TRAIN_FILES = 330, 60, 16, 8
 READING_LIST = (
     "launch/train.py",
     "mythos/train/loop.py",
@@ -153,8 +154,47 @@ def test_functions_are_short() -> None:
     assert not found
 
 
+def test_no_room_holds_too_much_of_the_code() -> None:
+    rooms: Counter[str] = Counter()
+    for path in (ROOT / "mythos").rglob("*.py"):
+        rooms[path.relative_to(ROOT / "mythos").parts[0]] += lines(path)
+    total = rooms.total()
+    assert not [
+        f"{room}: {count} of {total} lines" for room, count in rooms.items() if 100 * count > ROOM_PERCENT * total
+    ]
+
+
 def test_the_room_of_the_training_is_small() -> None:
     assert len(list((ROOT / "mythos" / "train").glob("*.py"))) <= TRAIN_FILES
+
+
+def test_text_files_are_opened_with_their_encoding() -> None:
+    found = []
+    for path in SOURCES + SCRIPTS:
+        for node in ast.walk(tree(path)):
+            if (
+                isinstance(node, ast.Call)
+                and opens_text(node)
+                and "encoding" not in {word.arg for word in node.keywords}
+            ):
+                found.append(f"{short(path)}:{node.lineno}")
+    assert not found
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call opens, reads or writes a text file: open(FILE), FILE.open("w"), FILE.read_text() and the like."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("read_text", "write_text"):
+        return True
+    if name not in ("open", "fdopen") or ast.unparse(call.func) == "os.open":
+        return False
+    mode = call.args[:1] if isinstance(call.func, ast.Attribute) and name == "open" else call.args[1:2]
+    mode += [word.value for word in call.keywords if word.arg == "mode"]
+    if not mode:
+        return True
+    # An argument that is no mode belongs to the open() of something else, such as a store of shards.
+    text = mode[0].value if isinstance(mode[0], ast.Constant) else ""
+    return isinstance(text, str) and set(text) <= set("rwxat+") and text != ""
 
 
 def test_only_what_this_machine_lacks_is_skipped() -> None:

@@ -25,9 +25,7 @@ def can_draw() -> bool:
 class Bar:
     """A bar from 0 to ``total``. It is drawn by ``update``, not by a thread."""
 
-    def __init__(
-        self, description: str, total: int, completed: int, columns: "Sequence[str | ProgressColumn]"
-    ) -> None:
+    def __init__(self, description: str, total: int, completed: int, columns: "Sequence[str | ProgressColumn]") -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 

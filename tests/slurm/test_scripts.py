@@ -49,7 +49,7 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank that exits while the 
 if "watch" in sys.argv and restart == 0:
     other = run / "rank_1"
     if rank == 1:
-        other.write_text(os.environ["SLURMD_NODENAME"] + " " + str(os.getpid()))
+        other.write_text(os.environ["SLURMD_NODENAME"] + " " + str(os.getpid()), encoding="utf-8")
         time.sleep(120)
     while not other.exists() or pathlib.Path("/proc", other.read_text(encoding="utf-8").split()[1]).exists():
         time.sleep(0.1)
@@ -57,7 +57,7 @@ time.sleep(1)
 latest = run / "checkpoints" / "latest"
 if "gain" in sys.argv and rank == 0:
     latest.parent.mkdir(exist_ok=True)
-    latest.write_text(f"step_{{restart:08d}}")
+    latest.write_text(f"step_{{restart:08d}}", encoding="utf-8")
 codes = [word for word in sys.argv if word.isdecimal()]
 sys.exit(int(codes[min(restart, len(codes) - 1)]))
 """
@@ -283,7 +283,7 @@ def test_env_sets_only_what_is_unset(tmp_path: Path) -> None:
     text = (REPO / "slurm" / "env.sh").read_text(encoding="utf-8")
     site = tmp_path / "env.sh"
     changed = {"site_partition=": "site_partition=gpu", "site_interface=": "site_interface=ib0"}
-    site.write_text("\n".join(changed.get(line, line) for line in text.splitlines()))
+    site.write_text("\n".join(changed.get(line, line) for line in text.splitlines()), encoding="utf-8")
     show = f". {site}; echo $SBATCH_PARTITION $NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME ${{MYTHOS[*]}} [$site_partition]"
     environ = {"PATH": os.environ["PATH"]}
     assert run(["bash", "-c", show], 20, environ).stdout.split() == ["gpu", "ib0", "ib0", "mythos", "[]"]
