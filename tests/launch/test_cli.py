@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import yaml
 
 from launch.cli import main
 from launch.table import Column, plain_lines
+from mythos.config.schema import Config
 from tests.cluster import REPO, clean_environment
 from tests.screen import run_on_terminal, screen_lines
 
@@ -120,3 +122,20 @@ def test_a_table_on_a_terminal_has_headers() -> None:
     lines = [line.split() for line in screen_lines(written) if line.strip()]
     assert lines[0] == ["part", "parameters", "share"]
     assert lines[-1][:4] == ["of", "which", "lookup", "tables"]
+
+
+def test_consent_may_be_given_several_times_and_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[object] = []
+
+    def instead_of_ranks(configure: Callable[[int], Config], work: Callable[[Config, object], int]) -> int:
+        return work(configure(2), "the device")
+
+    def instead_of_training(config: Config, device: object, stop: object, accept: object) -> int:
+        found.extend([config.seed, config.train.steps, accept])
+        return 0
+
+    monkeypatch.setattr("launch.train.run_ranks", instead_of_ranks)
+    monkeypatch.setattr("mythos.train.loop.train", instead_of_training)
+    words = ["train", MODEL, "--accept", "seed", "seed=7", "--accept", "optim.learning_rate", RUN, "train.steps=9"]
+    assert main(words) == 0
+    assert found == [7, 9, ["seed", "optim.learning_rate"]]
