@@ -33,7 +33,6 @@ DOCUMENTS = [
 ]
 NEEDS_CLUSTER = "# on a cluster"
 LIMIT_S = 400
-PENDING = {"step.py", "start.py", "state.py", "report.py", "configuration.md"}  # written beside this file
 FOLDERS = "mythos|launch|data_prep|benchmarks|experiments|configs|slurm|tests|docs|demo"
 METRIC = r"(?:train|val|depth|loop|moe|checkpoint|perf)/[A-Za-z_/]+"
 
@@ -50,7 +49,7 @@ RUN_BY = {
     "make setup": RunBy("Makefile", "demo: setup"),
     "make lint": RunBy(".ci/run", "make lint"),
     "make test": RunBy(".ci/run", "make test"),
-    "python -m pytest tests/faults": RunBy("Makefile", "TESTS_OF_JOBS := tests/faults"),
+    "python -m pytest tests/faults": RunBy("Makefile", "TESTS_OF_FAULTS := tests/faults"),
     "mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml parallel.expert_parallel_size=1": RunBy(
         "tests/launch/test_train.py", "def test_a_bare_process_gives_the_curve_within_rounding"
     ),
@@ -189,7 +188,7 @@ def test_commands_and_options_of_mythos_exist(document: Path, help_of: dict[tupl
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
-        if "://" in target or Path(target.partition("#")[0]).name in PENDING:
+        if "://" in target:
             continue
         path, _, anchor = target.partition("#")
         file = (document.parent / path).resolve() if path else document
@@ -202,12 +201,7 @@ def test_named_files_modules_and_options_exist(document: Path) -> None:
     in_blocks = [word for b in blocks(document) if b.info == "bash" for c in commands(b) for word in c.split()]
     made = {"demo/data"}
     for word in [word.strip("'\"") for code in inline_code(document) for word in code.split()] + in_blocks:
-        if (
-            re.fullmatch(rf"(?:{FOLDERS})/[\w./*{{}}-]*", word)
-            and word not in made
-            and "NAME" not in word
-            and Path(word).name not in PENDING
-        ):
+        if re.fullmatch(rf"(?:{FOLDERS})/[\w./*{{}}-]*", word) and word not in made and "NAME" not in word:
             assert list(REPO.glob(word.rstrip("/"))), f"{word}: no such file"
         if re.fullmatch(r"(?:benchmarks|experiments)\.\w+", word):
             assert find_spec(word), f"{word}: no such module"
