@@ -1,19 +1,17 @@
 """Loss on held-out documents, at each depth."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mythos.config.schema import Eval
 from mythos.data.dataset import TokenDataset
 from mythos.data.stream import Source
 from mythos.engine.engine import TrainingEngine
+from mythos.eval.batches import validation_batches
 from mythos.eval.forward import Stopped, evaluation_forward
-from mythos.loss import IGNORED
 from mythos.model import Forward, depth
 from mythos.ranks import group
 from mythos.ranks.preemption import StopRequest
@@ -82,7 +80,7 @@ def _losses(
 ) -> list[float]:
     """The loss on one data set, one value for each depth."""
     totals = torch.zeros((len(depths) or 1) + 1, dtype=torch.float64, device=device)
-    for first, tokens, targets, count in _batches(dataset, min(sequences, len(dataset)), micro_batch, device):
+    for first, tokens, targets, count in validation_batches(dataset, min(sequences, len(dataset)), micro_batch, device):
         # The initial state of a row comes from its number, so that it is the same on any number of ranks.
         for i, steps in enumerate(depths or (None,)):
             plan = None if steps is None else depth.fixed(steps, micro_batch, first_seed=first)
@@ -91,25 +89,3 @@ def _losses(
         totals[-1] += count
     dist.all_reduce(totals)
     return (totals[:-1] / totals[-1]).tolist()
-
-
-def _batches(
-    dataset: TokenDataset, sequences: int, micro_batch: int, device: torch.device
-) -> Iterator[tuple[int, Tensor, Tensor, int]]:
-    """This rank's micro batches: number of the first row, tokens, targets, rows that count.
-
-    Every rank has the same number of them, or their collectives would not match: where the rows run out, a row is
-    repeated with its targets ignored.
-    """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    for first in range(rank * micro_batch, _round_up(sequences, ranks * micro_batch), ranks * micro_batch):
-        rows = np.stack([dataset[i if i < sequences else 0] for i in range(first, first + micro_batch)])
-        count = min(max(sequences - first, 0), micro_batch)
-        tokens = torch.from_numpy(rows).to(device)
-        targets = tokens[:, 1:].clone()
-        targets[count:] = IGNORED
-        yield first, tokens[:, :-1], targets, count
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
