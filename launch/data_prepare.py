@@ -32,9 +32,10 @@ Runs in local processes (--processes), or as one process per core on many machin
   mpiexec -n 16 mythos data {command} ...
   srun --nodes=4 --ntasks-per-node=32 --kill-on-bad-exit=1 mythos data {command} ...
 
-All processes need the same file system. The bytes written do not depend on the number of processes. If preparation is
-interrupted, run the same command again: finished parts are kept. Once the data set is complete, the same command
-changes nothing.
+All processes need the same file system. Under srun they also need the same home directory, where rank 0 leaves a
+secret by which they recognise each other, or MYTHOS_JOB_TOKEN set to one. The bytes written do not depend on the number
+of processes. If preparation is interrupted, run the same command again: finished parts are kept. Once the data set is
+complete, the same command changes nothing.
 """
 _ValidationPercent = Annotated[
     float | None,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Submits the same job several times, each to start when the one before has ended well: for runs longer than the time
-# limit, where the cluster does not let jobs requeue themselves. A job that had to stop saves and ends well; a crash
-# cancels the jobs after it. Whoever finds the run finished ends at once. From the repository's root:
+# Submits the same job several times, each to start when the one before has succeeded: for runs longer than the time
+# limit, on clusters where jobs may not requeue themselves. A job that has to stop saves and succeeds; a crash cancels
+# the jobs after it. A job that finds the run finished ends at once. From the repository's root:
 #
 #   slurm/chain.sh COUNT [sbatch options] slurm/pretrain.sh MODEL.yaml RUN.yaml key=value ...
 #
@@ -10,15 +10,15 @@ if [ $# -lt 2 ] || [[ ! $1 =~ ^[1-9][0-9]*$ ]]; then
   sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0" >&2
   exit 2
 fi
-[ -f slurm/env.sh ] || { echo "chain.sh: no slurm/env.sh in $PWD: call it in the repository's root" >&2; exit 2; }
+[ -f slurm/env.sh ] || { echo "chain.sh: no slurm/env.sh in $PWD: run it from the repository's root" >&2; exit 2; }
 . slurm/env.sh || exit 2
-set -euo pipefail # not before: modules may lean on unset variables
+set -euo pipefail # not before: modules may use unset variables
 count=$1
 shift
 
 after=()
 for i in $(seq "$count"); do
-  # All but the last leave what remains to their successor.
+  # All but the last leave the remaining steps to the next job.
   if [ "$i" -lt "$count" ]; then export MYTHOS_CHAINED=yes; else unset MYTHOS_CHAINED; fi
   job=$(sbatch --parsable "${after[@]+"${after[@]}"}" "$@")
   job=${job%%;*} # a federation adds the cluster's name

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# The only file that depends on the site, for bash and zsh. Every job sources it on its first node; source it also in
-# the shell that you submit from (`. slurm/env.sh`), for sbatch reads the partition and the account there. It may be left
-# as it is.
+# The only file that depends on the cluster, for bash and zsh. Every job sources it on its first node. Source it also in
+# the shell that you submit from (`. slurm/env.sh`), because sbatch reads the partition and the account there. It works
+# unchanged where the cluster's defaults fit.
 
 # Partition and account of the jobs, for example site_partition=gpu. Empty: the cluster's defaults.
 site_partition=
@@ -10,26 +10,26 @@ site_account=
 # Environment modules to load, for example site_modules=(cuda/12.8 python/3.12).
 site_modules=()
 
-# The command that the jobs run, a word a line. In a container, for example:
+# The command that the jobs run, as an array of words. In a container, for example:
 # MYTHOS=(apptainer exec --nv /shared/mythos.sif mythos)
 MYTHOS=(mythos)
 
-# Virtual environment to use where there is no `mythos` on the path yet; .venv is what `make setup` makes.
+# Virtual environment to activate if there is no `mythos` on the path yet; `make setup` creates .venv.
 site_venv=.venv
 
 # Network interface between the nodes, for example ib0 (`ip -brief address` lists them). Empty: NCCL and gloo choose.
 site_interface=
 
-# Large shared directory below which configs/run/pretrain.yaml finds data/ and makes runs/. Empty: the repository.
+# Large shared directory, in which configs/run/pretrain.yaml finds data/ and creates runs/. Empty: the repository.
 site_scratch=
 
-# Directory on each node's own disk for what Triton and PyTorch compile; a shared home is slow. Empty: their defaults.
+# Directory on each node's local disk for code that Triton and PyTorch compile; a shared home is slow. Empty: defaults.
 site_compile_cache=
 
 # How often a job may requeue itself after a preemption, its time limit or the loss of a node.
 : "${MAX_REQUEUES:=100}"
 
-# ---- nothing below needs a change; what is set already wins
+# ---- nothing below needs a change; variables that are already set are kept
 
 [ -z "$site_partition" ] || export SBATCH_PARTITION="${SBATCH_PARTITION:-$site_partition}"
 [ -z "$site_account" ] || export SBATCH_ACCOUNT="${SBATCH_ACCOUNT:-$site_account}"

@@ -5,8 +5,8 @@
 #   sbatch --array=0-2 slurm/eval.sh RUN --step 1000 --step 2000 --step 3000
 #   sbatch --array=0-9%2 slurm/eval.sh RUN all eval.sequences=1024       every checkpoint, two at a time
 #
-# The array's first task takes the first checkpoint; tasks beyond the last checkpoint do nothing. The results are written
-# to RUN/evaluations/.
+# The array's first task takes the first checkpoint; tasks beyond the last checkpoint do nothing. The results are in
+# RUN/evaluations/.
 #SBATCH --job-name=mythos-eval
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -20,7 +20,7 @@ say() { echo "eval.sh: $*" >&2; }
 [ -f slurm/env.sh ] || { say "no slurm/env.sh in $PWD: submit from the repository's root"; exit 2; }
 . slurm/env.sh || exit 2
 . slurm/tasks.sh
-set -uo pipefail # not before: modules may lean on unset variables
+set -uo pipefail # not before: modules may use unset variables
 [ $# -gt 0 ] || { say "give a run directory"; exit 2; }
 run=$1
 shift

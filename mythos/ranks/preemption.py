@@ -80,7 +80,7 @@ class StopRequest:
             outcome = "everything is saved, but the run has not ended" if self.saved else "not saved"
             message = f"{outcome} within {grace_s:g} s of the signal (preemption.grace_s)"
         else:
-            message = f"asked to stop ({received.name}) before the run began"
+            message = f"stop requested ({received.name}) before the run began"
         exit_within(PREEMPTED)
         if self.watchdog is not None:
             self.watchdog.report_failure(message, PREEMPTED)

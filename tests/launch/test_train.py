@@ -199,7 +199,7 @@ def test_a_signal_before_the_ranks_have_met_ends_the_process_soon(
     finally:
         process.kill()
     assert process.returncode == 85, reported
-    assert f"asked to stop ({name}) before the run began" in reported
+    assert f"stop requested ({name}) before the run began" in reported
 
 
 def catches(proc: Path, number: signal.Signals) -> bool:

@@ -187,10 +187,8 @@ def test_the_end_and_invalid_messages_are_os_errors(
     content: bytes, channels: tuple[Channel, Channel, socket.socket]
 ) -> None:
     first, second, raw = channels
-    thread = threading.Thread(target=raw.sendall, args=(content,))
+    thread = threading.Thread(target=raw.sendall if content else second.close, args=(content,) if content else ())
     thread.start()
-    if not content:
-        second.close()
     with pytest.raises(ConnectionError):
         first.receive(LIMIT_S)
     thread.join()

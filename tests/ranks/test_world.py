@@ -1,6 +1,8 @@
-"""mythos.ranks.world reads every launcher's variables, and names the bad one in one line."""
+"""mythos.ranks.world reads every launcher's variables, and names an invalid one in one line."""
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from mythos.errors import UserError
 from mythos.ranks import rendezvous
 from mythos.ranks.world import World, read_world
+from tests.cluster import clean_environment
 
 MEET = {"MASTER_ADDR": "host", "MASTER_PORT": "1234"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -46,7 +49,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
-# mpiexec starts its helpers with srun inside a job: the helper's variables stand beside the rank's own.
+# mpiexec starts its helpers with srun inside a job: the helper's variables are set beside the rank's own.
 HELPER = {**SRUN, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
 
 
@@ -65,7 +68,7 @@ HELPER = {**SRUN, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_
         ({**SRUN_2X2, "WORLD_SIZE": "4"}, "srun"),  # exported by many batch scripts
     ],
 )
-def test_each_launcher_and_the_innermost_first(environ: dict[str, str], launcher: str) -> None:
+def test_each_launcher_is_recognised_and_the_innermost_first(environ: dict[str, str], launcher: str) -> None:
     assert read_world({**environ, **MEET}) == World(launcher, 3, 4, 1, 2, "host", 1234)
 
 
@@ -89,7 +92,7 @@ def test_uneven_tasks_per_node(tasks: str, node: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("environ", [TORCHRUN, SRUN_2X2, MPICH, OPEN_MPI])
-def test_every_variable_is_needed_and_a_number(environ: dict[str, str]) -> None:
+def test_every_variable_is_required_and_must_be_a_number(environ: dict[str, str]) -> None:
     optional = {"SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS"}
     for name in environ.keys() - optional:
         without = {key: value for key, value in environ.items() if key != name}
@@ -132,7 +135,7 @@ def test_torchrun_needs_its_rendezvous() -> None:
 
 @pytest.fixture
 def scontrol(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """scontrol that knows two nodes; nobody resolves their names, only node1's NodeAddr."""
+    """An scontrol that knows two nodes, whose names do not resolve; only the NodeAddr of node1 does."""
     calls: list[tuple[str, ...]] = []
 
     def answer(*words: str) -> str:
@@ -146,7 +149,7 @@ def scontrol(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return calls
 
 
-def test_srun_takes_the_name_if_it_resolves(scontrol: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_srun_uses_the_name_if_it_resolves(scontrol: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_resolves", lambda name: True)
     world = read_world(SRUN)
     assert (world.address, world.port) == ("node1", 20000 + 17 + 2 * 131)
@@ -154,10 +157,10 @@ def test_srun_takes_the_name_if_it_resolves(scontrol: list[tuple[str, ...]], mon
     assert read_world({**SRUN, "SLURM_STEP_ID": "3"}).port != world.port
     assert read_world({**SRUN, "SLURM_JOB_ID": "99999999"}).port < 30000
     ports = {read_world({**SRUN, "SLURM_RESTART_COUNT": count}).port for count in ("", "0", "1", "2")}
-    assert len(ports) == 3, "a process of the start before may hold its port"
+    assert len(ports) == 3, "a process of the previous start may still use its port"
 
 
-def test_srun_takes_the_node_address_if_the_name_does_not_resolve(scontrol: list[tuple[str, ...]]) -> None:
+def test_srun_uses_the_node_address_if_the_name_does_not_resolve(scontrol: list[tuple[str, ...]]) -> None:
     assert read_world(SRUN).address == "10.0.0.1"
     _fails({**SRUN, "SLURM_STEP_NODELIST": "node2"}, "^the name node2 of the first node does not resolve")
 
@@ -166,14 +169,14 @@ def test_srun_with_rank_0_on_another_node(scontrol: list[tuple[str, ...]]) -> No
     _fails({**SRUN, "SLURM_PROCID": "0"}, "^SLURM_NODEID=1 for rank 0, which is not on the step's first node")
 
 
-def test_srun_of_one_task_asks_nobody(scontrol: list[tuple[str, ...]]) -> None:
+def test_srun_of_one_task_does_not_call_scontrol(scontrol: list[tuple[str, ...]]) -> None:
     one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
     world = read_world({**SRUN, **one, "SLURM_PROCID": "0", "SLURM_NODEID": "0"})
     assert (world.launcher, world.world_size, world.address) == ("srun", 1, "127.0.0.1")
     assert scontrol == []
 
 
-def test_the_users_address_and_port_win_one_by_one(scontrol: list[tuple[str, ...]]) -> None:
+def test_the_users_address_and_port_take_precedence_separately(scontrol: list[tuple[str, ...]]) -> None:
     world = read_world({**SRUN, "MASTER_PORT": "4000"})
     assert (world.address, world.port) == ("10.0.0.1", 4000)
     scontrol.clear()
@@ -184,7 +187,7 @@ def test_the_users_address_and_port_win_one_by_one(scontrol: list[tuple[str, ...
     assert read_world({"MASTER_PORT": "4000"}).port == 4000
 
 
-def test_a_failing_scontrol_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_a_failing_scontrol_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     _fails(SRUN, r"^scontrol show hostnames node\[1-2\] failed .*: set MASTER_ADDR")
 
@@ -204,7 +207,7 @@ def test_several_nodes_without_mpi(environ: dict[str, str], no_mpi: None) -> Non
 
 
 @pytest.mark.parametrize("environ", [MPICH, OPEN_MPI])
-def test_one_node_without_mpi_shares_its_launcher(environ: dict[str, str], no_mpi: None) -> None:
+def test_one_node_without_mpi_meets_at_a_port_of_its_launcher(environ: dict[str, str], no_mpi: None) -> None:
     one_node = {name: "4" if value == "2" else value for name, value in environ.items()}
     ports = {read_world({**one_node, "PMIX_NAMESPACE": job}).port for job in ("a", "a", "b")}
     assert len(ports) == 2
@@ -213,7 +216,26 @@ def test_one_node_without_mpi_shares_its_launcher(environ: dict[str, str], no_mp
     assert 20000 <= world.port < 30000
 
 
+# ---- the secret
+
+
+def test_the_users_secret_takes_precedence() -> None:
+    assert read_world({**MPICH, **MEET}).token is None
+    assert read_world({**MPICH, **MEET, "MYTHOS_JOB_TOKEN": "own"}).token == "own"
+    assert read_world({**TORCHRUN, **MEET, "MYTHOS_JOB_TOKEN": ""}).token is None
+
+
 # ---- World
+
+
+def test_what_mythos_data_needs_imports_no_torch() -> None:
+    names = ("world", "rendezvous", "messages", "token", "variables", "exits", "preemption")
+    program = "".join(f"import mythos.ranks.{name}\n" for name in names)
+    program += "import data_prep.workers\nimport sys\nassert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=clean_environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def _world() -> World:
@@ -227,7 +249,7 @@ def test_describe() -> None:
     assert alone.describe() == ("1 process without a launcher: rank 0 of 1, local rank 0 of 1, rendezvous 127.0.0.1:5")
 
 
-def test_export_is_what_torchrun_would_set() -> None:
+def test_export_sets_what_torchrun_would_set() -> None:
     environ = {"OTHER": "kept"}
     _world().export(environ)
     assert environ.pop("OTHER") == "kept"

@@ -157,7 +157,7 @@ def test_with_a_range_of_nodes_the_run_resumes_on_those_that_remain(
     # Slurm does this by itself half a minute later.
     scontrol(environ, "update", "NodeName=node4", "State=DOWN", "Reason=test")
     assert job.end() == "COMPLETED", job.log()
-    assert "uses 2 of 3 nodes: the global batch does not divide over more" in job.log()
+    assert "uses 2 of 3 nodes: the global batch cannot be divided over more" in job.log()
     assert "start 2, 2 nodes x 1 tasks" in job.log()
     assert "was written with another layout (ranks 4 -> 2)" in job.log()
     assert losses(directory) == [(step, pytest.approx(loss, rel=1e-3)) for step, loss in undisturbed]

@@ -88,7 +88,7 @@ def test_no_requeue_without_progress(stand_in: dict[str, str], tmp_path: Path) -
     job = pretrain(stand_in, tmp_path / "out", "85")
     assert job.end(60) == "FAILED"
     assert (job.show("Restarts"), job.show("ExitCode")) == ("1", "85:0")
-    assert "not requeued: no step was gained since the last time (checkpoint none)" in job.log()
+    assert "not requeued: no progress since the last time (checkpoint none)" in job.log()
 
 
 def test_a_signal_before_the_ranks_handle_signals_is_not_lost(stand_in: dict[str, str], tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_signal_before_the_ranks_handle_signals_is_not_lost(stand_in: dict[str
     job.wait_until("the start", lambda: "start 1" in job.log())
     job.scancel("--batch", "--signal=USR1")
     job.wait_until("the second start", lambda: "start 2" in job.log())
-    assert "saved; requeued, to go on from checkpoint step_00000000" in job.log()
+    assert "saved; requeued, to resume from checkpoint step_00000000" in job.log()
     assert job.log().count("signals long after the start: 0") == 2
     assert job.end(60) == "COMPLETED"
     assert job.show("Restarts") == "1"
@@ -121,8 +121,8 @@ def test_a_node_that_loses_its_ranks_but_responds_is_a_lost_node(
     for command in ("kill-node", "start-node"):
         assert run([SCRIPT, command, node], 20, nodes_come_back).returncode == 0
     assert job.end(90) == "COMPLETED", job.log()
-    why = "exit code 1, and a node has lost its ranks without a word"
-    assert f"{why}; requeued, to go on from checkpoint step_00000000" in job.log()
+    why = "exit code 1, and a node has lost its ranks without reporting it"
+    assert f"{why}; requeued, to resume from checkpoint step_00000000" in job.log()
     assert job.show("Restarts") == "1"
 
 
@@ -147,7 +147,7 @@ def test_a_node_that_responds_again_while_the_script_waits_for_slurm(tmp_path: P
     environ |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "MASTER_ADDR": "node1"}
     done = run(["bash", "slurm/pretrain.sh", "MODEL.yaml", "0"], 30, environ, REPO)
     assert done.returncode == 0, done.stderr
-    assert "exit code 1, and a node does not answer: waiting for Slurm to requeue the job" in done.stderr
+    assert "exit code 1, and a node does not respond: waiting for Slurm to requeue the job" in done.stderr
     assert "exit code 1 after the loss of a node; requeued" in done.stderr
     assert asked.read_text(encoding="utf-8") == "requeue 7\n"
 
@@ -156,7 +156,7 @@ def test_a_step_that_cannot_start_is_not_a_lost_node(stand_in: dict[str, str], t
     job = pretrain(stand_in | {"SLURM_DISTRIBUTION": "nonsense"}, tmp_path / "out", "0")
     assert job.end(20) == "FAILED"
     assert "Invalid --distribution specification" in job.log()
-    assert "does not answer" not in job.log()
+    assert "does not respond" not in job.log()
     assert job.show("Restarts") == "0"
 
 
@@ -167,7 +167,7 @@ def test_a_crash_is_not_requeued_and_its_exit_code_is_the_jobs(
     job = pretrain(stand_in, tmp_path / "out", code)
     assert job.end(60) == "FAILED"
     assert (job.show("Restarts"), job.show("ExitCode")) == ("0", f"{code}:0")
-    assert "does not answer" not in job.log()
+    assert "does not respond" not in job.log()
     log = next((tmp_path / "run" / "log").glob("slurm-*.out"))
     assert log.samefile(tmp_path / "out"), "the same file under the run directory"
 
@@ -182,7 +182,7 @@ def test_a_chain_continues_after_a_save_and_stops_after_a_crash(stand_in: dict[s
 
     saved = chain("gain", "85", "0")
     assert [job.end(60) for job in saved] == ["COMPLETED"] * 3
-    assert "the next job of the chain goes on" in saved[0].log()
+    assert "the next job of the chain resumes" in saved[0].log()
     assert saved[2].show("Restarts") == "1", "the last one has no successor and requeues itself"
     crashed = chain("3")
     assert [job.end(60) for job in crashed] == ["FAILED", "CANCELLED", "CANCELLED"]

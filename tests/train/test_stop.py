@@ -1,4 +1,4 @@
-"""A run that is asked to stop, whatever it is doing, saves what it has and goes on as if nothing had happened."""
+"""A run that is asked to stop, whatever it is doing, saves its state and resumes as if it had not been interrupted."""
 
 import hashlib
 import shutil
@@ -39,7 +39,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def run_and_stop(config: Config, forward_pass: int, doing: str) -> int:
-    """The run, asked to stop on rank 1 alone at that forward pass of a kind, counted from 1."""
+    """The run, asked to stop on rank 1 alone at a forward pass of that activity, counted from 1."""
     stop, call, calls = StopRequest(), TrainingEngine.__call__, 0
 
     def counted(engine: TrainingEngine, tokens: torch.Tensor, targets: Any, *rest: Any) -> Any:
@@ -55,14 +55,14 @@ def run_and_stop(config: Config, forward_pass: int, doing: str) -> int:
         return train(config, torch.device("cpu"), stop)
 
 
-def of_metrics(run: Path, name: str) -> list[tuple[int, float]]:
+def metric(run: Path, name: str) -> list[tuple[int, float]]:
     return [(line["step"], line[name]) for line in read_metrics(run) if name in line]
 
 
 @pytest.fixture(scope="module")
 def make(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Config]:
     """Configurations of one run, whose data has a tokenizer that can write a sample."""
-    data = tmp_path_factory.mktemp("speaking") / "data"
+    data = tmp_path_factory.mktemp("with_tokenizer") / "data"
     shutil.copytree(tiny_data, data)
     text = Tokenizer(WordLevel({BOS: 0}, unk_token=BOS)).to_str()
     (data / "tokenizer.json").write_text(text)
@@ -71,8 +71,10 @@ def make(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 @pytest.fixture(scope="module")
-def straight(make: Callable[[Path], Config], two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("straight") / "run"
+def uninterrupted(
+    make: Callable[[Path], Config], two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert two_ranks.run(run_training, make(run)) == [DONE, DONE]
     return run
 
@@ -81,18 +83,18 @@ def straight(make: Callable[[Path], Config], two_ranks: RankPool, tmp_path_facto
     ("doing", "forward_pass", "saved"),
     [
         ("validation", 1, None),  # before the first step
-        ("validation", 4, 3),  # each validation is three forward passes, one a depth
-        ("training", 6, 6),  # a validation is due after this step, and is left to the next life
+        ("validation", 4, 3),  # each validation has three forward passes, one per depth
+        ("training", 6, 6),  # a validation is due after this step; the next start does it
         ("training", STEPS, STEPS),  # the last step
         ("validation", 11, STEPS),  # the last validation
     ],
 )
-def test_it_goes_on_where_it_stopped(
+def test_it_resumes_at_the_step_at_which_it_stopped(
     doing: str,
     forward_pass: int,
     saved: int | None,
     make: Callable[[Path], Config],
-    straight: Path,
+    uninterrupted: Path,
     two_ranks: RankPool,
     tmp_path: Path,
 ) -> None:
@@ -101,38 +103,38 @@ def test_it_goes_on_where_it_stopped(
     newest = layout.latest(RunDirectory(run).checkpoints)
     assert (newest and layout.step_of(newest)) == saved
     assert read_status(run).state == "preempted"
-    validated = [step for step, _ in of_metrics(run, "val/loss_depth_3")]
+    validated = [step for step, _ in metric(run, "val/loss_depth_3")]
     assert saved not in validated
     assert two_ranks.run(run_training, config) == [DONE, DONE]
     for name in ("train/loss", "val/loss_depth_3", "train/tokens"):
-        assert of_metrics(run, name) == of_metrics(straight, name), name
+        assert metric(run, name) == metric(uninterrupted, name), name
     assert read_status(run).state == "finished"
     assert two_ranks.run(run_training, config) == [DONE, DONE]
     assert "the run is finished at step 8" in (run / "log" / "rank_00000.log").read_text()
 
 
-def test_stopped_while_it_writes_its_sample_a_run_is_finished(
-    make: Callable[[Path], Config], straight: Path, two_ranks: RankPool, tmp_path: Path
+def test_a_run_that_is_stopped_during_its_sample_is_finished(
+    make: Callable[[Path], Config], uninterrupted: Path, two_ranks: RankPool, tmp_path: Path
 ) -> None:
     config, run = make(tmp_path / "run"), tmp_path / "run"
     assert two_ranks.run(run_and_stop, config, 2, "sampling") == [DONE, DONE]
     assert "no sample: stop requested" in (run / "log" / "rank_00000.log").read_text()
-    assert of_metrics(run, "train/loss") == of_metrics(straight, "train/loss")
+    assert metric(run, "train/loss") == metric(uninterrupted, "train/loss")
     assert read_status(run).state == "finished"
 
 
-def test_what_saves_cost_is_told_although_metrics_are_written_now_and_then(
+def test_the_cost_of_saves_is_written_even_if_metrics_are_not_written_at_every_step(
     two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
     options = {"log__every": 10, "checkpoint__every": 3, "train__steps": 12}
     config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, **options)
     assert two_ranks.run(run_training, config) == [DONE, DONE]
-    assert [step for step, _ in of_metrics(tmp_path / "run", "train/loss")] == [10, 12]
+    assert [step for step, _ in metric(tmp_path / "run", "train/loss")] == [10, 12]
     for name in ("checkpoint/stall_seconds", "checkpoint/save_seconds", "checkpoint/failures_in_a_row"):
-        assert len(of_metrics(tmp_path / "run", name)) == 4, "of steps 3, 6, 9 and 12"
+        assert len(metric(tmp_path / "run", name)) == 4, "of steps 3, 6, 9 and 12"
 
 
-def test_with_another_batch_the_run_goes_on_at_the_very_next_sequence(
+def test_with_another_batch_the_run_resumes_at_the_next_sequence(
     two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"ranks": 2, "train__steps": 6}
@@ -140,7 +142,7 @@ def test_with_another_batch_the_run_goes_on_at_the_very_next_sequence(
     after = tiny_config("looped", tiny_data, tmp_path / "run", **options, train__global_batch_sequences=16)
     assert two_ranks.run(run_some_steps, before, 3) == [PREEMPTED, PREEMPTED]
     (tmp_path / "seen").mkdir()
-    assert two_ranks.run(record_training, after, tmp_path / "seen", True) == [DONE, DONE]
+    assert two_ranks.run(record_training, after, tmp_path / "seen", ("train.global_batch_sequences",)) == [DONE, DONE]
     once = tiny_config("looped", tiny_data, tmp_path / "once", ranks=2, train__steps=9)
     (tmp_path / "expected").mkdir()
     assert two_ranks.run(record_training, once, tmp_path / "expected") == [DONE, DONE]
@@ -148,7 +150,7 @@ def test_with_another_batch_the_run_goes_on_at_the_very_next_sequence(
     assert list(seen) == [4, 5, 6]
     for number, step in enumerate(seen):
         assert seen[step] == sorted(expected[4 + 2 * number] + expected[5 + 2 * number])
-    tokens = dict(of_metrics(tmp_path / "run", "train/tokens"))
+    tokens = dict(metric(tmp_path / "run", "train/tokens"))
     assert [tokens[step] / 15 for step in range(1, 7)] == [8, 16, 24, 40, 56, 72]
     log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
     assert "data changed: global_batch_sequences: 8 -> 16; resuming at sample 24" in log
