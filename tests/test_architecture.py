@@ -31,7 +31,7 @@ LAYERS = [
 """From the bottom up: a module imports from its own layer and those below."""
 WITHOUT_TORCH = ("mythos/errors.py", "mythos/files.py", "mythos/config", "mythos/plan", "mythos/run", "launch")
 """Files and rooms that import no torch when they are imported; a function may still import it."""
-FILE_LINES, FUNCTION_LINES, ROOM_PERCENT, TRAIN_FILES = 330, 60, 16, 8
+FILE_LINES, FUNCTION_LINES, ROOM_PERCENT, TRAIN_FILES = 300, 60, 16, 8
 READING_LIST = (
     "launch/train.py",
     "mythos/train/loop.py",
@@ -139,7 +139,7 @@ def test_commands_that_read_a_run_start_without_torch() -> None:
 
 
 def test_files_are_short() -> None:
-    assert not [f"{short(path)}: {lines(path)} lines" for path in SOURCES if lines(path) > FILE_LINES]
+    assert not [f"{short(path)}: {lines(path)} lines" for path in SOURCES + SCRIPTS + TESTS if lines(path) > FILE_LINES]
 
 
 def test_functions_are_short() -> None:

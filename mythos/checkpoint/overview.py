@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mythos.checkpoint import layout
+from mythos.checkpoint import layout, manifest
 from mythos.errors import UserError
 from mythos.run.directory import CHECKPOINT_DIRECTORY, LATEST_FILE, RunDirectory
 
@@ -71,7 +71,7 @@ def _problems(directory: Path, read_files: bool) -> dict[Path, list[str]]:
     problems = {}
     for checkpoint in layout.complete_checkpoints(directory):
         try:
-            problems[checkpoint] = list(check(checkpoint, layout.Manifest.load(checkpoint)).values())
+            problems[checkpoint] = list(check(checkpoint, manifest.Manifest.load(checkpoint)).values())
         except UserError as error:
             problems[checkpoint] = [str(error)]
     return problems

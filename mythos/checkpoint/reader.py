@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mythos.checkpoint import layout
+from mythos.checkpoint.manifest import Manifest, ShardRecord
 
 OPEN_FILES = 64
 """Files kept open at once: below the usual limit of a process, whatever the number of ranks that wrote."""
@@ -27,7 +28,7 @@ class _Overlap(NamedTuple):
 
     first: int
     last: int
-    shard: layout.ShardRecord
+    shard: ShardRecord
 
     @property
     def in_shard(self) -> slice:
@@ -44,7 +45,7 @@ class CheckpointReader:
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
-        self.manifest = layout.Manifest.load(checkpoint)
+        self.manifest = Manifest.load(checkpoint)
         self._open = lru_cache(OPEN_FILES)(lambda name: safe_open(str(checkpoint / name), "pt"))
         self._state_names = lru_cache(OPEN_FILES)(self._read_state_names)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from mythos.checkpoint import layout
+from mythos.checkpoint.manifest import Manifest, WrongFormat
 from mythos.checkpoint.reader import CheckpointReader
 from mythos.checkpoint.snapshot import world_shape
 from mythos.engine.engine import TrainingEngine
@@ -131,8 +132,8 @@ def _find_damage(checkpoint: Path) -> str | None:
 def _damaged_files(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -> dict[str, str]:
     """A message for each of the chosen files that is damaged; for the manifest if that is damaged."""
     try:
-        manifest = layout.Manifest.load(checkpoint)
-    except layout.WrongFormat:
+        manifest = Manifest.load(checkpoint)
+    except WrongFormat:
         raise
     except UserError as error:
         return {MANIFEST_FILE: str(error)}

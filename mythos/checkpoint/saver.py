@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from mythos.checkpoint import layout
+from mythos.checkpoint.manifest import FileRecord, Manifest, SavedParameter, ShardRecord
 from mythos.checkpoint.snapshot import HostBuffer, ShardRange, Snapshot, snapshot
 from mythos.checkpoint.tensors import write_tensors
 from mythos.config.schema import Checkpoint
@@ -38,7 +39,7 @@ RETRY_AFTER_S = 2.0
 class Receipt(NamedTuple):
     """What a rank reports to rank 0 after writing its files."""
 
-    files: dict[str, layout.FileRecord]
+    files: dict[str, FileRecord]
     shards: dict[str, ShardRange]
     failure: str | None
 
@@ -197,7 +198,7 @@ class Saver:
         log.error(f"{message}; trying again when the next one is due, or at the end ({count})")
 
 
-def _write_files(partial: Path, rank: int, part: Snapshot, state: str) -> dict[str, layout.FileRecord]:
+def _write_files(partial: Path, rank: int, part: Snapshot, state: str) -> dict[str, FileRecord]:
     """Write this rank's files; runs in the thread."""
     partial.mkdir(exist_ok=True)  # without parents: a run directory that was removed must not be recreated in part
     files = {
@@ -210,30 +211,30 @@ def _write_files(partial: Path, rank: int, part: Snapshot, state: str) -> dict[s
     if rank == 0:
         path = partial / STATE_FILE
         write_atomically(path, state)
-        files[path.name] = layout.FileRecord.of(path)
+        files[path.name] = FileRecord.of(path)
     return files
 
 
-def _receipt(future: "Future[dict[str, layout.FileRecord]]", part: Snapshot) -> Receipt:
+def _receipt(future: "Future[dict[str, FileRecord]]", part: Snapshot) -> Receipt:
     try:
         return Receipt(future.result(), part.shards, None)
     except OSError as error:
         return Receipt({}, {}, f"{socket.gethostname()}: {_reason(error)}")
 
 
-def _manifest(step: int, receipts: list[Receipt], shapes: Mapping[str, tuple[int, ...]]) -> layout.Manifest:
-    shards: dict[str, list[layout.ShardRecord]] = {}
+def _manifest(step: int, receipts: list[Receipt], shapes: Mapping[str, tuple[int, ...]]) -> Manifest:
+    shards: dict[str, list[ShardRecord]] = {}
     for number, receipt in enumerate(receipts):
         for name, shard in receipt.shards.items():
-            shards.setdefault(name, []).append(layout.ShardRecord(number, *shard))
+            shards.setdefault(name, []).append(ShardRecord(number, *shard))
     for name, shape in shapes.items():
         saved = sum(shard.stop - shard.start for shard in shards.get(name, ()))
         if saved != math.prod(shape):
             raise RuntimeError(f"{saved} elements of {name} were saved, it has {math.prod(shape)}")
-    return layout.Manifest(
+    return Manifest(
         step=step,
         files={name: record for receipt in receipts for name, record in receipt.files.items()},
-        parameters={name: layout.SavedParameter(shapes[name], tuple(found)) for name, found in sorted(shards.items())},
+        parameters={name: SavedParameter(shapes[name], tuple(found)) for name, found in sorted(shards.items())},
     )
 
 

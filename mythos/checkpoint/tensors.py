@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mythos.checkpoint.layout import FileRecord
+from mythos.checkpoint.manifest import FileRecord
 
 METADATA = {"format": "pt"}
 READ_WRITE = 0o666

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mythos.checkpoint import layout
+from mythos.checkpoint.manifest import FORMAT_VERSION, FileRecord, Manifest, SavedParameter, ShardRecord, WrongFormat
 from mythos.checkpoint.tensors import write_tensors
 from mythos.errors import UserError
 from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, STATE_FILE
@@ -24,9 +25,9 @@ def write(directory: Path, step: int, value: float = 1.0) -> Path:
     }
     (partial / STATE_FILE).write_text(json.dumps({"step": step}))
     state = partial / STATE_FILE
-    files[state.name] = layout.FileRecord.of(state)
-    parameters = {"w": layout.SavedParameter((2, 3), (layout.ShardRecord(0, 0, 6, 3.0),))}
-    return layout.commit(partial, layout.Manifest(step, files, parameters))
+    files[state.name] = FileRecord.of(state)
+    parameters = {"w": SavedParameter((2, 3), (ShardRecord(0, 0, 6, 3.0),))}
+    return layout.commit(partial, Manifest(step, files, parameters))
 
 
 def names(paths: list[Path]) -> list[int]:
@@ -35,8 +36,8 @@ def names(paths: list[Path]) -> list[int]:
 
 def test_the_manifest_is_read_back(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "c", 7)
-    manifest = layout.Manifest.load(checkpoint)
-    assert manifest.parameters == {"w": layout.SavedParameter((2, 3), (layout.ShardRecord(0, 0, 6, 3.0),))}
+    manifest = Manifest.load(checkpoint)
+    assert manifest.parameters == {"w": SavedParameter((2, 3), (ShardRecord(0, 0, 6, 3.0),))}
     assert manifest.step == 7
     assert manifest.bytes == sum(path.stat().st_size for path in checkpoint.iterdir() if path.name != "manifest.json")
     assert layout.damaged_files(checkpoint, manifest) == {}
@@ -49,10 +50,10 @@ def test_every_flipped_byte_of_the_manifest_is_found(tmp_path: Path) -> None:
     for place in range(len(content)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(UserError, match="manifest.json: "):
-            layout.Manifest.load(checkpoint)
+            Manifest.load(checkpoint)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cannot be read"):
-        layout.Manifest.load(checkpoint)
+        Manifest.load(checkpoint)
 
 
 def test_latest_decides_and_newer_checkpoints_do_not_count(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_a_checkpoint_of_repeated_steps_is_replaced(tmp_path: Path) -> None:
         write(tmp_path / "c", step)
     (tmp_path / "c" / LATEST_FILE).write_text(layout.tag(3))
     again = write(tmp_path / "c", 6, value=2.0)
-    assert layout.damaged_files(again, layout.Manifest.load(again)) == {}
+    assert layout.damaged_files(again, Manifest.load(again)) == {}
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["latest", layout.tag(3), layout.tag(6)]
 
 
@@ -120,9 +121,9 @@ def test_checkpoints_of_repeated_steps_never_count_again(tmp_path: Path) -> None
 
 def test_a_checkpoint_of_another_format_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = write(tmp_path / "c", 3)
-    monkeypatch.setattr(layout, "FORMAT_VERSION", layout.FORMAT_VERSION + 1)
-    with pytest.raises(layout.WrongFormat, match="use the Mythos that wrote it"):
-        layout.Manifest.load(checkpoint)
+    monkeypatch.setattr("mythos.checkpoint.manifest.FORMAT_VERSION", FORMAT_VERSION + 1)
+    with pytest.raises(WrongFormat, match="use the Mythos that wrote it"):
+        Manifest.load(checkpoint)
 
 
 def test_a_commit_that_stops_anywhere_leaves_a_valid_checkpoint(
@@ -158,7 +159,7 @@ def test_a_commit_that_stops_anywhere_leaves_a_valid_checkpoint(
             else:
                 done = True
         newest = layout.resumable_checkpoints(directory)[0]
-        assert layout.damaged_files(newest, layout.Manifest.load(newest)) == {}
+        assert layout.damaged_files(newest, Manifest.load(newest)) == {}
         assert layout.step_of(newest) == (6 if done else 3)
         if done:
             return
@@ -199,4 +200,4 @@ def test_a_commit_is_undone_if_latest_cannot_be_written(tmp_path: Path, monkeypa
         f"{layout.tag(9)}.partial",
     ]
     newest = layout.resumable_checkpoints(directory)[0]
-    assert layout.damaged_files(newest, layout.Manifest.load(newest)) == {}
+    assert layout.damaged_files(newest, Manifest.load(newest)) == {}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mythos.checkpoint import layout, tensors
+from mythos.checkpoint import layout, manifest, tensors
 from mythos.checkpoint.reader import BUFFER, CheckpointReader
 from mythos.checkpoint.tensors import write_tensors
 from mythos.files import hash_file
@@ -51,13 +51,13 @@ def test_parameters_are_read_back_from_any_division(tmp_path: Path) -> None:
                     weights[rank][name] = flat
                     if name != "c":  # has had no update yet
                         optimizer[rank][f"{name}.exp_avg"] = 2 * flat
-                    shards.append(layout.ShardRecord(rank, int(start), int(stop), 0.0 if name == "c" else 5.0))
-            saved[name] = layout.SavedParameter(tuple(tensor.shape), tuple(shards))
+                    shards.append(manifest.ShardRecord(rank, int(start), int(stop), 0.0 if name == "c" else 5.0))
+            saved[name] = manifest.SavedParameter(tuple(tensor.shape), tuple(shards))
         weights[0][f"{BUFFER}router.bias"] = torch.arange(4.0)
         for rank in range(ranks):
             write_tensors(directory / layout.weights_file(rank), weights[rank])
             write_tensors(directory / layout.optimizer_file(rank), optimizer[rank])
-        layout.Manifest(1, {}, saved).save(directory)
+        manifest.Manifest(1, {}, saved).save(directory)
 
         reader = CheckpointReader(directory)
         for name, tensor in parameters.items():
