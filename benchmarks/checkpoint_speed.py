@@ -67,7 +67,7 @@ class Training:
         self.saver: Saver | None = None
 
     def steps(self, count: int) -> list[float]:
-        """Seconds of each of some steps, with what the training loop does for a save that is under way."""
+        """Seconds of each of some steps, including what the training loop does for a save in progress."""
         seconds = []
         for _ in range(count):
             dist.barrier()
@@ -150,7 +150,7 @@ def main() -> None:
         parameters = sum(torch.Size(shape).numel() for shape in training.engine.shapes().values())
         training.steps(2)
         plain = statistics.median(training.steps(6))
-        tell(f"{parameters / 1e6:.0f}M parameters, {world.world_size} ranks on {device.type}; a step {plain:.2f} s")
+        tell(f"{parameters / 1e6:.0f}M parameters, {world.world_size} ranks on {device.type}; {plain:.2f} s per step")
         for mode in ("sync", "async"):
             measure_saves(training, directory, mode, arguments.saves, arguments.between)
         del training

@@ -163,7 +163,7 @@ def main() -> None:
         results = best([read_memmap, read_ours, read_streaming], root / "reading", rows, length)
         for name, (wall, used, tokens, memory) in zip(("memmap", "ours", "StreamingDataset"), results, strict=True):
             print(
-                f"  {name:<17} {tokens / wall / 1e6:7.0f}M tokens/s, {used / tokens * 1e9:6.2f} CPU s a billion, "
+                f"  {name:<17} {tokens / wall / 1e6:7.0f}M tokens/s, {used / tokens * 1e9:6.2f} CPU s per billion, "
                 f"{results[0][0] / wall * tokens / results[0][2]:6.1%} of memmap, peak {memory:.0f} MiB"
             )
         shutil.rmtree(root / "reading")

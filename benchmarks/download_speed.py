@@ -28,14 +28,14 @@ ENVIRONMENT = {
 
 
 def with_obstore() -> Callable[[str, Path], None]:
-    """As Mythos downloads."""
+    """Download as Mythos does."""
     from mythos.data import remote
 
     return remote.fetch
 
 
 def with_streaming() -> Callable[[str, Path], None]:
-    """As the readers of mosaicml-streaming download."""
+    """Download as the readers of mosaicml-streaming do."""
     from streaming.base.storage.download import S3Downloader
 
     downloader = S3Downloader()

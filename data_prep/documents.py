@@ -1,4 +1,4 @@
-"""The rules of documents that hold for every kind of file: which split, and which rows are worked on together."""
+"""Rules for documents from every kind of file: the split of each, and which rows form one work item."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import xxhash
 
 from mythos.errors import UserError
 
-# One work item: half a minute of work, so that little is lost with a killed worker.
+# The size of a work item: half a minute of work, so that little is lost when a worker is killed.
 RANGE_BYTES = 16 << 20
 # Repeated documents are stored once in a dictionary, so a range may hold far more text than its bytes suggest.
 RANGE_ROWS = 1 << 16

@@ -46,10 +46,10 @@ def _acquire(directory: Path) -> int:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             print(
-                f"{directory}: its file system does not support locks: start no second run for this output",
+                f"{directory}: its file system does not support locks: do not start a second run for this output",
                 file=sys.stderr,
             )
-        # If the file was removed after it was opened, this lock does not exclude anybody.
+        # If the file was removed after it was opened, this lock does not exclude other processes.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

@@ -29,7 +29,7 @@ class ParquetFile:
     def row_ranges(self) -> list[RowRange]:
         """Row groups together, or parts of one; see ``cut_into_ranges``. Only the metadata is read.
 
-        Raises UserError if this is no Parquet file, has no rows, or no column of that content.
+        Raises UserError if this is not a Parquet file, or has no rows or no column of that content.
         """
         with self._open() as file:
             sizes = self._row_group_sizes(file.metadata)

@@ -1,8 +1,8 @@
-"""The items of work up to the parts of a data set. The result of an item depends on the item alone, not on the worker.
+"""The work items that make the parts of a data set. The result of an item depends on the item alone, not on the worker.
 
-A part is made from a row range of a source: for each split the packed rows, and then the tail, the pieces that fill no
-row. The name of a part is a hash of everything that it depends on, and its record, NAME.json, is written last: a part
-that has a record is complete and was made with these settings, whatever was killed or changed in the meantime.
+A part is made from a row range of a source: for each split it has the packed rows, and then the tail, the remaining
+pieces, which do not fill a row. The name of a part is a hash of everything that it depends on, and its record,
+NAME.json, is written last: a part that has a record is complete and was made with these settings, even after a kill.
 """
 
 import json
@@ -28,7 +28,7 @@ from mythos.files import hash_file, opened_atomically, write_atomically
 Progress = Callable[[int], None]
 """Called with the number of bytes that were processed since the last call."""
 
-# Incremented when changed code makes other parts from the same input.
+# Incremented when a change of the code changes the parts that are made from the same input.
 PART_VERSION = 1
 FREE_SPACE = "free space or choose another --output, and run the same command again: finished parts are kept"
 # Text passed to the tokenizer at a time; its encodings take dozens of times as much memory.
@@ -193,7 +193,7 @@ def read_rows(path: str, first_row: int, rows: int, row_tokens: int, dtype: str)
 
 
 def read_tail(path: Path, part: SplitPart, settings: PartSettings) -> Iterator[Piece]:
-    """The pieces of a part that fill no row."""
+    """The remaining pieces of a part, which do not fill a row."""
     offset = part.rows * settings.row_tokens * np.dtype(settings.dtype).itemsize
     tokens = np.fromfile(path, dtype=settings.dtype, offset=offset)
     ends = np.cumsum([length for length, _ in part.tail], dtype=np.int64)

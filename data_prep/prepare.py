@@ -154,7 +154,7 @@ class _Run:
         manifest = replace(self._plan, splits=splits)
         write_atomically(data / TOKENIZER_FILE, self._tokenizer.content)
         manifest.save(data)
-        # Fails if another process has put something there in the meantime, which is kept.
+        # Fails if another process has created the directory meanwhile, so its content is kept.
         os.rename(data, output)
         shutil.rmtree(self._work)
         return manifest
@@ -198,7 +198,7 @@ class _Run:
         return record
 
     def _pack_tails(self, split: str, names: list[str], records: list[PartRecord]) -> SplitCounts:
-        """Make the last part from the pieces that fill no row; returns the counts of the whole split."""
+        """Make the last part from the remaining pieces; returns the counts of the complete split."""
         packing = packer(self._plan.settings.packing, self._plan.row_tokens)
         sequences = sum(record[split].rows for record in records)
         with opened_atomically(self._parts / f"{_TAILS}.{split}") as file:
@@ -237,7 +237,7 @@ class _Run:
             )
 
     def _write_shards(self, rows: dict[str, list[tuple[str, int]]], splits: dict[str, SplitCounts]) -> Path:
-        """Write the shards and indexes; returns the directory that lacks only tokenizer and manifest."""
+        """Write the shards and indexes; returns their directory, which needs only tokenizer and manifest now."""
         layout = ShardFormat(
             self._plan.encoding,
             self._row_bytes,

@@ -11,7 +11,7 @@ from mythos.data.format import Settings, Source
 
 
 def row_ranges_of(sources: list[Path], settings: Settings, workers: Workers) -> list[list[RowRange]]:
-    """The row ranges of each source. All are inspected first, so that a wrong one is not found after hours of work."""
+    """The row ranges of each source. All are inspected first, so that a bad file is not found after hours of work."""
     items = [InspectSource(str(source), settings.column, settings.content) for source in sources]
     results = dict(workers.run(items, lambda done_bytes: None))
     return [[RowRange(**rows) for rows in results[number]] for number in range(len(items))]

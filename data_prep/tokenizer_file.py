@@ -112,7 +112,7 @@ def agreed_validation_percent(tokenizer: Path, sha256: str, asked: float | None)
 def text_bytes_of_ids(encoder: Tokenizer) -> np.ndarray | None:
     """Bytes of text per id, int64 of shape (vocabulary,); None for tokenizers that are not byte-level.
 
-    The vocabulary of a byte-level tokenizer writes each byte as one character. Special tokens stand for no text.
+    The vocabulary of a byte-level tokenizer represents each byte by one character. Special tokens count as no text.
     """
     decoder = json.loads(encoder.to_str()).get("decoder") or {}
     if decoder.get("type") != "ByteLevel":

@@ -93,7 +93,7 @@ def check_existing(output: Path, plan: Manifest) -> Manifest:
     for field in fields(Manifest):
         found, asked = getattr(manifest, field.name), getattr(plan, field.name)
         if field.name != "splits" and found != asked:
-            # There may be many sources: too many for one line.
+            # There may be too many sources for one line.
             what = "made from other sources" if field.name == "sources" else f"with {field.name} {found}, not {asked}"
             raise UserError(f"{output}: holds a data set {what}; choose another --output or remove it")
     findings, _ = structure(output, manifest)

@@ -1,8 +1,8 @@
 """Workers that process items in any order: this process, local processes, or the ranks of a launcher.
 
-Rank 0 distributes the items, one at a time to whichever worker is free, so that a slow worker delays nobody. It leaves
-the work of its own rank to a local process. The other ranks connect to it where the launcher's ranks meet; no MPI call
-is made. If a worker fails or dies, or rank 0 ends, all of them end.
+Rank 0 gives items, one at a time, to any worker that is free, so a slow worker does not delay the others. A local
+process works in place of rank 0 itself. The other ranks connect to rank 0 at the address where the launcher's ranks
+meet; no MPI call is made. If a worker fails or dies, or rank 0 ends, all of them end.
 """
 
 import contextlib
@@ -55,9 +55,9 @@ class _Worker:
     channel: Channel
     name: str
     process: BaseProcess | None = None
-    """None for another rank."""
+    """None if the worker is another rank."""
     item: int | None = None
-    """What it is working on."""
+    """Number of the item that it is processing."""
 
 
 class Workers:
@@ -84,11 +84,11 @@ class Workers:
         self.end(error)
 
     def end(self, error: BaseException | None) -> None:
-        """Tell all workers that the job has ended, and with which exit code."""
+        """Send all workers the end of the job and its exit code."""
         exit_code = DONE if error is None else getattr(error, "exit_code", FAILED)
         until = time.monotonic() + (MEET_TIMEOUT_S if error is None else GRACE_S)
         if self._listener is not None:
-            # Ranks that are late must be informed, too: otherwise they would wait until they time out.
+            # Ranks that connect late must be informed, too: otherwise they would wait until they time out.
             while len(self._ranks()) < self._world.world_size - 1 and time.monotonic() < until:
                 self._accept(self._listener, timeout_s=RETRY_S)
             self._listener.close()
@@ -147,7 +147,7 @@ class Workers:
         return [worker for worker in self._workers if worker.process is None]
 
     def _start_process(self) -> None:
-        # spawn: threads of pyarrow and tokenizers, or an open MPI, do not survive a fork.
+        # spawn, because threads of pyarrow and tokenizers and an initialised MPI do not survive a fork.
         own, other = socket.socketpair()
         process = multiprocessing.get_context("spawn").Process(target=_serve_process, args=(other,), daemon=True)
         process.start()

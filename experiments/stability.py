@@ -93,7 +93,7 @@ def report(runs: Path) -> str:
 
 
 def plot(runs: Path, path: Path) -> None:
-    """Loss and spectral radius at the end against the learning rate, one line an injection, one point a seed."""
+    """Loss and spectral radius at the end against the learning rate, one line per injection, one point per seed."""
     import matplotlib
 
     matplotlib.use("Agg")

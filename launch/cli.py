@@ -1,4 +1,4 @@
-"""The command line: `mythos COMMAND ...`. Each command is a file beside this one, and is listed here once."""
+"""The command line: `mythos COMMAND ...`. Each command has a file in this package, and is listed here once."""
 
 import os
 import sys
@@ -32,8 +32,8 @@ HELP_WIDTH = 110
 
 
 def group(summary: str, commands: dict[str, Callable[..., int]]) -> typer.Typer:
-    """A command that consists of commands."""
-    # Plain help: rich draws its boxes also where the output is no terminal.
+    """A group of commands, such as `mythos data`."""
+    # Plain help, because rich would draw boxes even when the output is not a terminal.
     app = typer.Typer(
         help=summary,
         epilog=EXIT_CODES,

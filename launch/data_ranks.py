@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def lead_or_serve(processes: int | None, lead: Callable[["Workers"], int]) -> int:
-    """Rank 0 leads; the other ranks do the work that it hands out, and end with its exit code."""
+    """Rank 0 runs the command; the other ranks process the items that it distributes, and end with its exit code."""
     from mythos.ranks.world import read_world
 
     with read_world() as world:

@@ -1,4 +1,4 @@
-"""`mythos job`: what a batch script has to know before it starts the ranks."""
+"""`mythos job`: what a batch script needs before it starts the ranks."""
 
 from typing import Annotated
 

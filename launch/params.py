@@ -16,7 +16,7 @@ def run(configuration: Configuration) -> int:
     from mythos.plan.params import count_parameters
 
     count = count_parameters(load_model(*split_configuration(configuration)))
-    sums = {"total": count.total, "active a token": count.active, "of which lookup tables": count.tables}
+    sums = {"total": count.total, "active per token": count.active, "of which lookup tables": count.tables}
     rows = [(name, f"{number:,}", f"{number / count.total:.2%}") for name, number in (count.parts | sums).items()]
     print_table(COLUMNS, rows)
     return DONE

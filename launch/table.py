@@ -18,8 +18,8 @@ class Column:
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
     """Print the rows to stdout.
 
-    Where stdout is no terminal there are no headers, no boxes, no colours and no wrapped lines: a row is a line, and
-    two or more spaces separate its cells.
+    If stdout is not a terminal, there are no headers, boxes, colours or wrapped lines: each row is one line, and two or
+    more spaces separate its cells.
     """
     if sys.stdout.isatty():
         _print_rich(columns, rows)

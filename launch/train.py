@@ -1,4 +1,4 @@
-"""`mythos train`: bare, or once a process under torchrun, mpiexec or srun."""
+"""`mythos train`: one process, or many under torchrun, mpiexec or srun."""
 
 import signal
 import time
@@ -40,7 +40,7 @@ def run(
     from mythos.config.load import load
 
     def work(config: "Config", device: "torch.device") -> int:
-        from mythos.train.loop import train  # imports DeepSpeed, which must know the device first
+        from mythos.train.loop import train  # imports DeepSpeed, so the device must be set first
 
         return train(config, device, stop, accept or ())
 
@@ -56,12 +56,12 @@ def run(
 def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, torch.device], int]") -> int:
     """Join the other ranks and do the work; returns the exit code.
 
-    An error is reported once, by rank 0 or by the rank that alone knows of it, and ends the process. ``World``
+    An error is reported once, by rank 0 or by the only rank that knows of it, and ends the process. ``World``
     describes how the launcher then ends the other ranks.
 
     Args:
         configure: loads the configuration for the number of ranks.
-        work: is given the configuration and this rank's device.
+        work: called with the configuration and this rank's device.
     """
     from mythos.errors import FAILED, UserError
     from mythos.ranks.exits import exit_now
@@ -75,7 +75,7 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
         except UserError as error:
             if world.rank > 0:
                 _wait_for_rank_0(error.exit_code)
-                log.error(f"mythos: {world.place}, but not rank 0, reports {error}")
+                log.error(f"mythos: {world.place} has an error that rank 0 does not have: {error}")
                 exit_now(error.exit_code)
             raise
         log.info(world.describe())
@@ -84,7 +84,7 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
         from mythos.ranks.watchdog import SLOW_LIMIT_S
 
         try:
-            # Longer than the watchdog's limit, whose report says more about the cause than a failed collective.
+            # Longer than the watchdog's limit, because its report names the cause and a failed collective does not.
             timeout_s = group.COLLECTIVE_TIMEOUT_S + max(config.train.watchdog_s, SLOW_LIMIT_S)
             exit_code = work(config, group.start(config.device, timeout_s))
             group.finish()
@@ -110,6 +110,6 @@ def _wait_for_rank_0(exit_code: int) -> None:
     """
     from mythos.ranks.exits import exit_now
 
-    signal.set_wakeup_fd(-1)  # so that this SIGTERM is not taken for a preemption
+    signal.set_wakeup_fd(-1)  # so that this SIGTERM does not count as a preemption
     signal.signal(signal.SIGTERM, lambda *_: exit_now(exit_code))
     time.sleep(LAUNCHER_GRACE_S)

@@ -20,7 +20,7 @@ def cross_entropy(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, z_los
     chunk_tokens = max(1, CHUNK_LOGITS // head_VD.shape[0])
     if len(targets_T) <= chunk_tokens:
         total = _sum(hidden_TD, head_VD, targets_T, z_loss)
-    elif z_loss == 0 and hasattr(nn, "LinearCrossEntropyOptions"):  # torch 2.11 lacks it
+    elif z_loss == 0 and hasattr(nn, "LinearCrossEntropyOptions"):  # not in torch 2.11
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens)
         total = F.linear_cross_entropy(
             hidden_TD, head_VD, targets_T, reduction="sum", ignore_index=IGNORED, options=options

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# A real Slurm on one machine, for tests: munged, slurmctld and N slurmd ("virtual nodes"
-# node1 .. nodeN) with a key, configuration, state and logs of their own in one directory.
-# Works as root or as an ordinary user; needs no systemd, no cgroups and no GPU.
-# Where Linux namespaces are allowed, every node has its own hostname and loopback address, and
-# jobs (but no other processes) can resolve the nodes' names, as on a real cluster.
+# A real Slurm on one machine, for tests: munged, slurmctld and N slurmd ("virtual nodes" node1 .. nodeN) with their own
+# key, configuration, state and logs in one directory. Works as root or as an ordinary user; needs no systemd, no
+# cgroups and no GPU. Where Linux namespaces are allowed, every node has its own hostname and loopback address, and jobs
+# (but no other processes) can resolve the nodes' names, as on a real cluster.
 #
 #   local_cluster.sh up [N]            start (does nothing if it is up already; if it is up with another N, it is taken
 #                                      down first, which ends its jobs)
@@ -15,7 +14,7 @@
 #
 #   SLURM_LOCAL_DIR    directory; keep it short (default /tmp/slurm-local-UID)
 #   SLURM_LOCAL_NODES  number of nodes          (default 2; argument N wins)
-#   SLURM_LOCAL_GPUS   pretended GPUs per node  (default 2)
+#   SLURM_LOCAL_GPUS   simulated GPUs per node  (default 2)
 #   SLURM_LOCAL_PORT   TCP ports PORT .. PORT+N (default 26817)
 #   SLURM_LOCAL_NAMES  0: no namespaces         (default: use them where they are allowed)
 set -euo pipefail

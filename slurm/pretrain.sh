@@ -57,7 +57,7 @@ newest_checkpoint() { cat "$run/checkpoints/latest" 2>/dev/null || echo none; }
 starts() { grep -cs '"event": "started"' "$run/events.jsonl"; }
 
 # The first signals may arrive before the ranks have installed their handlers, so they are repeated until the run's
-# journal says that it has started. One more is enough then, and the ranks' children, such as compilers, get no others.
+# journal records its start. Then one more is enough, and the ranks' children, such as compilers, receive no others.
 forward() {
   asked=yes
   trap '' USR1
@@ -68,12 +68,12 @@ forward() {
   forwarder=$!
 }
 
-# Whether srun has printed this message since the step began: its exit code does not say what happened to the step.
+# Whether srun has printed this message since the step began: its exit code does not show what happened to the step.
 srun_printed() {
   [ -f "/proc/$$/fd/2" ] && tail -c "+$((printed_before + 1))" "/proc/$$/fd/2" | grep -F "srun: $1" >/dev/null
 }
 
-# Whether Slurm reports a node of the job as down, or cannot start a task on one. Other errors of srun prove nothing.
+# Whether Slurm reports a node of the job as down, or cannot start a task on one. Other errors of srun do not count.
 node_is_lost() {
   local said code missed='State=[^ ]*(DOWN|NOT_RESPONDING|\*)'
   if scontrol show node "$SLURM_JOB_NODELIST" -o | grep -E "$missed" >/dev/null; then return; fi

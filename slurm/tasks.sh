@@ -3,7 +3,7 @@
 #
 # One process per GPU, unless --ntasks-per-node is given (on CPU nodes: give it, with --gpus-per-node=0). The scripts do
 # not request tasks themselves: Slurm 22.05 keeps the number of tasks of the first start, so that with --ntasks-per-node
-# a job with a range of nodes would wait without end for a lost node.
+# a job with a range of nodes would wait for ever for a lost node.
 
 # The GPUs that were requested: --exclusive gives all of a node, --gres fewer than the header's --gpus-per-node.
 gpus=${SLURM_GPUS_ON_NODE:-}

@@ -1,4 +1,4 @@
-"""A real Slurm for tests, and commands that cannot outlive their limit.
+"""A real Slurm for tests, and commands with a time limit.
 
 In tests/conftest.py:      from tests.cluster import slurm_cluster  # noqa: F401
 In a test:
@@ -9,7 +9,7 @@ In a test:
         done = run(["srun", "-N2", "hostname"], limit_s=20, env=slurm_cluster)
         assert done.returncode == 0, done.stderr
 
-The fixture starts one cluster (node1 to node4, two pretended GPUs each) for the whole test session, in a directory
+The fixture starts one cluster (node1 to node4, two simulated GPUs each) for the whole test session, in a directory
 and on ports of its own, and yields the environment for sbatch, srun, scontrol and slurm/local_cluster.sh (for
 kill-node and start-node). A test that takes a node down must start it again. Jobs of other
 tests may be in the queue, so a test looks only at the ids of its own jobs.

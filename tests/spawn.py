@@ -1,6 +1,6 @@
 """Ranks for tests: processes on this machine's CPU that need not import torch and DeepSpeed.
 
-The imports take four CPU seconds a process. A fork server does them once for each test session, and every rank is a
+The imports take four CPU seconds per process. A fork server does them once for each test session, and every rank is a
 fork of it that starts in a tenth of a second.
 
 ``RankPool`` keeps the ranks of one process group alive between tests:

@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: who imports whom, how long files and functions are, how files are opened."""
+"""Rules for the code: which module imports which, how long files and functions are, how text files are opened."""
 
 import ast
 from collections import Counter
@@ -30,7 +30,7 @@ LAYERS = [
 ]
 """From the bottom up: a module imports from its own layer and those below."""
 WITHOUT_TORCH = ("mythos/errors.py", "mythos/files.py", "mythos/config", "mythos/plan", "mythos/run", "launch")
-"""Files and rooms that import no torch when they are imported; a function may still import it."""
+"""Files and packages that do not import torch when they are imported; a function may still import it."""
 FILE_LINES, FUNCTION_LINES, ROOM_PERCENT, TRAIN_FILES = 300, 60, 16, 8
 READING_LIST = (
     "launch/train.py",
@@ -192,7 +192,7 @@ def opens_text(call: ast.Call) -> bool:
     mode += [word.value for word in call.keywords if word.arg == "mode"]
     if not mode:
         return True
-    # An argument that is no mode belongs to the open() of something else, such as a store of shards.
+    # An argument that is not a mode belongs to the open() of something else, such as a store of shards.
     text = mode[0].value if isinstance(mode[0], ast.Constant) else ""
     return isinstance(text, str) and set(text) <= set("rwxat+") and text != ""
 

@@ -1,4 +1,4 @@
-"""The documents are true: their commands run, their links lead somewhere, their names exist.
+"""The documents match the code: commands run, links resolve, names exist.
 
 Fenced blocks of a document by their info string:
 

@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_not_exported(trained: Path, tmp_path: Path) -> 
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)
-    with pytest.raises(UserError, match="does not fit the hash in the manifest: export another step"):
+    with pytest.raises(UserError, match="does not match the hash in the manifest: export another step"):
         export(tmp_path / "run", tmp_path / "out", step=4)
     assert not (tmp_path / "out").exists()
     assert export(tmp_path / "run", tmp_path / "out", step=5).name == layout.tag(5)

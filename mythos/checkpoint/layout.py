@@ -110,14 +110,14 @@ def damaged_files(checkpoint: Path, manifest: Manifest, only: Iterable[str] | No
             if message := _wrong_size(checkpoint, manifest, name):
                 messages[name] = message
             elif hash_file(path) != manifest.files[name].xxh3_64:
-                messages[name] = f"{path}: damaged, its content does not fit the hash in the manifest"
+                messages[name] = f"{path}: damaged, its content does not match the hash in the manifest"
         except OSError as error:
             messages[name] = f"{path}: {error.strerror}"
     return messages
 
 
 def incomplete_files(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
-    """As ``damaged_files``, without reading the files: those that are missing or have another size."""
+    """Like ``damaged_files`` without reading the files: finds those that are missing or have another size."""
     return {name: message for name in sorted(manifest.files) if (message := _wrong_size(checkpoint, manifest, name))}
 
 
@@ -172,7 +172,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     flush_directory(partial)
     final, directory = partial.with_suffix(""), partial.parent
     replaced = None
-    if final.exists():  # of steps that the run has repeated
+    if final.exists():  # the run has repeated these steps
         replaced = _rename_for_removal(final)
     os.rename(partial, final)
     try:

@@ -88,7 +88,7 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
         if not isinstance(content, dict) or content.pop("xxh3_64", None) != _digest(content):
-            raise UserError(f"{path}: damaged, its content does not fit its hash")
+            raise UserError(f"{path}: damaged, its content does not match its hash")
         if content["format_version"] != FORMAT_VERSION:
             raise WrongFormat(
                 f"{path}: format_version {content['format_version']}, this Mythos reads {FORMAT_VERSION}: "

@@ -29,7 +29,7 @@ class Overview:
     problems: list[str]
     """One line for each bad file."""
     next_start: str | None
-    """Where the next start would begin, unless the rows have made that clear."""
+    """Where the next start would begin, unless the rows show it already."""
 
 
 def list_checkpoints(run: Path) -> Overview:

@@ -23,7 +23,7 @@ from mythos.run.console import log
 from mythos.run.directory import LATEST_FILE, MANIFEST_FILE
 
 CHECK_AGAIN_AFTER_S = 2.0
-"""Before a file counts as damaged: a network file system may have shown an outdated state."""
+"""The pause before a bad file is checked again: a network file system may have shown an outdated state."""
 
 
 def newest_valid(directory: Path) -> Path | None:

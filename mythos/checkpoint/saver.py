@@ -1,6 +1,6 @@
 """Saves checkpoints while training continues.
 
-    start        every rank copies its part to memory, which is all that training waits for
+    start        every rank copies its part to memory; training waits only for this
     writing      a thread on every rank writes the rank's files; at each step the ranks exchange whether all are done
     committing   rank 0's thread writes the manifest, renames the directory and replaces ``latest``
 
@@ -92,7 +92,7 @@ class Saver:
         self._metrics["checkpoint/stall_seconds"] = time.perf_counter() - started_at
 
     def wait_until_saved(self) -> None:
-        """Wait for the save in progress, and repeat it while it fails: the run has no later step to do so.
+        """Wait for the save in progress, and repeat it while it fails, because no later step will save again.
 
         Raises:
             SaveError: it has failed ``checkpoint.max_failures`` times in a row.

@@ -28,7 +28,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """
     try:
         save_file(dict(tensors), path, METADATA)
-        path.chmod(path.parent.stat().st_mode & READ_WRITE)  # the library lets nobody but the owner read it
+        path.chmod(path.parent.stat().st_mode & READ_WRITE)  # the library makes it readable by the owner only
         record = FileRecord.of(path)
         with path.open("rb") as file:
             os.fsync(file.fileno())

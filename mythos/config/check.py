@@ -1,7 +1,7 @@
 """Rules between options, and between options and the number of processes.
 
 Each rule yields findings instead of raising, so that the user sees all of them at once. Whether an option has an effect
-is no rule here: the option itself declares what it needs (see ``mythos.config.option.Needs``).
+is not checked by a rule: the option itself declares what it needs (see ``mythos.config.option.Needs``).
 """
 
 import re

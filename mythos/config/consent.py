@@ -1,8 +1,8 @@
 """Which options may differ when a run is resumed, and what the user has accepted with ``--accept``.
 
-``--accept`` names an option, or a section for all options in it: ``optim.learning_rate``, ``optim``. It only accepts
-what it names, so a job that Slurm starts again with the same words accepts nothing that nobody has seen. A name that
-has nothing to accept is no error: after the first start with it, nothing differs any more.
+``--accept`` names an option, or a section for all options in it: ``optim.learning_rate``, ``optim``. It accepts only
+what it names, so a requeued job, which has the same arguments, accepts no change that the user has not seen. Naming an
+option that has not changed is not an error: after the first start with ``--accept``, nothing differs any more.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,15 +30,15 @@ Differences = Mapping[str, tuple[Any, Any]]
 
 
 def check_names(accept: Iterable[str]) -> None:
-    """Every name is that of an option or of a section.
+    """Check that every name is that of an option or of a section.
 
     Raises:
-        UserError: one is not.
+        UserError: a name is unknown.
     """
     for name in accept:
         if find(name) is None:
             close = similar(name)
-            hint = f"did you mean {close}?" if close else "see docs/configuration.md for the options there are"
+            hint = f"did you mean {close}?" if close else "docs/configuration.md lists all options"
             raise UserError(f"--accept {name}: unknown option; {hint}")
 
 
@@ -48,7 +48,7 @@ def is_accepted(path: str, accept: Iterable[str]) -> bool:
 
 
 def arguments(paths: Iterable[str]) -> str:
-    """What to add to the command line to accept these changes."""
+    """The arguments that accept these changes."""
     return " ".join(f"--accept {path}" for path in paths)
 
 

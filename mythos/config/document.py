@@ -15,9 +15,10 @@ HEAD = """\
 
 Generated from the schema by `python -m mythos.config.document`; do not edit it.
 
-A configuration is one tree of options. It is merged from YAML files, of which later ones win, and from `key=value`
-arguments, which win over the files: `mythos train MODEL.yaml RUN.yaml optim.learning_rate=2e-4`. `mythos config` prints
-the resolved tree. All mistakes are reported at once, each with the dotted path, the value and what would be right.
+A configuration is one tree of options. It is merged from YAML files, where later files override earlier ones, and
+`key=value` arguments, which override the files: `mythos train MODEL.yaml RUN.yaml optim.learning_rate=2e-4`.
+`mythos config` prints the resolved tree. All mistakes are reported at once, each with the dotted path, the value and
+what would be right.
 
 - Unknown options are errors, and so are options without effect: those that need another option (see the tables), and
   those of another `kind`.
@@ -32,11 +33,11 @@ the resolved tree. All mistakes are reported at once, each with the dotted path,
 | ask | refused with the difference, unless `--accept OPTION` names it, as the message shows |
 | never | refused: the weights or the position in the data would have no meaning |
 
-`--accept` can be repeated. The name of a section (`--accept optim`) accepts all options in it that may change. Give the
-name of the option where you can: a job that is requeued has the same arguments, and accepts only what they name. A name
-that has nothing to accept is no error. Another content of a data set is accepted by the option that names its directory
-(`--accept data.directory`, `--accept data.sources.web.directory`). A run without a checkpoint and without metrics may
-start with any configuration. After a change of `optim.kind` the moments that both kinds have are kept.
+`--accept` can be repeated. The name of a section (`--accept optim`) accepts all options in it that may change. Prefer
+the name of the option: a requeued job has the same arguments, and accepts only what they name. Naming an option that
+has not changed is not an error. A change of the content of a data set is accepted by the option that names its
+directory (`--accept data.directory`, `--accept data.sources.web.directory`). A run without a checkpoint and without
+metrics may start with any configuration. After a change of `optim.kind`, the moments that both kinds have are kept.
 """
 
 

@@ -22,7 +22,7 @@ def merge(files: Sequence[str | Path], overrides: Sequence[str], saved: bool = F
     """Merge YAML files, of which later ones win, then the overrides as one more layer.
 
     A layer that chooses another kind (``optim.kind=adamw``) or switches something off (``sample.tokens=0``) also
-    removes the options that now have no effect from the layers before it: nobody has to edit a file for that.
+    removes the options that now have no effect from the layers before it, so no file has to be edited.
 
     Args:
         saved: Mythos wrote the files, perhaps in version 0.1, which wrote options without effect as well.
@@ -63,7 +63,7 @@ def _read(file: str | Path, saved: bool) -> Any:
 def _keep_effective(layer: Any) -> None:
     """Remove what has no effect from a run's own file, which version 0.1 wrote with the options of every kind.
 
-    Nobody gave these options there, so they are no mistakes.
+    The user did not give these options, so they are not errors.
     """
     for union in unions():
         kind = OmegaConf.select(layer, f"{union}.kind")

@@ -41,7 +41,7 @@ def load(
 
 
 def load_model(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Looped | Dense:
-    """The model of a configuration that may lack the sections of a run.
+    """The model of a configuration in which the sections of a run may be missing.
 
     Raises:
         UserError: as ``load``.
@@ -69,7 +69,7 @@ def load_for_most(files: Sequence[str | Path], overrides: Sequence[str], sizes: 
 def load_run(saved: Path, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
     """The configuration of a run, from its config.yaml, for work that makes no optimizer step.
 
-    Its global batch is one micro batch of each process, so that any number of processes will do.
+    Its global batch is one micro batch of each process, so that any number of processes is valid.
 
     Raises:
         UserError: as ``load``; also when there is no run.
@@ -143,7 +143,7 @@ def _finding(details: Any) -> Finding:
                 kinds, union = " or ".join(kinds_with(path)), path.rpartition(".")[0]
                 return Finding(path, value, f"only {union}.kind={kinds} has it: leave it out, or choose that kind")
             close = similar(path)
-            hint = f"did you mean {close}?" if close else "see docs/configuration.md for the options there are"
+            hint = f"did you mean {close}?" if close else "docs/configuration.md lists all options"
             return Finding(path, value, f"unknown option; {hint}")
         case "missing":
             return Finding(path, None, "required; give it in a YAML file or as key=value")

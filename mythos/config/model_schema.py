@@ -101,7 +101,7 @@ class Looped:
     loop_embeddings: int = option(
         "rows of a table added to the state by loop step; later steps use the last; 0: none", 0, ge=0
     )
-    adapter_rank: int = option("rank of the low-rank adapters of each core block, one a loop step; 0: none", 0, ge=0)
+    adapter_rank: int = option("rank of the low-rank adapters of each core block, one per loop step; 0: none", 0, ge=0)
     adapter_loops: int = option(
         "loop steps with an adapter of their own; later steps use the last", 1, gt=0, needs=Needs("model.adapter_rank")
     )

@@ -1,4 +1,4 @@
-"""The part of the configuration tree that describes the optimizer: one section a kind, with a schedule in common."""
+"""The part of the configuration tree that describes the optimizer: one section per kind, with the same schedule."""
 
 from typing import Annotated, Literal
 

@@ -13,7 +13,7 @@ COMMENT_COLUMN = 48
 
 
 def documented_yaml(config: Config) -> str:
-    """YAML that loads back to the same configuration, with one comment a line."""
+    """YAML that loads back to the same configuration, with one comment per line."""
     return "".join(line + "\n" for line in _lines(config, to_dict(config), ""))
 
 

@@ -5,13 +5,13 @@
     DIR/locks/                     one of 64 files is locked while a shard is fetched, `room` while space is freed
     DIR/metadata/                  manifests, tokenizers and indexes of data sets in an object store
 
-A shard is renamed to its name when it is complete. All locks are flock, which the kernel releases when a process ends:
-a killed run leaves an unlocked partial directory, which the next run removes. The fetch and room locks only save a
-second download and a few bytes; a process that has waited too long for one continues without it, so a stopped process
-blocks nobody. Whoever has a shard open holds a shared lock on it. To free space, the shards that were opened least
-recently are removed, never those that are open: they would occupy the disk until they are closed. So the cache is as
-large as its limit, or as the shards that all runs of the node have open if these are larger. Files with names of
-another form belong to somebody else and are not touched.
+A shard gets its name when it is complete. All locks are flock, which the kernel releases when a process ends: a killed
+run leaves an unlocked partial directory, which the next run removes. The fetch and room locks only save a second
+download and a few bytes; a process that has waited too long for one continues without it, so a stopped process does not
+block the others. A process that has a shard open holds a shared lock on it. To free space, the least recently opened
+shards are removed, but never open ones, which would occupy the disk until they are closed. So the size of the cache is
+at most its limit, or the size of all shards that the runs of the node have open if that is larger. Files whose names do
+not have this form are not touched.
 """
 
 import os
@@ -180,7 +180,7 @@ def _named(directory: Path, name: re.Pattern[str]) -> list[Path]:
 
 
 def _remove_if_unused(path: Path) -> bool:
-    """Remove a shard that nobody has open. Returns whether its space is free now."""
+    """Remove a shard that no process has open. Returns whether its space is free now."""
     with suppress(FileNotFoundError), path.open("rb") as file:  # missing: another process has removed it
         if not take_lock(file):
             return False
@@ -199,7 +199,7 @@ class Cached:
         self._cache, self._origin, self._remedy = cache, origin, remedy
 
     def check(self, shards: Sequence[Shard]) -> None:
-        """Check that a path holds every shard with its size. Object stores are not asked: one request a shard."""
+        """Check that a path holds every shard with its size. Not for object stores: one request per shard."""
         if not remote.is_object_store(self._origin):
             check_files(Path(self._origin), shards, self._remedy)
 

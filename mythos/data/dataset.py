@@ -74,7 +74,7 @@ class TokenDataset:
         return rows.astype(np.int64)
 
     def check(self, rows: int) -> None:
-        """Open the shards of the first ``rows`` rows, so that all ranks detect a damaged one together. Or UserError."""
+        """Open the shards of the first ``rows`` rows, so that all ranks detect a damaged one. Raises UserError."""
         for number in range(int(np.searchsorted(self._ends, min(rows, len(self)))) + 1):
             self._opened(number)
 

@@ -33,7 +33,7 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 def token_dtype(vocabulary_size: int) -> str:
-    """The smallest of uint16 and uint32 that holds every id below ``vocabulary_size``. A name: no numpy at start-up."""
+    """uint16 or uint32, the smaller that holds every id. Returns the name, to avoid importing numpy at start-up."""
     return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 

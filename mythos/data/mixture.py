@@ -43,7 +43,7 @@ class Mixture:
     """Sample number -> (source, number of the sample within that source).
 
     Args:
-        weights: one positive number a source; they need not sum to 1.
+        weights: one positive number per source; they need not sum to 1.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:

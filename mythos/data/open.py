@@ -96,7 +96,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def check_data_unchanged(before: dict[str, Any], now: dict[str, Any], accept: Sequence[str]) -> list[str]:
-    """What has changed since the checkpoint was saved, one line each, where ``accept`` names its option.
+    """The changes since the checkpoint was saved, one line each, if ``accept`` names their options.
 
     The run then resumes at the same sample number, in the order of the new data or seed: which of its rows it has seen
     already is unknown. A new global batch does not change the order.
@@ -114,13 +114,13 @@ def check_data_unchanged(before: dict[str, Any], now: dict[str, Any], accept: Se
         lines = ", ".join(f"{path}: {changed[path][0]!r} -> {changed[path][1]!r}" for path in refused)
         remedy = arguments(dict.fromkeys(_options_behind(path)[0] for path in refused))
         raise UserError(
-            f"the run was started on other data ({lines}): give the previous data, or accept the change: {remedy}"
+            f"the run was started with other data ({lines}): give the previous data, or accept the change: {remedy}"
         )
     return [f"{path}: {old!r} -> {new!r}" for path, (old, new) in changed.items()]
 
 
 def _options_behind(path: str) -> tuple[str, ...]:
-    """The options that decide about a part of the data's identity; accepting one of them is enough."""
+    """The options that determine a part of the data's identity; accepting one of them is enough."""
     match path.split("."):
         case ["sources", "data", _]:  # the name of a single data set
             return "data.directory", "data.sources.data"

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from obstore.store import AzureStore, GCSStore, S3Store
 
 SILENCE_S = 15.0
-"""A download that receives nothing for this long is given up, because it would look like a run that hangs."""
+"""A download that receives nothing for this long is abandoned, because the run would appear to hang."""
 GIVE_UP_AFTER_S = 10.0
-"""No further attempt begins after this time, so there is none after a silent one."""
+"""No attempt begins after this time, so a download that received nothing is not repeated."""
 POLL_EVERY_S = 0.2
 RETRY_PAUSES_S = (1.0, 4.0)
-"""Before the second and the third attempt at an object store."""
+"""The pauses before the second and the third attempt at an object store."""
 _CHUNK_BYTES = 1 << 20
 _LOCAL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
@@ -85,7 +85,7 @@ def _file_chunks(origin: Path) -> Iterator[bytes]:
 
 
 class _Download(threading.Thread):
-    """A download in progress. A daemon thread, because a silent store must not keep the process from ending."""
+    """A download in progress, in a daemon thread: a store that does not respond must not keep the process alive."""
 
     def __init__(self, origin: str, target: Path) -> None:
         super().__init__(name="download", daemon=True)

@@ -2,8 +2,8 @@
 
 An MDS shard of ``rows`` samples is: uint32 rows | uint32 offsets[rows + 1] | JSON config | samples. Our only column has
 a fixed size, so the samples are a plain matrix at the end of the file. Rows are read with ``pread``. It is faster than
-a memory map, which costs a page fault for each row, and a file that is truncated or removed while it is in use raises
-an error, where a memory map would raise a signal.
+a memory map, which costs a page fault per row, and a file that is truncated while it is in use gives an error, where a
+memory map would end the process with SIGBUS.
 """
 
 import os

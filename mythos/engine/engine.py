@@ -1,4 +1,4 @@
-"""The border to DeepSpeed: configuration -> engine, with one interface for every ZeRO stage."""
+"""The only module that imports DeepSpeed: configuration -> engine, with one interface for every ZeRO stage."""
 
 import logging
 import math

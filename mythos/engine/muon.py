@@ -6,7 +6,7 @@ For a matrix W of R rows and C columns, its clipped gradient G, learning rate l,
     O  = sqrt(max(1, R / C)) orthogonal((1 - b) G + b M)     Nesterov momentum; orthogonal(U S V^T) = U V^T
     W <- W - l O - l d W [O W >= 0]                          cautious decay (Chen et al. 2025, arXiv 2510.12402)
 
-Everything except orthogonal(...) is elementwise and is computed on the part of W and M that a rank holds under ZeRO.
+Everything except orthogonal(...) is elementwise and is computed on the part of W and M that a rank has under ZeRO.
 Only orthogonal(...) needs complete matrices: see ``Exchange``.
 """
 

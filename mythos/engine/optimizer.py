@@ -67,5 +67,5 @@ def _split(model: nn.Module, matrix_roles: set[Role]) -> dict[str, list[Tensor]]
 
 
 def _is_matrix(parameter: Tensor) -> bool:
-    """Whether it has rows and columns. Spread over ranks by ZeRO-3, it has the shape of an empty vector."""
+    """Whether the complete parameter has rows and columns; under ZeRO-3 its own shape is that of an empty vector."""
     return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2

@@ -15,7 +15,7 @@ from mythos.ranks.watchdog import Watchdog
 
 
 class Stopped(Exception):
-    """A rank was asked to stop, and all ranks have agreed to abandon the evaluation."""
+    """A rank received a stop request, and all ranks have agreed to abandon the evaluation."""
 
 
 def evaluation_forward(
@@ -27,7 +27,7 @@ def evaluation_forward(
 
     Args:
         activity: what the run is doing, for the watchdog's report.
-        stop: None where nothing can ask for a stop.
+        stop: None if a stop cannot be requested.
     """
     rule = exit_rule(options)
 
@@ -43,7 +43,7 @@ def evaluation_forward(
 def exit_rule(options: Eval) -> ExitRule | None:
     """When to leave the loop early, None for the planned depth; agreed by all ranks, since they share the experts.
 
-    ``exit_change``: ||h_{t+1} - h_t|| < exit_change * ||h_{t+1}|| over all tokens; needs no training for it.
+    ``exit_change``: ||h_{t+1} - h_t|| < exit_change * ||h_{t+1}|| over all tokens; works for any model.
     ``exit_when_halted``: the halting weights of every token are used up (adaptive computation time).
     """
     if options.exit_change is None and not options.exit_when_halted:

@@ -25,7 +25,7 @@ def sample_text(
     watchdog: Watchdog,
     stop: StopRequest,
 ) -> str | None:
-    """The prompt and the model's continuation as text; None when a rank was asked to stop meanwhile. Collective.
+    """The prompt and the model's continuation as text; None if a stop was requested meanwhile. Collective.
 
     The other arguments are those of ``sample_tokens``.
     """

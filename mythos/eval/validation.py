@@ -32,7 +32,7 @@ def validate(
     """Measure and log the validation loss of the engine's weights at each depth. Collective.
 
     Returns:
-        The losses by metric; None when a rank was asked to stop meanwhile and all ranks have abandoned it.
+        The losses by metric; None if a stop was requested meanwhile and all ranks have abandoned the validation.
     """
     forward = evaluation_forward(engine, options, watchdog, f"validation after step {step}", stop)
     for source in sources:
@@ -54,7 +54,7 @@ def validation_losses(
     micro_batch: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean loss a token over the first ``sequences`` of every source, the same on any number of ranks. Collective.
+    """Mean loss per token over the first ``sequences`` of every source, the same on any number of ranks. Collective.
 
     One value for each of ``depths`` (``val/loss_depth_T``), or ``val/loss`` for a model without a loop. Of several
     sources this is the mean by weight, the loss of the mixture, and each has its own: ``val/NAME/loss_depth_T``.

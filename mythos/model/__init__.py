@@ -1,4 +1,4 @@
-"""The model, which knows nothing of ranks, process groups, environment variables or DeepSpeed."""
+"""The model, which does not know about ranks, process groups, environment variables or DeepSpeed."""
 
 from collections.abc import Callable
 

@@ -164,7 +164,7 @@ class Loop(nn.Module):
         return output_BSD, torch.stack((routing_penalty, ponder)), health
 
     def _initial_state(self, e_BSD: Tensor, plan: DepthPlan) -> LoopState:
-        """h_0: zero, or noise of the embedding's standard deviation, cut at 3 of them, from a sequence's own seed."""
+        """h_0: zero, or normal noise like the embedding's, truncated at 3 deviations, from each sequence's own seed."""
         h_BSD = torch.zeros_like(e_BSD)
         if self.noise_deviation:
             generator = torch.Generator(e_BSD.device)
@@ -193,7 +193,7 @@ class Loop(nn.Module):
 
         Also returns the state before the last step and the number of loop steps done, summed over sequences.
 
-        With no sequence due a step is made on none of them, so that the collectives of all processes match.
+        If no sequence is due, the step runs on an empty batch, so that the collectives of all processes match.
         """
         previous, done = state, 0
         for steps_left in range(most, 0, -1):

@@ -1,4 +1,4 @@
-"""What modules state about their own parameters: initial values, stacked matrices, and the optimizer's treatment.
+"""What modules declare about their own parameters: initial values, stacked matrices, and the optimizer's treatment.
 
 A module class that needs more than the defaults has the methods or the attribute of the protocols below. Initialisation
 and optimizer collect them, so a new kind of layer changes neither.

@@ -1,4 +1,4 @@
-"""Ends this process although its threads, its collectives or its disk may block for ever."""
+"""Ends this process even if its threads, its collectives or its disk are blocked."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ GRACE_S = 5.0
 
 
 def exit_now(exit_code: int) -> NoReturn:
-    """End the process without waiting for its threads: those of a process group whose ranks are gone would abort it."""
+    """End the process without waiting for its threads: those of a process group abort it if other ranks have ended."""
     logging.shutdown()
     os._exit(exit_code)
 

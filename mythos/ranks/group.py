@@ -29,8 +29,8 @@ def start(device_option: str, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; returns this rank's device.
 
     Args:
-        collective_timeout_s: a collective that takes longer fails. Choose it longer than the watchdog's limit: the
-            watchdog's report says more about the cause.
+        collective_timeout_s: a collective that takes longer fails. Choose it longer than the watchdog's limit, because
+            the watchdog's report names the cause.
 
     Raises:
         UserError: there is no GPU for this rank, MASTER_ADDR does not resolve on this host, MASTER_PORT is in use, or
@@ -81,9 +81,9 @@ def _meet() -> tuple[dist.Store, int, int]:
 
 
 def ask_rank_0(own: str, answer: Callable[[list[str]], str]) -> str:
-    """What rank 0 answers to the texts of all ranks, in the order of the ranks; the same on every rank.
+    """Rank 0's answer to the texts of all ranks (in the order of the ranks), returned on every rank.
 
-    The texts travel through the store and not by a collective, which may fail without a useful message when the ranks
+    The texts are sent through the store and not by a collective, which may fail without a useful message when the ranks
     run different code.
 
     Raises:
@@ -104,12 +104,12 @@ def ask_rank_0(own: str, answer: Callable[[list[str]], str]) -> str:
 
 
 def finish() -> None:
-    """Leave the process group after success; after a failure the other ranks may be gone."""
+    """Leave the process group after success; after a failure the other ranks may have ended already."""
     dist.destroy_process_group()
 
 
 def _check_address(address: str) -> None:
-    """torch would keep trying to resolve it, without end."""
+    """Raise UserError if MASTER_ADDR does not resolve: torch would retry for ever."""
     try:
         socket.getaddrinfo(address, None)
     except OSError as error:

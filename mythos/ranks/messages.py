@@ -3,9 +3,9 @@
     frame      4 bytes, big-endian: the length of what follows; then a JSON object in UTF-8
     handshake  the process that connects sends {"token", "rank", "host", "process"}; the listener answers {"welcome"}
 
-The port is open to everybody who can reach the host. A connection that does not send the job's token within
+Any process that can reach the host can connect to the port. A connection that does not send the job's token within
 HELLO_TIMEOUT_S, or sends anything else, is closed. Until then nothing waits for it, and at most HELLO_BYTES of it are
-kept. All parts of a job are trusted, and nothing is encrypted: a cluster's network is private.
+kept. The processes of a job trust each other, and nothing is encrypted: a cluster's network is private.
 """
 
 import hmac
@@ -34,7 +34,7 @@ _HEADER = struct.Struct(">I")
 
 
 class Channel:
-    """One end of a connection. All methods raise OSError when the other end is gone or has sent no valid message."""
+    """One end of a connection. All methods raise OSError if the other end has closed or sent an invalid message."""
 
     def __init__(self, connection: socket.socket, message_bytes: int = MESSAGE_BYTES) -> None:
         self.message_bytes = message_bytes
@@ -62,7 +62,7 @@ class Channel:
         return self._messages.popleft()
 
     def receive_available(self) -> list[dict[str, Any]]:
-        """The messages that are complete now, maybe none. It does not wait if the channel is readable."""
+        """The messages that are complete now, possibly none. Does not wait if the channel is readable."""
         if not self._messages:
             self._read()
         messages = list(self._messages)

@@ -21,7 +21,7 @@ START_GRACE_S = 10.0
 
 
 class StopRequest:
-    """Set by the first SIGTERM, SIGUSR1 or SIGINT on this rank; the ranks combine their requests once a step.
+    """Set by the first SIGTERM, SIGUSR1 or SIGINT on this rank; the ranks combine their requests once per step.
 
     A second Ctrl-C, at least SECOND_CTRL_C_S after the first, ends the process at once. Other further signals have no
     effect.
@@ -41,7 +41,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        # An immediate second SIGINT is no second Ctrl-C: launchers forward the one that every process got already.
+        # An immediate second SIGINT is not a second Ctrl-C: launchers forward the one that every process has received.
         if self.asked and number == signal.SIGINT and now > self._asked_at + SECOND_CTRL_C_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -50,7 +50,7 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether this rank was asked to stop."""
+        """Whether this rank has received a stop request."""
         return self.signal_name is not None
 
     def exit_after(self, grace_s: float) -> None:
@@ -70,8 +70,8 @@ class StopRequest:
 
     def _exit_after(self, reader: int, grace_s: float) -> None:
         received = signal.Signals(os.read(reader, 1)[0])
-        # A launcher sends SIGTERM when another rank has failed. This rank may be about to find the same error, whose
-        # exit code says more.
+        # A launcher sends SIGTERM when another rank has failed. This rank may be about to find the same error, and
+        # should end with its exit code.
         until = time.monotonic() + (START_GRACE_S if received == signal.SIGTERM else 0)
         while not self.has_begun and time.monotonic() < until:
             time.sleep(0.1)

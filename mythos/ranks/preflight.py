@@ -1,4 +1,4 @@
-"""Checks before the first step: all ranks run the same code with the same configuration, and each can do its work.
+"""Checks before the first step: all ranks run the same code and configuration, and each has its device, data and disk.
 
 Every finding names the rank and its host, and all ranks raise the same error.
 """
@@ -64,7 +64,7 @@ class RankReport:
 
 
 def check_ranks(config: Config, device: torch.device) -> list[RankReport]:
-    """Compare the ranks before their first collective; returns the reports of all ranks on rank 0, elsewhere the own.
+    """Compare the ranks before their first collective; returns all reports on rank 0, and only its own on other ranks.
 
     Raises:
         UserError: the ranks differ in code, versions or configuration, or two of them use the same GPU.
@@ -77,15 +77,16 @@ def check_ranks(config: Config, device: torch.device) -> list[RankReport]:
         return "\n".join(f"  {finding}" for finding in (*differing(reports), *shared_gpus(reports)))
 
     if findings := group.ask_rank_0(json.dumps(asdict(own)), compare):
-        raise UserError(f"the ranks do not fit together:\n{findings}", agreed=True)
+        raise UserError(f"the ranks do not match:\n{findings}", agreed=True)
     if warning := expert_groups_across_hosts(config.parallel.expert_parallel_size, [r.host for r in reports]):
         log.warning(warning)
     return reports
 
 
 def check_run_directory(run: Run, model: Model) -> None:
-    """Check that every rank can write to the run directory, which rank 0 has created, and that the next checkpoints
-    fit on the disk. Collective.
+    """Check that every rank can write to the run directory, and that the next checkpoints fit on the disk. Collective.
+
+    Rank 0 has created the directory.
 
     Raises:
         UserError: a rank cannot write there, or the disk is too full.

@@ -39,7 +39,8 @@ def meet(
     """Where the ranks of this launcher meet; variables that the user has set take precedence."""
     address, port, token = environ.get("MASTER_ADDR"), _users_port(environ), environ.get("MYTHOS_JOB_TOKEN") or None
     if address and port:
-        # MPI stays closed: a workaround if MPI_Init fails. MPICH's mpiexec then does not end the others when one dies.
+        # MPI is not initialised, which helps if MPI_Init fails; MPICH's mpiexec then does not end the others of a dead
+        # rank.
         return Meeting(address, port, token)
     if launcher == "torchrun":
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
@@ -87,7 +88,7 @@ def _by_slurm(environ: Mapping[str, str], rank: int, users_address: str | None) 
     port = FIRST_PORT + (int(job) + 131 * int(step) + 1009 * int(restarts if restarts.isdecimal() else 0)) % PORTS
     if users_address:
         return Meeting(users_address, port)
-    # srun --distribution=arbitrary may start rank 0 on another node; the other ranks would wait without end.
+    # srun --distribution=arbitrary may start rank 0 on another node; the other ranks would wait for ever.
     if rank == 0 and environ.get("SLURM_NODEID", "0") != "0":
         raise UserError(
             f"SLURM_NODEID={environ['SLURM_NODEID']} for rank 0, which is not on the step's first node: "
@@ -101,7 +102,7 @@ def _by_slurm(environ: Mapping[str, str], rank: int, users_address: str | None) 
 
 
 def _node_address(node: str) -> str:
-    """The address by which Slurm reaches a node whose name does not resolve (torch would try without end)."""
+    """The address by which Slurm reaches a node whose name does not resolve (torch would retry for ever)."""
     for field in _scontrol("show", "node", node, "-o").split():
         if field.startswith("NodeAddr=") and _resolves(field.removeprefix("NodeAddr=")):
             return field.removeprefix("NodeAddr=")

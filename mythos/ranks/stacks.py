@@ -12,7 +12,7 @@ from mythos.run.console import log
 def write_stacks(reason: str) -> None:
     """Write the stacks of all threads to this rank's log."""
     for stream in filter(None, _streams()):
-        with suppress(OSError):  # the disk may be full, and the run must end all the same
+        with suppress(OSError):  # the disk may be full, but the run must end anyway
             stream.write(f"{reason}; the stacks of all threads:\n")
             stream.flush()
             faulthandler.dump_traceback(stream, all_threads=True)

@@ -25,7 +25,7 @@ def set_training_variables(device_type: str, environ: MutableMapping[str, str]) 
 def set_data_variables(environ: MutableMapping[str, str]) -> None:
     """Set the variables of `mythos data`: before the tokenizers library has started any thread.
 
-    There is one process a core, so each tokenizes in one thread.
+    There is one process per core, so each tokenizes in one thread.
     """
     environ.setdefault("RAYON_NUM_THREADS", "1")
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""Ends a run when one of its ranks has died or hangs, and reports which one; collectives alone would wait for ever.
+"""Ends a run when one of its ranks dies or hangs, and reports which one; otherwise collectives would wait for ever.
 
 Every rank keeps a connection to rank 0. The end of a process closes its connection, whatever ended it, so rank 0
 notices at once and informs the others. A run that makes no progress for ``limit_s`` hangs: every rank writes the stacks
@@ -39,7 +39,7 @@ RESPONSE_S = 5.0
 FROZEN_S = 2.5
 """How long after the limit a process with a blocked interpreter is ended: while the others still wait for it."""
 DIAGNOSIS_S = 2.0
-"""How long a failed rank waits for the news that the death of another rank was the cause."""
+"""How long a failed rank waits to learn whether the death of another rank was the cause."""
 ERROR_CHARACTERS = 500
 
 
@@ -130,7 +130,7 @@ class Watchdog:
             if peer.rank not in self._finished:
                 try:
                     peer.channel.send({"kind": kind, "text": text, "exit_code": exit_code})
-                except OSError:  # a death is noticed where messages are received; after "finished" it is none
+                except OSError:  # `_receive` handles a dead peer; after "finished" a peer may end
                     if kind == "finished":
                         self._finished.add(peer.rank)
 

@@ -152,7 +152,7 @@ def _check(names: tuple[str, str, str, str], places: tuple[int, int, int, int], 
             )
     if local_world_size > world_size:
         raise UserError(
-            f"{names[3]} says {local_world_size} processes on this node, {names[1]}={world_size} in all: "
+            f"{names[3]} gives {local_world_size} processes on this node, but {names[1]}={world_size} in total: "
             f"{_remedy(launcher)}"
         )
 

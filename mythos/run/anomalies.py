@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 DECAY = 0.98
 FIRST_STEPS = 50
-"""Steps whose losses are only learned from: before them neither mean nor spread is known."""
+"""The first steps only update the statistics, because mean and deviation are not known yet."""
 SMALLEST_DEVIATION = 0.01
 """Relative to the mean: on very uniform data a harmless change is many standard deviations."""
 
@@ -20,8 +20,8 @@ class LossStatistics:
 
         m <- m + r (x - m),   v <- (1 - r) (v + r (x - m)^2),   r = max(1 / (n + 1), 1 - DECAY)
 
-    (West 1979, https://doi.org/10.1145/359146.359153). A spike is counted as the highest loss that is not one, so that
-    a lasting change of level does not stay a spike for ever. Plain numbers, saved in checkpoints.
+    (West 1979, https://doi.org/10.1145/359146.359153). A spike enters as the highest loss that would not be a spike, so
+    that after a lasting change of level the losses stop being spikes. Plain numbers, saved in checkpoints.
     """
 
     mean: float = 0.0

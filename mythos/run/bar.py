@@ -45,7 +45,7 @@ class Bar:
         self._task = self._progress.add_task(description, total=total, completed=completed, text="")
         self._drawn_s = time.monotonic()
         self._progress.start()
-        self._progress.console.show_cursor(True)  # rich hides it, and a killed process could not show it again
+        self._progress.console.show_cursor(True)  # rich hides it, and a killed process could not restore it
 
     def update(self, completed: int, text: str = "") -> None:
         """Set how much is done, and the text beside the bar (``{task.fields[text]}``)."""

@@ -1,4 +1,4 @@
-"""What a user sees: a progress bar on a terminal, plain lines elsewhere; and every rank's log in the run directory."""
+"""The console: a progress bar on a terminal, plain lines elsewhere; and every rank's log in the run directory."""
 
 import logging
 import sys
@@ -41,7 +41,7 @@ class LogFile(logging.FileHandler):
 
 
 def _report_lost_line(handler: logging.Handler, record: logging.LogRecord) -> None:
-    """A line could not be written. A full disk is ignored: it must not end the run, nor print tracebacks itself."""
+    """Handle a line that could not be written. A full disk is ignored: it must not end the run or print tracebacks."""
     if not isinstance(sys.exc_info()[1], OSError):
         logging.Handler.handleError(handler, record)
 

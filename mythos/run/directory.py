@@ -4,10 +4,10 @@ config.yaml                  the configuration that the run trains with
 tokenizer.json               the data's tokenizer, with which the run can be exported without its data
 events.jsonl                 the journal: when and where each attempt started, how it ended, and why
 metrics.jsonl, tensorboard/  losses, speeds and the rest, by step
-log/rank_00000.log           one log a rank, and those of Slurm jobs
+log/rank_00000.log           one log per rank, and those of Slurm jobs
 checkpoints/                 see ``mythos.checkpoint.layout``; ``latest`` names the newest complete one
 evaluations/, export/        what `mythos eval` and `mythos export` write
-.lock                        held by the process that trains here
+.lock                        held by the process that is training here
 environment.json             of version 0.1: the environments that are in events.jsonl now
 """
 
@@ -37,7 +37,7 @@ STATE_FILE = "state.json"
 LOCK_WAIT_S = 1.0
 """For an attempt that is just ending, and for a reader that is testing the lock."""
 LOCK_WAIT_AFTER_RESTART_S = 300.0
-"""For the previous attempt of a job that Slurm has restarted: a file server keeps the locks of a lost node a while."""
+"""For the previous attempt of a job that Slurm has restarted: a file server keeps a lost node's locks for a while."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a step."""
+        """One JSON object per step."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -107,7 +107,7 @@ class RunDirectory:
 
     @property
     def lock(self) -> Path:
-        """Locked by the process that trains here."""
+        """Locked by the process that is training here."""
         return self.path / ".lock"
 
 
@@ -131,7 +131,7 @@ def prepare(config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]
         if directory.config.exists():
             changed = _check_same_run(directory.config, config, accept)
         elif directory.path.exists() and any(path.name != LOG_DIRECTORY for path in directory.path.iterdir()):
-            raise UserError(f"{place}: not empty and no run ({CONFIG_FILE} is missing): choose another directory")
+            raise UserError(f"{place}: not empty and not a run ({CONFIG_FILE} is missing): choose another directory")
         else:
             directory.path.mkdir(parents=True, exist_ok=True)
             write_config(config)
@@ -157,7 +157,7 @@ def lock(directory: Path) -> TextIO | None:
     None if the file system has no locks.
 
     Raises:
-        UserError: another process trains here.
+        UserError: another process is training here.
     """
     file = RunDirectory(directory).lock.open("a+", encoding="utf-8")
     try:
@@ -172,7 +172,7 @@ def lock(directory: Path) -> TextIO | None:
         return None
     if not taken:
         file.close()
-        raise UserError(f"{directory}: {holder} trains here: wait for it, or stop it")
+        raise UserError(f"{directory}: {holder} is training here: wait for it, or stop it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -180,7 +180,7 @@ def lock(directory: Path) -> TextIO | None:
 
 
 def is_locked(directory: Path) -> bool:
-    """Whether a process trains here, as far as locks show: some shared file systems show only those of this host."""
+    """Whether a process is training here, by its lock. Some shared file systems show only the locks of this host."""
     try:
         with RunDirectory(directory).lock.open(encoding="utf-8") as file:
             return not take_lock(file, shared=True)
@@ -204,6 +204,6 @@ def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[
 
 
 def _has_trained(directory: Path) -> bool:
-    """Whether anything but its configuration would be lost with this run."""
+    """Whether the run has a checkpoint or a line of metrics."""
     run = RunDirectory(directory)
     return bool(read_json_lines(run.metrics)) or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))

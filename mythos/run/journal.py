@@ -1,4 +1,4 @@
-"""The journal of a run: how each attempt to train it started and ended, one JSON object a line in ``events.jsonl``.
+"""The journal of a run: how each attempt to train it started and ended, one JSON object per line in ``events.jsonl``.
 
     {"event": "started", "hosts": ["node1", ...], ...}                by rank 0, once it holds the directory's lock
     {"event": "ended", "exit_code": 0, ...}                           by rank 0: finished (0) or preempted (85)
@@ -41,8 +41,8 @@ JOB_VARIABLES = ("SLURM_JOB", "SLURM_RESTART_COUNT", "SLURM_ARRAY_")
 class Journal:
     """A context manager around an attempt that records its start, its end, and the cause if it fails.
 
-    An attempt that fails before it holds the directory's lock (its data may be missing) is recorded, too, except if the
-    directory has no run yet or another process trains there.
+    An attempt that fails before it holds the directory's lock (its data may be missing) is recorded, too, unless the
+    directory has no run yet or another process is training there.
 
     Args:
         directory: the run directory.

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # the import takes half a second, which only rank 0 has to sp
 class MetricsWriter:
     """Writes scalars of a step to both places; used by rank 0 alone.
 
-    A disk that is full or gone does not end the training: the error is logged once, and lines that could not be written
-    to metrics.jsonl are written when there is space again. TensorBoard's curves then have a gap.
+    A full or missing disk does not end the training: the error is logged once, and lines that could not be written to
+    metrics.jsonl are written when there is space again. TensorBoard's curves then have a gap.
 
     Args:
         directory: the run directory.
@@ -34,7 +34,7 @@ class MetricsWriter:
     def _open(self, last_step: int) -> None:
         path = RunDirectory(self._directory).metrics
         _truncate(path, last_step)
-        self._file = path.open("ab", buffering=0)  # no buffer may write later what a failure left in it
+        self._file = path.open("ab", buffering=0)  # a buffer would write later what a failed write left in it
         self._tensorboard: SummaryWriter | None = self._open_tensorboard(last_step)
 
     def rewind(self, step: int) -> None:

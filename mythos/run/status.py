@@ -23,7 +23,7 @@ RECENT_STEPS = 20
 
 @dataclass(frozen=True)
 class Status:
-    """What the run directory shows; None for what it does not show."""
+    """What is known from the run directory; None for what is not."""
 
     directory: str
     state: str

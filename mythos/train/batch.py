@@ -67,8 +67,8 @@ def micro_batch_plan(config: Config, depths: np.ndarray, step: int, micro_step: 
 class StepBatches:
     """This rank's batches, step after step; the rows of the next step are read while this one runs.
 
-    The position in the stream does not follow from the step's number: a run may have left out data, or changed its
-    batch. Close it when done.
+    The position in the stream cannot be computed from the step: a run may have left out data, or changed its batch
+    size. Close it when done.
     """
 
     def __init__(self, config: Config, stream: TokenStream, first_step: int, first_sample: int) -> None:

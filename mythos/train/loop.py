@@ -58,7 +58,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept: Seque
 
 
 def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: bool) -> bool:
-    """All steps that are left; whether the run was asked to stop before the last. All is saved when it returns."""
+    """Run the remaining steps and save; returns whether a stop was requested before the last one."""
     config, steps = run.config, run.config.train.steps
     with closing(run.open_report(state.step)) as report, closing(run.open_batches(state)) as batches:
         # If a stop is requested during a validation, all ranks abandon it; the next start repeats it.
@@ -97,7 +97,7 @@ def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: b
                 group.agree(batches.check)
             if not stopping and rewound is None and (due(state.step, config.eval.every) or last):
                 stopping = not run.validate(engine, state.step, report)
-                # The last checkpoint follows its validation, for it marks the run as finished.
+                # The last checkpoint is saved after its validation, because it marks the run as finished.
                 if last or (stopping and not save_due):
                     save(saver, batches, state)
 

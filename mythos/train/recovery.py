@@ -1,4 +1,4 @@
-"""What a run does about steps that went wrong: updates that were skipped, and losses that spike."""
+"""Recovery from bad steps: skipped updates and loss spikes."""
 
 from mythos.checkpoint import layout, restore
 from mythos.checkpoint.saver import Saver
@@ -13,14 +13,14 @@ from mythos.train.state import RunState
 def recover(
     options: Train, engine: TrainingEngine, saver: Saver, watchdog: Watchdog, state: RunState, spiked: bool
 ) -> RunState | None:
-    """After a step: end a run of too many bad steps, and go back after a spike. Collective.
+    """Called after each step: end a run with too many bad steps, and go back after a spike. Collective.
 
     Returns:
-        The state to continue with where the run went back to a checkpoint, else None.
+        The state to continue with if the run went back to a checkpoint, else None.
 
     Raises:
-        TrainingError: the loss or the gradient was not finite at ``train.max_bad_steps`` steps in a row, or this is one
-            spike more than ``train.max_rewinds``.
+        TrainingError: the loss or the gradient was not finite at ``train.max_bad_steps`` steps in a row, or the loss
+            spiked after ``train.max_rewinds`` rewinds.
     """
     if state.bad_steps_in_a_row:
         _report_bad_step(options, saver, state)
@@ -34,7 +34,7 @@ def _report_bad_step(options: Train, saver: Saver, state: RunState) -> None:
     in_a_row = state.bad_steps_in_a_row
     log.warning(f"step {state.step}: loss or gradient not finite, update skipped ({in_a_row} in a row)")
     if in_a_row >= options.max_bad_steps:
-        saver.finish()  # a save under way may become the newest checkpoint
+        saver.finish()  # a save in progress may become the newest checkpoint
         newest = layout.latest(saver.directory)
         raise TrainingError(
             f"loss or gradient not finite at {in_a_row} steps in a row (train.max_bad_steps), up to step {state.step}; "
@@ -43,7 +43,7 @@ def _report_bad_step(options: Train, saver: Saver, state: RunState) -> None:
 
 
 def _rewind(options: Train, engine: TrainingEngine, saver: Saver, state: RunState) -> RunState | None:
-    """Go back to the newest checkpoint and leave out the data read since; None where there is no checkpoint yet."""
+    """Go back to the newest checkpoint and leave out the data read since; None if there is no checkpoint yet."""
     saver.finish()
     found = restore.newest_valid(saver.directory)
     if found is None:

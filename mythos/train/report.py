@@ -1,7 +1,7 @@
 """The report of a run: console, metrics.jsonl, TensorBoard, and the watches for spikes and collapse.
 
-docs/metrics.md defines every metric. To add one, put it into ``Report.step`` (what all ranks know of a step) or into
-the diagnostics that the model returns (averaged over micro batches and ranks).
+docs/metrics.md defines every metric. To add one, put it into ``Report.step`` (values that are the same on all ranks)
+or into the diagnostics that the model returns (averaged over micro batches and ranks).
 """
 
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ from mythos.train.step import StepResult, StepVotes
 
 
 class Report:
-    """Reports each step; every rank has one, and all of them judge a spike alike. Rank 0 alone writes files.
+    """Reports each step. Every rank has one, and all detect the same spikes; only rank 0 writes files.
 
     Args:
         resumed_step: step of the checkpoint that was resumed; later metrics of an attempt that was killed are dropped.
-            None where the run begins.
+            None at the start of a run.
     """
 
     def __init__(self, config: Config, rank: int, resumed_step: int | None) -> None:
@@ -54,7 +54,7 @@ class Report:
         seconds: float,
         of_saves: Mapping[str, float],
     ) -> bool:
-        """Report a finished step; whether its loss is a spike. The loss statistics of ``state`` take the loss in.
+        """Report a finished step and add its loss to the statistics in ``state``; returns whether it is a spike.
 
         Args:
             seconds: wall time of the step.
@@ -100,7 +100,7 @@ class Report:
             self._writer.rewind(step)
 
     def close(self) -> None:
-        """Flush and close the files: the last points before a failure are those that matter."""
+        """Flush and close the files, so that the last points before a failure are not lost."""
         self._progress.close()
         if self._writer:
             self._writer.close()

@@ -34,7 +34,7 @@ from mythos.train.state import RunState
 
 @dataclass(frozen=True)
 class OpenRun:
-    """Everything around the training itself, for the time of one attempt."""
+    """What one attempt needs in addition to engine and state."""
 
     config: Config
     stop: StopRequest
@@ -49,10 +49,10 @@ class OpenRun:
     journal: Journal
 
     def restore(self, engine: TrainingEngine) -> RunState:
-        """The state to start from; the engine is filled from the checkpoint, where there is one. Collective.
+        """The state to start from; the engine is filled from the checkpoint, if there is one. Collective.
 
         Raises:
-            UserError: the checkpoint is of another model, or the data has changed and the user did not agree.
+            UserError: the checkpoint is of another model, or the data has changed and the user has not accepted it.
         """
         if self.found is None:
             return RunState(self.data.identity)
@@ -78,7 +78,7 @@ class OpenRun:
         return StepBatches(self.config, self.data.stream(), state.step + 1, state.samples)
 
     def missing_validation(self, step: int) -> bool:
-        """Whether this step is still to be validated: at the start of a run, or after a stop or kill. Collective."""
+        """Whether this step still needs its validation: at the start of a run, or after a stop or kill. Collective."""
         if self.found is None:
             return True
         if step % self.config.eval.every and step < self.config.train.steps:
@@ -86,7 +86,7 @@ class OpenRun:
         return group.from_rank_0(lambda: not _has_validation(self.directory.path, step))
 
     def validate(self, engine: TrainingEngine, step: int, report: Report) -> bool:
-        """Measure and report the validation losses; False when a rank was asked to stop meanwhile. Collective."""
+        """Measure and report the validation losses; False if a stop was requested meanwhile. Collective."""
         losses = validate(
             engine,
             self.data.validation,
@@ -101,7 +101,7 @@ class OpenRun:
         return losses is not None
 
     def sample(self, engine: TrainingEngine) -> str | None:
-        """Generated text; None when a rank was asked to stop meanwhile. Collective."""
+        """Generated text; None if a stop was requested meanwhile. Collective."""
         depths = eval_depths(self.config)
         return sample_text(
             engine,
@@ -128,9 +128,9 @@ class OpenRun:
 
 @contextmanager
 def open_run(config: Config, device: torch.device, stop: StopRequest, accept: Sequence[str]) -> Iterator[OpenRun]:
-    """Check that all ranks fit together, open data and run directory, and watch the run until the block ends.
+    """Check that all ranks match, open data and run directory, and watch the run until the block ends.
 
-    Whatever ends the block is recorded in the run's journal. Collective.
+    The end of the block and its cause are recorded in the run's journal. Collective.
 
     Raises:
         UserError: the ranks, the run directory or the data do not fit the configuration.

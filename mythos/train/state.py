@@ -1,4 +1,4 @@
-"""What a run has to remember besides its weights."""
+"""The state of a run besides the weights and the optimizer."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,7 +26,7 @@ class RunState:
     epochs: dict[str, float] = field(default_factory=dict)
 
     def count(self, sequences: int, tokens: int, applied: bool) -> None:
-        """A step is done: so many sequences and tokens were read, and the update was applied or skipped."""
+        """Count a finished step that read these sequences and tokens; its update was applied or skipped."""
         self.step += 1
         self.samples += sequences
         self.tokens += tokens
@@ -43,6 +43,6 @@ class RunState:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Self:
-        """The state in a checkpoint's state.json, which also holds what only a reader of the file needs."""
+        """The state in a checkpoint's state.json, whose other fields are ignored."""
         known = {name: saved[name] for name in (each.name for each in fields(cls)) if name in saved}
         return cls(**known | {"loss": LossStatistics(**saved["loss"])})

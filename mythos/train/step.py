@@ -1,4 +1,4 @@
-"""One optimizer step, and the one exchange between the ranks that follows it."""
+"""One optimizer step, and the exchange between the ranks that follows it."""
 
 import resource
 from collections.abc import Mapping, Sequence
@@ -35,14 +35,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepVotes:
-    """What all ranks know of a step after the exchange, so that they decide alike."""
+    """The values of a step after the exchange: the same on every rank, so that all take the same decisions."""
 
     loss: float
     diagnostics: dict[str, float]
     load_LE: Tensor | None
     """Tokens of each expert of each layer over all ranks, fp32 on the CPU."""
     stop: bool
-    """A rank was asked to stop."""
+    """A rank has received a stop request."""
     data_failed: bool
     """A rank cannot read its rows of the next step."""
     saving: bool
@@ -75,9 +75,9 @@ def train_step(engine: TrainingEngine, batch: StepBatch, groups: Mapping[str, Ma
 def exchange(
     result: StepResult, stop: StopRequest, batches: StepBatches, saver: Saver, device: torch.device
 ) -> StepVotes:
-    """Everything that a rank knows alone travels in one collective, and all ranks decide on the same numbers.
+    """Exchange the values that only one rank knows, in one collective.
 
-    It waits for this rank's rows of the next step: what one rank cannot read, all ranks must know.
+    Waits for this rank's rows of the next step: if one rank cannot read them, all ranks must know.
     """
     data_failed = batches.failed()
     means = [result.loss, *result.diagnostics.values()]
@@ -108,7 +108,7 @@ def exchange(
 
 
 def balance_experts(engine: TrainingEngine, model: Looped | Dense, result: StepResult, votes: StepVotes) -> None:
-    """Move the experts' balance biases by the load of an applied step, alike on every rank."""
+    """Update the experts' balance biases from the load of an applied step, equally on every rank."""
     if isinstance(model, Looped) and model.core_experts and votes.load_LE is not None and result.applied:
         balance(engine.module, votes.load_LE.to(engine.device), model.core_experts.balance_rate)
 

@@ -41,7 +41,7 @@ def rows_of(directory: Path, split: str) -> np.ndarray:
 def test_documents_are_complete_and_begin_with_bos(
     ids: list[list[int]], speeches: list[str], tokenizer: Path, tmp_path: Path, kind: pa.DataType
 ):
-    # Every other document begins with BOS already; nulls and empty lists are no documents.
+    # Every other document begins with BOS already; nulls and empty lists are not documents.
     given = [[0, *document] if number % 2 else document for number, document in enumerate(ids)]
     source = write_ids(tmp_path / "ids.parquet", [None, *given, [], None], kind)
     manifest, _ = run([source], tokenizer, tmp_path / "data", **IMPORT)

@@ -1,4 +1,4 @@
-"""Starts a run again until it is done, as a scheduler would, and records what each attempt cost."""
+"""Restarts a run until it is done, as a scheduler would, and records the cost of each attempt."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""Ranks that die, hang or are asked to stop at random moments of a run, which is started again until it is done.
+"""Ranks that die, hang or receive a stop request at random moments of a run, which is restarted until it is done.
 
-Most runs have no launcher that ends the other ranks: those must notice the fault by themselves.
+Most runs have no launcher that ends the other ranks: these must detect the fault themselves.
 """
 
 import os

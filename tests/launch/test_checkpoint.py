@@ -57,7 +57,7 @@ def test_damage_older_than_the_resumed_checkpoint_does_not_concern_a_start(
     exit_code, lines = command("verify", run, capsys)
     assert exit_code == 2
     assert states(lines[:3]) == ["valid, would be resumed", "valid, complete", "damaged"]
-    assert "its content does not fit the hash" in lines[3]
+    assert "its content does not match the hash" in lines[3]
     assert len(lines) == 4, "it does not affect the next start"
 
 

@@ -111,7 +111,7 @@ def test_a_table_is_plain_where_stdout_is_no_terminal() -> None:
     assert "\x1b" not in done.stdout
     assert [line.rsplit(None, 2)[0] for line in done.stdout.splitlines()][-3:] == [
         "total",
-        "active a token",
+        "active per token",
         "of which lookup tables",
     ]
 

@@ -1,4 +1,4 @@
-"""A shard that turns out to be damaged during a run, under real launchers: every process ends, with one line in all."""
+"""A shard that is found to be damaged during a run, under real launchers: all processes end, with one line in total."""
 
 import json
 import shutil

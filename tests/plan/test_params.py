@@ -98,10 +98,10 @@ def test_the_command_prints_the_parts_and_their_sums(capsys: pytest.CaptureFixtu
     assert main(["params", str(CONFIGS / "looped-moe-770m.yaml")]) == 0
     lines = dict(re.match(r"(.+?) {2,}([\d,]+)", line).groups() for line in capsys.readouterr().out.splitlines())
     numbers = {name: int(text.replace(",", "")) for name, text in lines.items()}
-    sums = {name: numbers.pop(name) for name in ("total", "active a token", "of which lookup tables")}
+    sums = {name: numbers.pop(name) for name in ("total", "active per token", "of which lookup tables")}
     assert sum(numbers.values()) == sums["total"]
     idle = 58 / 64 * numbers["routed experts"]
-    assert sums["active a token"] == sums["total"] - idle
+    assert sums["active per token"] == sums["total"] - idle
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -1,4 +1,4 @@
-"""Messages between the processes of a job, and connections of strangers, by real sockets."""
+"""Messages between the processes of a job, and connections of other processes, over real sockets."""
 
 import contextlib
 import json
@@ -31,8 +31,8 @@ STRANGERS = {
     "a line of JSON": b'{"rank": 1}\n',
     "no token": frame(b'{"rank": 1}'),
     "another token": frame(json.dumps({"token": "guess", "rank": 1, "host": "a", "process": 1}).encode()),
-    "a token that is no text": frame(json.dumps({"token": 1, "rank": 1, "host": "a", "process": 1}).encode()),
-    "a token that is no UTF-8": frame(b'{"token": "\\ud800", "rank": 1, "host": "a", "process": 1}'),
+    "a token that is not text": frame(json.dumps({"token": 1, "rank": 1, "host": "a", "process": 1}).encode()),
+    "a token that is not UTF-8": frame(b'{"token": "\\ud800", "rank": 1, "host": "a", "process": 1}'),
     "no rank": frame(b'{"token": "secret"}'),
     "no object": frame(b"[1, 2]"),
     "no JSON": frame(b"\xff\xfe"),
@@ -145,7 +145,7 @@ def test_a_refused_or_unanswered_connection_is_an_error() -> None:
         thread.start()
         assert accept_until(listener, lambda _: not thread.is_alive()) == []
         with pytest.raises(TimeoutError):
-            connect("127.0.0.1", listener.port, "secret", 1, 0.2)  # nobody calls accept
+            connect("127.0.0.1", listener.port, "secret", 1, 0.2)  # accept is never called
     assert isinstance(refused[0], ConnectionError)
     assert "refuses this process" in str(refused[0])
 

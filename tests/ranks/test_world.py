@@ -111,7 +111,11 @@ def test_every_variable_is_required_and_must_be_a_number(environ: dict[str, str]
     [
         (TORCHRUN, {"RANK": "4"}, "RANK=4 must be below the 4 that WORLD_SIZE gives"),
         (TORCHRUN, {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 must be below the 2 that LOCAL_WORLD_SIZE gives"),
-        (TORCHRUN, {"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE says 5 processes on this node, WORLD_SIZE=4 in all"),
+        (
+            TORCHRUN,
+            {"LOCAL_WORLD_SIZE": "5"},
+            "LOCAL_WORLD_SIZE gives 5 processes on this node, but WORLD_SIZE=4 in total",
+        ),
         (SRUN_2X2, {"SLURM_PROCID": "9"}, "SLURM_PROCID=9 must be below the 4 that SLURM_NTASKS gives"),
         (SRUN_2X2, {"SLURM_NODEID": "2"}, "SLURM_NODEID=2, but SLURM_STEP_TASKS_PER_NODE='2.x2.' lists 2 nodes"),
         (SRUN_2X2, {"SLURM_STEP_ID": "x"}, "SLURM_STEP_ID='x' is not a whole number"),

@@ -1,4 +1,4 @@
-"""Spikes and collapse are found, and what is not one is not reported."""
+"""Spikes and collapse are reported, and nothing else is."""
 
 from dataclasses import asdict
 

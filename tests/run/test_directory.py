@@ -110,7 +110,7 @@ def test_a_damaged_config_is_named(tmp_path: Path, content: str) -> None:
 def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     held = lock(tmp_path)
     assert held is not None
-    with pytest.raises(UserError, match=f"process {os.getpid()} on .* trains here"):
+    with pytest.raises(UserError, match=f"process {os.getpid()} on .* is training here"):
         lock(tmp_path)
     held.close()
     again = lock(tmp_path)
@@ -132,7 +132,7 @@ def test_a_job_that_slurm_has_restarted_waits_for_the_lock_of_its_previous_attem
     assert re.search(rf"locked by process {os.getpid()} on .*: waiting up to 300 s", caplog.text)
 
     monkeypatch.setattr(run_directory, "LOCK_WAIT_AFTER_RESTART_S", 0.1)
-    with pytest.raises(UserError, match="trains here: wait for it, or stop it"):
+    with pytest.raises(UserError, match="is training here: wait for it, or stop it"):
         lock(tmp_path)
     again.close()
 
@@ -153,7 +153,7 @@ def test_options_without_effect_on_the_numbers_may_change(tmp_path: Path) -> Non
 
 def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="not empty and no run"):
+    with pytest.raises(UserError, match="not empty and not a run"):
         prepare(tiny_config("looped", tmp_path / "data", tmp_path), accept=())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

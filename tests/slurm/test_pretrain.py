@@ -76,7 +76,7 @@ def test_two_nodes_give_the_curve_of_one_machine_and_the_checkpoints_are_evaluat
     assert losses(directory) == expected
     assert "4 processes by srun: rank 0 of 4, local rank 0 of 2" in job.log()
     assert len(re.findall(r"^rank \d on node[1-4]: cpu, python .*, torch .*, deepspeed ", job.log(), re.M)) == 4
-    assert "across 2 nodes" not in job.log(), "the experts of a group lie inside a node"
+    assert "across 2 nodes" not in job.log(), "the experts of a group are on one node"
     assert (directory / "log" / f"slurm-{job.number}.out").samefile(job.output)
     status = read_status(directory)
     assert (status.state, status.step, status.slurm_jobs, status.slurm_restarts) == ("finished", STEPS, [job.number], 0)

@@ -127,7 +127,7 @@ def test_a_node_that_loses_its_ranks_but_responds_is_a_lost_node(
 
 
 def test_a_node_that_responds_again_while_the_script_waits_for_slurm(tmp_path: Path) -> None:
-    """With stand-ins, because the real Slurm gives up a node at about the same time as the script."""
+    """With stand-ins, because the real Slurm marks a node as down at about the same time as the script."""
     state, asked = tmp_path / "state", tmp_path / "asked"
     state.write_text("State=MIXED+NOT_RESPONDING\n", encoding="utf-8")
     stand_ins = {

@@ -27,7 +27,7 @@ def record_training(config: Config, directory: Path, accept: Sequence[str] = ())
 
 
 def run_some_steps(config: Config, steps: int) -> int:
-    """The training run, which is asked to stop during its last step."""
+    """The training run, which receives a stop request during its last step."""
     stop, step, done = StopRequest(), TrainingEngine.step, 0
 
     def counted(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Steps with a non-finite loss or gradient: all ranks skip and count them; too many in a row end the run."""
+"""Steps with a non-finite loss or gradient: all ranks skip and count them, and too many in a row end the run."""
 
 import math
 from pathlib import Path

@@ -65,7 +65,7 @@ def test_the_next_step_is_read_during_this_one_and_its_error_is_raised_in_the_ca
     batches = StepBatches(tiny_config("dense", tiny_data, tmp_path, train__steps=3), stream, 1, 0)  # type: ignore[arg-type]
     stream.gate.release()
     assert batches.take().rows.shape == (1, 8, 3)
-    stream.gate.release()  # nobody has taken step 2 yet
+    stream.gate.release()  # step 2 has not been taken yet
     until = time.monotonic() + 30
     while stream.asked != [0, 8]:
         assert time.monotonic() < until

@@ -24,7 +24,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "accumulation 2": ("looped-moe", {"parallel__expert_parallel_size": 2, "train__micro_batch_sequences": 2}),
     "ZeRO-0, accumulation 2": ("looped-moe", {"parallel__zero_stage": 0, "train__micro_batch_sequences": 2}),
     "no recomputation": ("looped-moe", {"parallel__expert_parallel_size": 2, "loop__recompute": False}),
-    "one depth a batch": ("looped-moe", {"parallel__expert_parallel_size": 2, "loop__depth": "poisson_per_batch"}),
+    "one depth per batch": ("looped-moe", {"parallel__expert_parallel_size": 2, "loop__depth": "poisson_per_batch"}),
     "all options, ZeRO-3, EP 2": ("mythos", {"parallel__expert_parallel_size": 2}),
     "all options, ZeRO-2, EP 1": ("mythos", {"parallel__zero_stage": 2}),
     "published, ZeRO-3": ("published", {}),

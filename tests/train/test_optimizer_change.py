@@ -67,7 +67,9 @@ def test_it_keeps_the_moments_that_both_kinds_have(
 
     names = state_names(run / "checkpoints" / "step_00000010")
     assert all(states in ({"exp_avg"}, {"exp_avg", "exp_avg_sq"}) for states in names.values())
-    assert any(states == {"exp_avg"} for states in names.values()) == (after == "muon"), "nothing that nobody reads"
+    assert any(states == {"exp_avg"} for states in names.values()) == (after == "muon"), (
+        "no state that the new kind does not read"
+    )
 
     resumed = as_if_killed_after(changed, SAVED, tmp_path / "resumed")
     assert two_ranks.run(run_training, resumed) == [0, 0]

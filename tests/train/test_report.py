@@ -1,4 +1,4 @@
-"""What a step reports."""
+"""The metrics that a step reports."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, whatever it is doing, saves its state and resumes as if it had not been interrupted."""
+"""A run that receives a stop request at any time saves its state and resumes as if it had not been interrupted."""
 
 import hashlib
 import shutil
@@ -39,7 +39,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def run_and_stop(config: Config, forward_pass: int, doing: str) -> int:
-    """The run, asked to stop on rank 1 alone at a forward pass of that activity, counted from 1."""
+    """The run; rank 1 alone receives a stop request at a forward pass of that activity, counted from 1."""
     stop, call, calls = StopRequest(), TrainingEngine.__call__, 0
 
     def counted(engine: TrainingEngine, tokens: torch.Tensor, targets: Any, *rest: Any) -> Any:
