@@ -14,7 +14,9 @@ def run(
     tasks_per_node: Annotated[int, typer.Option(metavar="N", min=1, help="processes on each node")],
     accept: Accept = None,
 ) -> int:
-    """For batch scripts: check a configuration, print the number of nodes to use and the run directory.
+    """Check a job's configuration, for batch scripts.
+
+    Prints the number of nodes to use and the run directory.
 
     The configuration is validated for all nodes of the job, or, if the global batch does not divide over them, for the
     largest number of nodes over which it does.
