@@ -148,7 +148,9 @@ def _set_partial_ones_aside(directory: Path) -> list[Path]:
     if named is not None and named not in found:
         missing = f"{directory / LATEST_FILE} names {named.name}, which is missing"
         if not found:
-            raise UserError(f"{missing}, and there is no other: restore it, or remove {LATEST_FILE} to start over")
+            raise UserError(
+                f"{missing}, and there is no other checkpoint: restore it, or remove {LATEST_FILE} to start over"
+            )
         log.error(missing)
     return found
 

@@ -81,7 +81,7 @@ def refusal(changed: Differences, accept: Sequence[str]) -> str | None:
 
 
 def _rule(path: str, changed: Differences) -> Change:
-    """How this option may change. Options that only one of two versions, or of two kinds, has are not asked about."""
+    """How this option may change: freely if it was removed, or is new with another kind or at its default."""
     field, (before, after) = find(path), changed[path]
     section = path.rpartition(".")[0]
     if field is None or after is ABSENT:

@@ -15,7 +15,7 @@ from mythos.errors import UserError
 CONFIG_FILE = "config.yaml"
 """The configuration in a run directory, which the run itself wrote."""
 CHECKPOINT_DIRECTORY = "checkpoints"
-"""The directory beside it, which every run makes."""
+"""The directory next to it, which every run creates."""
 
 
 def merge(files: Sequence[str | Path], overrides: Sequence[str], saved: bool = False) -> dict[str, Any]:

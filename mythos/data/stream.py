@@ -92,7 +92,7 @@ class TokenStream:
         return tokens
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """The number of epochs of each source after so many samples."""
+        """The number of epochs of each source after this many samples."""
         counts = self.mixture.counts(samples)
         return {
             source.name: count / order.rows

@@ -115,7 +115,7 @@ def _check_address(address: str) -> None:
     except OSError as error:
         raise UserError(
             f"MASTER_ADDR = {address!r} does not resolve here ({error.strerror}): set it to a name or address of rank "
-            "0's host that every node knows"
+            "0's host that every node can resolve"
         ) from None
 
 

@@ -209,5 +209,5 @@ def _check_space(run: Run, model: Model) -> None:
     if free < needed:
         raise UserError(
             f"run.directory = {run.directory!r}: {free / GIB:.3g} GiB free, the next {CHECKPOINTS_THAT_MUST_FIT} "
-            f"checkpoints need about {needed / GIB:.3g} GiB: make room, or choose another directory"
+            f"checkpoints need about {needed / GIB:.3g} GiB: free space, or choose another directory"
         )

@@ -112,7 +112,7 @@ def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: b
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
+    """Whether an action that is done every ``every`` steps is due after this step."""
     return step % every == 0
 
 

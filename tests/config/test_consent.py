@@ -51,7 +51,7 @@ def test_options_that_only_one_of_two_versions_has_are_not_asked_about() -> None
     before["optim"]["of_another_version"] = before["future"] = 1
     assert refusal(differences(before, now), ()) is None
     now["optim"]["beta2"] = 0.5
-    assert "optim.beta2: absent -> 0.5" in str(refusal(differences(before, now), ())), "not what it was without it"
+    assert "optim.beta2: absent -> 0.5" in str(refusal(differences(before, now), ())), "the option did not exist before"
 
 
 def test_only_what_is_named_is_accepted() -> None:

@@ -37,7 +37,7 @@ def mpiexec() -> list[str]:
 def wait_for(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + LIMIT_S
     while not condition():
-        assert time.monotonic() < until, "it did not happen"
+        assert time.monotonic() < until, "condition not met in time"
         time.sleep(0.01)
 
 

@@ -36,14 +36,14 @@ LAUNCHERS: dict[str, list[Any]] = {
 
 
 class Attempt(NamedTuple):
-    """One start of a run, after its end."""
+    """An attempt that has ended."""
 
     exit_code: int
     output: str
     ended: float
     last_step: int
     newest_checkpoint: str | None
-    """What ``latest`` named at the end."""
+    """The checkpoint that ``latest`` named at its end."""
 
 
 class Row(NamedTuple):

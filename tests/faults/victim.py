@@ -23,7 +23,7 @@ from launch.cli import main
 
 
 class Fault:
-    """Fires once, at the place and call and with the signal that the file names."""
+    """Sends the signal once, at the place and call that the file names."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -81,12 +81,12 @@ def ends(tmp_path: Path) -> Path:
 
 
 def mpich() -> list[str]:
-    """mpiexec of the mpich wheel, beside this Python."""
+    """mpiexec of the mpich wheel, in the directory of this Python."""
     return [require(str(BIN / "mpiexec")), "-n", "2"]
 
 
 def open_mpi() -> list[str]:
-    """Debian gives it a name of its own; elsewhere it is an mpirun whose --version names it."""
+    """mpirun.openmpi on Debian; elsewhere an mpirun whose --version names Open MPI."""
     path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if Path(part) != BIN)
     found = shutil.which("mpirun.openmpi", path=path)
     if found is None:
@@ -191,7 +191,7 @@ def launch(launcher: str, request: pytest.FixtureRequest) -> tuple[list[str], di
 def test_the_exit_code_is_passed_on(launcher: str, ends: Path, request: pytest.FixtureRequest) -> None:
     command, environ = launch(launcher, request)
     done = run([*command, ends, "together85", "together85"], limit_s=30, env=environ)
-    # torchrun has codes of its own
+    # torchrun returns its own exit codes
     assert done.returncode == (1 if launcher == "torchrun" else 85), done.stderr
 
 

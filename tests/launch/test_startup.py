@@ -75,5 +75,5 @@ def test_commands_about_a_configuration_import_no_torch(words: list[str]) -> Non
 def test_status_and_checkpoint_list_import_no_torch(tmp_path: Path) -> None:
     for words in (["status", str(tmp_path)], ["checkpoint", "list", str(tmp_path)]):
         code, modules, _ = start(*words)
-        assert code == 2, "no run there"
+        assert code == 2, "there is no run in the directory"
         assert not modules & HEAVY

@@ -65,7 +65,7 @@ def accept_until(listener: Listener, condition: Callable[[list[Peer]], bool]) ->
     peers: list[Peer] = []
     until = time.monotonic() + LIMIT_S
     while not condition(peers):
-        assert time.monotonic() < until, "did not happen"
+        assert time.monotonic() < until, "condition not met in time"
         peers += listener.accept(0.05)
     return peers
 

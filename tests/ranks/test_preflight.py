@@ -157,7 +157,7 @@ def test_a_path_missing_on_one_rank_is_reported_with_its_place(
 def test_a_full_disk_is_reported_before_the_first_step(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2)
     for error in two_ranks.run(failure_with_bytes_free, config, 1 << 18):
-        assert re.search(r"0.000244 GiB free, the next 2 checkpoints need about 0.000\d+ GiB: make room", error)
+        assert re.search(r"0.000244 GiB free, the next 2 checkpoints need about 0.000\d+ GiB: free space", error)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -149,7 +149,7 @@ def test_only_the_end_of_long_metrics_is_read(directory: Path) -> None:
     assert RunDirectory(directory).metrics.stat().st_size > 2 * TAIL_BYTES
     status = read_status(directory)
     assert (status.step, status.loss) == (20_010, 1.0)
-    assert status.validation == {}, "it is at the beginning"
+    assert status.validation == {}, "the line is at the beginning of the file, which is not read"
 
 
 def test_damaged_files_are_ignored_or_named(directory: Path) -> None:

@@ -36,7 +36,7 @@ class Job:
         """Poll until the condition holds; the test fails if the job ends first, or after the limit."""
         until = time.monotonic() + limit_s
         while not condition():
-            assert time.monotonic() < until, f"not after {limit_s} s: {what}\n{self.log()}"
+            assert time.monotonic() < until, f"{what}: not within {limit_s} s\n{self.log()}"
             ended = self.show("JobState") in DONE_STATES
             assert not ended or condition(), f"the job ended before: {what}\n{self.log()}"
             time.sleep(0.1)
