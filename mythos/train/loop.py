@@ -60,10 +60,9 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept: Seque
 def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: bool) -> bool:
     """Run the remaining steps and save; returns whether a stop was requested before the last one."""
     config, steps = run.config, run.config.train.steps
-    with closing(run.open_report(state.step)) as report, closing(run.open_batches(state)) as batches:
+    with closing(run.open_batches(state)) as batches, closing(run.open_report(state.step)) as report:
         # If a stop is requested during a validation, all ranks abandon it; the next start repeats it.
         stopping = unvalidated and not run.validate(engine, state.step, report)
-        group.agree(batches.check)
         saver = Saver(run.directory.checkpoints, config.checkpoint, engine, run.found, run.watchdog.patience)
 
         while state.step < steps and not stopping:

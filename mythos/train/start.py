@@ -17,6 +17,7 @@ from mythos.config.schema import Config
 from mythos.data.open import RunData, check_data_unchanged
 from mythos.engine.engine import TrainingEngine
 from mythos.engine.sections import precision
+from mythos.errors import UserError
 from mythos.eval.generate import sample_text
 from mythos.eval.validation import validate
 from mythos.ranks import group, preflight
@@ -74,8 +75,18 @@ class OpenRun:
         return report
 
     def open_batches(self, state: RunState) -> StepBatches:
-        """The batches from the state's position on."""
-        return StepBatches(self.config, self.data.stream(), state.step + 1, state.samples)
+        """The batches from the state's position on; the rows of the first one have been read. Collective.
+
+        Raises:
+            UserError: a rank cannot read its rows.
+        """
+        batches = StepBatches(self.config, self.data.stream(), state.step + 1, state.samples)
+        try:
+            group.agree(batches.check)
+        except UserError:
+            batches.close()
+            raise
+        return batches
 
     def missing_validation(self, step: int) -> bool:
         """Whether this step still needs its validation: at the start of a run, or after a stop or kill. Collective."""
