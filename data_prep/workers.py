@@ -27,7 +27,7 @@ from data_prep.parts import HashSource, InspectSource, MakePart
 from data_prep.shards import WriteShard
 from data_prep.verify_shard import VerifyShard
 from mythos.errors import DONE, FAILED, UserError
-from mythos.ranks.messages import Channel, Listener, connect
+from mythos.ranks.messages import PATIENT_KEEP_ALIVE, Channel, Listener, connect
 from mythos.ranks.token import REMEDY, new_token, publish_token, read_token, remove_token
 from mythos.ranks.variables import set_data_variables
 from mythos.ranks.world import World
@@ -248,7 +248,7 @@ def _wait_until_informed(channel: Channel, until: float) -> None:
 
 def _listen(world: World) -> Listener:
     try:
-        listener = Listener(new_token(world), world.world_size - 1, world.port)
+        listener = Listener(new_token(world), world.world_size - 1, world.port, PATIENT_KEEP_ALIVE)
     except OSError as error:
         raise UserError(
             f"port {world.port} cannot be opened ({error.strerror}): set MASTER_PORT to a free port"
@@ -262,7 +262,8 @@ def _connect(world: World) -> Channel:
     while True:
         try:
             # Without a timeout: rank 0 accepts connections only while it distributes items.
-            return connect(world.address, world.port, read_token(world), world.rank, timeout_s=None)
+            token = read_token(world)
+            return connect(world.address, world.port, token, world.rank, None, PATIENT_KEEP_ALIVE)
         except OSError as error:
             if time.monotonic() > until:
                 raise WorkerLost(

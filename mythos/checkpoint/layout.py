@@ -94,10 +94,10 @@ def find(run: Path, step: int | None) -> Path:
         raise UserError(f"{run}: has no complete checkpoint: give the directory of a run that has saved one")
     if step is None:
         return found[0]
-    for checkpoint in complete_checkpoints(directory):
-        if step_of(checkpoint) == step:
-            return checkpoint
-    steps = ", ".join(str(step_of(checkpoint)) for checkpoint in found)
+    by_step = {step_of(checkpoint): checkpoint for checkpoint in complete_checkpoints(directory)}
+    if step in by_step:
+        return by_step[step]
+    steps = ", ".join(map(str, by_step))
     raise UserError(f"step {step}: {run} has checkpoints of steps {steps}")
 
 

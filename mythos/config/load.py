@@ -74,6 +74,8 @@ def load_run(saved: Path, overrides: Sequence[str] = (), world_size: int = 1) ->
     Raises:
         UserError: as ``load``; also when there is no run.
     """
+    if not saved.exists():
+        raise UserError(f"{saved.parent}: not a run directory, it has no {saved.name}: give the directory of a run")
     raw = merge([saved], overrides, saved=True)
     train = raw.get("train")
     if isinstance(train, dict) and isinstance(train.get("micro_batch_sequences"), int):

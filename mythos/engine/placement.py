@@ -106,7 +106,8 @@ class ParameterShard:
         for name in self.state_names:
             if name not in state:
                 state[name] = torch.zeros_like(self.owner, requires_grad=False)
-            value = values[name] if name in values else values["exp_avg"].square()
+            missing = name == "exp_avg_sq" and name not in values
+            value = values["exp_avg"].square() if missing else values[name]
             self._view(state[name].view(-1), self.start, self.stop).copy_(value)
 
     def _view(self, flat: Tensor, start: int, stop: int) -> Tensor:

@@ -30,6 +30,8 @@ UNKNOWN_CONNECTIONS = 256
 """Connections that have not sent the token: how many are kept open at a time, the oldest being closed first."""
 KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 20_000}
 """A node that loses power or network closes no connection: it counts as closed after about 20 s without an answer."""
+PATIENT_KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+"""After about 60 s, where the other end may be busy and a short network failure may pass."""
 _HEADER = struct.Struct(">I")
 
 
@@ -116,13 +118,14 @@ class Listener:
     Args:
         peers: the number of processes that are expected.
         port: 0 for any free one.
+        keep_alive: TCP options of the connections, in seconds (TCP_USER_TIMEOUT in milliseconds).
 
     Raises:
         OSError: the port cannot be opened.
     """
 
-    def __init__(self, token: str, peers: int, port: int = 0) -> None:
-        self.token = token
+    def __init__(self, token: str, peers: int, port: int = 0, keep_alive: Mapping[str, int] = KEEP_ALIVE) -> None:
+        self.token, self._keep_alive = token, keep_alive
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         backlog = peers + UNKNOWN_CONNECTIONS
@@ -143,7 +146,8 @@ class Listener:
         arrived = []
         for key, _ in self._selector.select(timeout_s):
             if isinstance(key.fileobj, Channel):
-                arrived += self._introduce(key.fileobj)
+                if key.fileobj in self._unknown:  # unless a new connection has just taken its place
+                    arrived += self._introduce(key.fileobj)
             else:
                 self._take_connection()
         now = time.monotonic()
@@ -175,7 +179,7 @@ class Listener:
         except OSError:  # it was closed in the meantime
             return
         connection.setblocking(True)
-        _keep_alive(connection)
+        _set_keep_alive(connection, self._keep_alive)
         channel = Channel(connection, HELLO_BYTES)
         self._unknown[channel] = time.monotonic() + HELLO_TIMEOUT_S
         self._selector.register(channel, selectors.EVENT_READ)
@@ -212,18 +216,27 @@ class Listener:
         self._selector.unregister(channel)
 
 
-def connect(address: str, port: int, token: str, rank: int, timeout_s: float | None) -> Channel:
+def connect(
+    address: str,
+    port: int,
+    token: str,
+    rank: int,
+    timeout_s: float | None,
+    keep_alive: Mapping[str, int] = KEEP_ALIVE,
+) -> Channel:
     """Connect to a listener and wait until it has accepted the token.
 
     Args:
-        timeout_s: for the answer; None waits as long as the listener's process is alive, which may be busy.
+        timeout_s: for the connection, and again for the answer; None waits for the answer as long as the listener's
+            process is alive, which may be busy.
+        keep_alive: TCP options of the connection, as for ``Listener``.
 
     Raises:
         OSError: the listener cannot be reached, does not answer in time, or refuses the token.
     """
-    connection = socket.create_connection((address, port), timeout=CONNECT_TIMEOUT_S)
+    connection = socket.create_connection((address, port), timeout=timeout_s or CONNECT_TIMEOUT_S)
     connection.settimeout(None)
-    _keep_alive(connection)
+    _set_keep_alive(connection, keep_alive)
     channel = Channel(connection)
     try:
         channel.send({"token": token, "rank": rank, "host": socket.gethostname(), "process": os.getpid()})
@@ -247,7 +260,7 @@ def _parse(content: bytes) -> dict[str, Any]:
     return message
 
 
-def _keep_alive(connection: socket.socket) -> None:
+def _set_keep_alive(connection: socket.socket, keep_alive: Mapping[str, int]) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEP_ALIVE.items():
+    for name, value in keep_alive.items():
         connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

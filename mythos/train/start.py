@@ -157,7 +157,9 @@ def open_run(config: Config, device: torch.device, stop: StopRequest, accept: Se
         data = preflight.open_data_everywhere(config)
         changed, lock = _open_directory(config, accept, device, reports)
         cleanup.enter_context(lock or nullcontext())
-        journal.start(environment([report.host for report in reports], str(device), precision(config, device)))
+        hosts = [report.host for report in reports]
+        # Only rank 0 records the environment, whose commit is looked up on a file system that all ranks may share.
+        journal.start(environment(hosts, str(device), precision(config, device)) if dist.get_rank() == 0 else {})
         found = restore.newest_valid(directory.checkpoints)
         watchdog.progress("building the model")
         yield OpenRun(config, stop, directory, data, changed, accept, found, watchdog, journal)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mythos.config.load import load, load_model, to_dict
+from mythos.config.load import load, load_model, load_run, to_dict
 from mythos.config.show import documented_yaml
 from mythos.config.tree import options
 from mythos.errors import UserError
@@ -175,3 +175,8 @@ def test_the_printed_configuration_loads_back(model: str, tmp_path: Path) -> Non
     file.write_text(printed)
     assert load([file], [], 2) == config
     assert json.loads(json.dumps(yaml.safe_load(printed))) == to_dict(config)
+
+
+def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not a run directory, it has no config\.yaml: give the directory of a run"):
+        load_run(tmp_path / "config.yaml")

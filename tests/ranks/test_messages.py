@@ -231,3 +231,26 @@ def test_a_home_directory_that_cannot_be_written_is_reported(tmp_path: Path, mon
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set MYTHOS_JOB_TOKEN"):
         token.publish_token(World("srun", 0, 2, 0, 1, "node1", 20017), "secret")
+
+
+def test_a_connection_that_makes_room_for_a_new_one_in_the_same_moment_does_not_end_the_listener(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(messages, "UNKNOWN_CONNECTIONS", 1)
+    with Listener("secret", 1) as listener:
+        for _ in range(20):
+            first = connect_stranger(listener.port, b"")
+            accept_until(listener, lambda _: bool(listener._unknown))
+            # Both are ready when accept looks again: the new connection, and the first one's message.
+            second = connect_stranger(listener.port, b"")
+            first.sendall(b"\x00\x00")
+            time.sleep(0.01)
+            listener.accept(0.05)
+            assert len(listener._unknown) == 1
+            first.close()
+            second.close()
+            accept_until(listener, lambda _: not listener._unknown)
+        found: list[Channel] = []
+        thread = connect_in_thread(listener.port, found)
+        assert accept_until(listener, lambda peers: bool(peers))[0].rank == 3
+        thread.join()
