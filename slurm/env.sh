@@ -14,7 +14,8 @@ site_modules=()
 # MYTHOS=(apptainer exec --nv /shared/mythos.sif mythos)
 MYTHOS=(mythos)
 
-# Virtual environment to activate if there is no `mythos` on the path yet; `make setup` creates .venv.
+# Virtual environment to activate if there is no `mythos` on the path yet. The README's installation for clusters creates
+# .venv; `make setup` would also install an mpiexec, which hides the cluster's own.
 site_venv=.venv
 
 # Network interface between the nodes, for example ib0 (`ip -brief address` lists them). Empty: NCCL and gloo choose.

@@ -24,9 +24,8 @@ from typing import Any
 from mythos.checkpoint.manifest import Manifest
 from mythos.errors import UserError
 from mythos.files import flush_directory, hash_file, write_atomically
-from mythos.run.directory import LATEST_FILE, STATE_FILE, RunDirectory
+from mythos.run.directory import LATEST_FILE, PARTIAL_SUFFIX, STATE_FILE, RunDirectory
 
-PARTIAL = ".partial"
 REMOVED = ".removed"
 SET_ASIDE = "set_aside"
 _COMPLETE = re.compile(r"step_(\d{8,})")
@@ -62,7 +61,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 def partial_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints that are being written, or were left by a killed run."""
-    return sorted(path for path in _subdirectories(directory) if path.name.endswith(PARTIAL))
+    return sorted(path for path in _subdirectories(directory) if path.name.endswith(PARTIAL_SUFFIX))
 
 
 def latest(directory: Path) -> Path | None:

@@ -30,7 +30,7 @@ from mythos.engine.engine import TrainingEngine
 from mythos.errors import SaveError
 from mythos.files import write_atomically
 from mythos.run.console import log
-from mythos.run.directory import STATE_FILE
+from mythos.run.directory import PARTIAL_SUFFIX, STATE_FILE
 
 WRITING, COMMITTING = "writing", "committing"
 RETRY_AFTER_S = 2.0
@@ -134,7 +134,7 @@ class Saver:
 
     @property
     def _partial(self) -> Path:
-        return self.directory / (layout.tag(self._step) + layout.PARTIAL)
+        return self.directory / (layout.tag(self._step) + PARTIAL_SUFFIX)
 
     def _start_commit(self) -> None:
         """All ranks have written: rank 0's thread gets their receipts, unless a rank has failed."""

@@ -1,6 +1,6 @@
 """YAML files and key=value -> one plain tree."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,31 @@ def _read(file: str | Path, saved: bool) -> Any:
     return layer
 
 
+def without_other_kinds(saved: dict[str, Any]) -> dict[str, Any]:
+    """The content of a run's own file without the options of kinds that it does not use, which version 0.1 wrote."""
+    layer = OmegaConf.create(saved)
+    _remove_other_kinds(layer)
+    tree = OmegaConf.to_container(layer, resolve=False)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
 def _keep_effective(layer: Any) -> None:
     """Remove what has no effect from a run's own file, which version 0.1 wrote with the options of every kind.
 
     The user did not give these options, so they are not errors.
     """
+    _remove_other_kinds(layer)
+    for path, field in options().items():
+        if (needs := needs_of(field)) and not needs.met(OmegaConf.select(layer, needs.path)):
+            _remove(layer, path)
+
+
+def _remove_other_kinds(layer: Any) -> None:
     for union in unions():
         kind = OmegaConf.select(layer, f"{union}.kind")
         for name in options_of_others(union, kind):
             _remove(layer, f"{union}.{name}")
-    for path, field in options().items():
-        if (needs := needs_of(field)) and not needs.met(OmegaConf.select(layer, needs.path)):
-            _remove(layer, path)
 
 
 def _parse(override: str) -> Any:
@@ -87,8 +100,17 @@ def _parse(override: str) -> Any:
 
 def _refuse_missing(layer: Any, where: str) -> None:
     """OmegaConf's mark for a missing value would silently leave an earlier layer's value in place."""
-    if missing := sorted(OmegaConf.missing_keys(layer)):
+    if missing := sorted(_missing(OmegaConf.to_container(layer, resolve=False))):
         raise UserError(f"{where}: {missing[0]} = '???': give a value")
+
+
+def _missing(tree: Any, prefix: str = "") -> Iterator[str]:
+    """The options with OmegaConf's mark. References are not resolved: they may name an option of another layer."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _missing(value, f"{prefix}{name}.")
+        elif value == "???":
+            yield f"{prefix}{name}"
 
 
 def _superseded(lower: DictConfig, layer: Any) -> list[str]:

@@ -17,9 +17,10 @@ from mythos.errors import UserError
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
 
+ONE_SEQUENCE = {"global_batch_sequences": 1, "micro_batch_sequences": 1}
 OUTSIDE_A_RUN: dict[str, Any] = {
     "run": {"directory": "none"},
-    "train": {"steps": 1, "global_batch_sequences": 1, "micro_batch_sequences": 1},
+    "train": {"steps": 1} | ONE_SEQUENCE,
     "optim": {"learning_rate": 1.0},
     "data": {"directory": "none", "sequence_length": 2},
 }
@@ -43,10 +44,17 @@ def load(
 def load_model(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Looped | Dense:
     """The model of a configuration in which the sections of a run may be missing.
 
+    What depends on the number of processes is not checked: the batch and the expert-parallel size.
+
     Raises:
         UserError: as ``load``.
     """
-    return validate(OUTSIDE_A_RUN | merge(files, overrides)).model
+    raw = OUTSIDE_A_RUN | merge(files, overrides)
+    if isinstance(raw["train"], dict):
+        raw["train"] = raw["train"] | {"global_batch_tokens": None} | ONE_SEQUENCE
+    if isinstance(raw.get("parallel"), dict):
+        raw["parallel"].pop("expert_parallel_size", None)
+    return validate(raw).model
 
 
 def load_for_most(files: Sequence[str | Path], overrides: Sequence[str], sizes: Sequence[int]) -> tuple[Config, int]:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import yaml
 
 from mythos.config import consent
-from mythos.config.layers import CHECKPOINT_DIRECTORY, CONFIG_FILE
+from mythos.config.layers import CHECKPOINT_DIRECTORY, CONFIG_FILE, without_other_kinds
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
 from mythos.data.format import TOKENIZER_FILE
@@ -31,6 +31,7 @@ from mythos.run.console import log
 
 LOG_DIRECTORY = "log"
 LATEST_FILE = "latest"
+PARTIAL_SUFFIX = ".partial"
 MANIFEST_FILE = "manifest.json"
 """In each checkpoint, as is state.json."""
 STATE_FILE = "state.json"
@@ -195,7 +196,7 @@ def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[
         raise UserError(f"{saved}: damaged: {' '.join(str(error).split())}") from error
     if not isinstance(before, dict) or not isinstance(before.get("model"), dict):
         raise UserError(f"{saved}: damaged, not a configuration: restore it, or choose another run.directory")
-    changed = consent.differences(before, to_dict(config))
+    changed = consent.differences(without_other_kinds(before), to_dict(config))
     if refusal := consent.refusal(changed, accept):
         if _has_trained(saved.parent):
             raise UserError(f"{saved.parent} holds a run with another configuration:\n{refusal}")
@@ -206,4 +207,5 @@ def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[
 def _has_trained(directory: Path) -> bool:
     """Whether the run has a checkpoint or a line of metrics."""
     run = RunDirectory(directory)
-    return bool(read_json_lines(run.metrics)) or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
+    saved = run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()
+    return bool(read_json_lines(run.metrics)) or any(path.suffix != PARTIAL_SUFFIX for path in saved)

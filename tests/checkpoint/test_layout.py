@@ -11,13 +11,13 @@ from mythos.checkpoint import layout
 from mythos.checkpoint.manifest import FORMAT_VERSION, FileRecord, Manifest, SavedParameter, ShardRecord, WrongFormat
 from mythos.checkpoint.tensors import write_tensors
 from mythos.errors import UserError
-from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, STATE_FILE
+from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, PARTIAL_SUFFIX, STATE_FILE
 
 
 def write(directory: Path, step: int, value: float = 1.0) -> Path:
     """A complete checkpoint of one parameter."""
     directory.mkdir(exist_ok=True)
-    partial = directory / (layout.tag(step) + layout.PARTIAL)
+    partial = directory / (layout.tag(step) + PARTIAL_SUFFIX)
     partial.mkdir()
     files = {
         layout.weights_file(0): write_tensors(partial / layout.weights_file(0), {"w": torch.full((6,), value)}),

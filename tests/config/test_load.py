@@ -180,3 +180,15 @@ def test_the_printed_configuration_loads_back(model: str, tmp_path: Path) -> Non
 def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run directory, it has no config\.yaml: give the directory of a run"):
         load_run(tmp_path / "config.yaml")
+
+
+def test_an_option_may_refer_to_one_of_another_layer(tmp_path: Path) -> None:
+    files = ["configs/model/tiny-looped.yaml", "configs/run/demo.yaml"]
+    given = ["parallel.expert_parallel_size=1", "seed=3"]
+    assert load(files, ["run.directory=runs/s${seed}", *given]).run.directory == "runs/s3"
+    with pytest.raises(UserError, match=r"cannot be merged: Interpolation key 'nothing' not found"):
+        load(files, ["run.directory=${nothing}", *given])
+
+
+def test_parameters_are_counted_whatever_the_number_of_processes() -> None:
+    assert load_model(["configs/model/looped-moe-770m.yaml", "configs/run/pretrain.yaml"]).width == 1280

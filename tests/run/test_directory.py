@@ -162,3 +162,24 @@ def test_a_directory_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run.directory = .*file/run.*choose a directory that can be written"):
         prepare(tiny_config("looped", tmp_path / "data", tmp_path / "file" / "run"), accept=())
+
+
+def test_a_run_of_version_0_1_shows_no_change_that_nobody_made(tmp_path: Path) -> None:
+    saved = Path(__file__).parents[1] / "train" / "version_0_1"
+    for name, model, kind in (("dense-adamw", "dense", "adamw"), ("published-muon", "published", "muon")):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_bytes((saved / name / "config.yaml").read_bytes())
+        config = tiny_config(model, tmp_path, run, ranks=2, train__steps=16, optim__kind=kind)
+        assert {path for path in prepare(config, accept=()) if path.startswith("optim.")} == set()
+
+
+def test_an_unfinished_save_is_no_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    prepare(tiny_config("dense", tmp_path, run), accept=())
+    (run / "checkpoints" / "step_00000008.partial").mkdir()
+    other = tiny_config("dense", tmp_path, run, optim__learning_rate=1e-4)
+    assert set(prepare(other, accept=())) == {"optim.learning_rate"}
+    (run / "checkpoints" / "step_00000004").mkdir()
+    with pytest.raises(UserError, match="holds a run with another configuration"):
+        prepare(other, accept=())

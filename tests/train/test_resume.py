@@ -16,7 +16,7 @@ from mythos.checkpoint import layout
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
-from mythos.run.directory import STATE_FILE, RunDirectory
+from mythos.run.directory import PARTIAL_SUFFIX, STATE_FILE, RunDirectory
 from mythos.run.metrics import read_metrics
 from tests.data.conftest import write_data_set
 from tests.spawn import RankPool
@@ -118,7 +118,7 @@ def test_an_interrupted_save_is_set_aside(two_ranks: RankPool, tiny_data: Path, 
     config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, train__steps=6, checkpoint__every=3)
     two_ranks.run(run_training, tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, train__steps=1))
     directory = RunDirectory(tmp_path / "run").checkpoints
-    partial = directory / f"{layout.tag(2)}{layout.PARTIAL}"
+    partial = directory / f"{layout.tag(2)}{PARTIAL_SUFFIX}"
     partial.mkdir()
     (partial / layout.weights_file(0)).write_bytes(b"half")
     assert two_ranks.run(run_training, config) == [0, 0]
