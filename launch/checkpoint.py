@@ -1,6 +1,8 @@
 """`mythos checkpoint list|verify`: the checkpoints of a run, and the one from which the next start resumes."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from launch.arguments import Run
 from launch.table import Column, print_table
@@ -9,6 +11,9 @@ from mythos.errors import BAD_INPUT, DONE
 if TYPE_CHECKING:
     from mythos.checkpoint.overview import Overview
 
+VerifiedStep = Annotated[
+    int | None, typer.Option("--step", metavar="N", min=0, help="only the checkpoint of this step (default: all)")
+]
 COLUMNS = (Column("checkpoint"), Column("size", is_number=True), Column("written"), Column("state"))
 
 
@@ -23,14 +28,14 @@ def run_list(run: Run) -> int:
     return DONE
 
 
-def run_verify(run: Run) -> int:
+def run_verify(run: Run, step: VerifiedStep = None) -> int:
     """Read every file and compare its hash with the manifest.
 
     Exit code 2 if a file is damaged.
     """
     from mythos.checkpoint.overview import verify_checkpoints
 
-    overview = verify_checkpoints(run)
+    overview = verify_checkpoints(run, step)
     _print(overview)
     return BAD_INPUT if overview.problems else DONE
 

@@ -46,9 +46,17 @@ def list_checkpoints(run: Path) -> Overview:
     return Overview(rows, [], _next_start(run, resumed, problems))
 
 
-def verify_checkpoints(run: Path) -> Overview:
-    """The complete checkpoints, each file read and its hash compared with the manifest."""
+def verify_checkpoints(run: Path, step: int | None = None) -> Overview:
+    """The complete checkpoints, or that of one step: each file is read and its hash compared with the manifest.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
     directory = _directory(run)
+    if step is not None:
+        checkpoint = layout.find(run, step)
+        found = _bad_files(checkpoint, read_files=True)
+        return Overview([_row(checkpoint, "damaged" if found else "valid")], found, None)
     problems = _problems(directory, read_files=True)
     resumed = _resumed(directory, problems)
     rows = [
@@ -67,14 +75,15 @@ def _directory(run: Path) -> Path:
 
 def _problems(directory: Path, read_files: bool) -> dict[Path, list[str]]:
     """For each complete checkpoint, newest first, one line for each bad file."""
+    return {path: _bad_files(path, read_files) for path in layout.complete_checkpoints(directory)}
+
+
+def _bad_files(checkpoint: Path, read_files: bool) -> list[str]:
     check = layout.damaged_files if read_files else layout.incomplete_files
-    problems = {}
-    for checkpoint in layout.complete_checkpoints(directory):
-        try:
-            problems[checkpoint] = list(check(checkpoint, manifest.Manifest.load(checkpoint)).values())
-        except UserError as error:
-            problems[checkpoint] = [str(error)]
-    return problems
+    try:
+        return list(check(checkpoint, manifest.Manifest.load(checkpoint)).values())
+    except UserError as error:
+        return [str(error)]
 
 
 def _resumed(directory: Path, problems: Mapping[Path, list[str]]) -> Path | None:

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from mythos.config.option import Change, change_of
-from mythos.config.tree import find, similar
+from mythos.config.tree import find, sections_in, similar
 from mythos.errors import UserError
 
 
@@ -30,13 +30,16 @@ Differences = Mapping[str, tuple[Any, Any]]
 
 
 def check_names(accept: Iterable[str]) -> None:
-    """Check that every name is that of an option or of a section.
+    """Check that every name is that of a section, or of an option that may change.
 
     Raises:
-        UserError: a name is unknown.
+        UserError: a name is unknown, or that of an option that never changes.
     """
     for name in accept:
-        if find(name) is None:
+        field = find(name)
+        if field is not None and change_of(field) == "never" and not sections_in(field.annotation):
+            raise UserError(f"--accept {name}: a run keeps it: choose another run.directory")
+        if field is None:
             close = similar(name)
             hint = f"did you mean {close}?" if close else "docs/configuration.md lists all options"
             raise UserError(f"--accept {name}: unknown option; {hint}")

@@ -65,12 +65,14 @@ def test_only_what_is_named_is_accepted() -> None:
 
 def test_names_are_those_of_options() -> None:
     check_names(["optim.learning_rate", "optim", "data.sources.web.directory", "data.sources.web", "seed"])
-    check_names(["optim.muon_momentum", "model.attention.value_head_size", "model.core_experts.balance_rate"])
+    check_names(["optim.muon_momentum", "model", "model.core_experts.balance_rate", "data.sources", "data"])
     for wrong, hint in (
         ("optim.learning_rte", "did you mean optim.learning_rate"),
         ("yes", "docs/configuration.md"),
         ("data.sources.web.wait", "unknown option"),
         ("", "unknown option"),
+        ("model.attention.value_head_size", "a run keeps it"),
+        ("data.sequence_length", "a run keeps it"),
     ):
         with pytest.raises(UserError, match=f"--accept {wrong}: .*{hint}"):
             check_names([wrong])

@@ -20,7 +20,7 @@ from mythos.checkpoint import layout
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
-from mythos.errors import FAILED_TO_SAVE, UserError
+from mythos.errors import FAILED_TO_SAVE
 from mythos.run.console import log
 from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, STATE_FILE, RunDirectory
 from mythos.run.metrics import read_metrics
@@ -29,7 +29,7 @@ from tests.faults.supervise import BIN, SAVE_EVERY, STEPS, TABLE, Row, configura
 from tests.faults.victim import recording, sequences
 from tests.require import missing
 from tests.spawn import Job, RankPool
-from tests.train.runs import record_training, run_training
+from tests.train.runs import failure, record_training, run_training
 
 pytestmark = pytest.mark.slow
 FIRST, SAVED = 18, (6, 12, 18)
@@ -65,14 +65,6 @@ def straight(two_ranks: RankPool, tiny_data: Path, tmp_path_factory: pytest.Temp
     (directory / "early").mkdir()
     assert two_ranks.run(record_training, early, directory / "early") == [0, 0]
     return straight_config, directory / "early"
-
-
-def failure(config: Config) -> str:
-    try:
-        run_training(config)
-    except UserError as error:
-        return str(error)
-    return "no error"
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -100,3 +100,12 @@ def test_a_checkpoint_that_disappears_while_it_is_listed_is_no_error(
 def test_a_run_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (RunDirectory(tmp_path).checkpoints).mkdir()
     assert command("list", tmp_path, capsys) == (0, [f"{tmp_path}: no complete checkpoint: a start begins at step 0"])
+
+
+def test_one_checkpoint_is_verified_by_its_step(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(RunDirectory(run).checkpoints / layout.tag(3) / layout.weights_file(0))
+    for step, code, state in ((6, 0, "valid"), (3, 2, "damaged")):
+        assert main(["checkpoint", "verify", str(run), "--step", str(step)]) == code
+        assert states(capsys.readouterr().out.splitlines()[:1]) == [state]
+    assert main(["checkpoint", "verify", str(run), "--step", "4"]) == 2
+    assert "has checkpoints of steps 9, 6, 3" in capsys.readouterr().err

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from mythos.config.schema import Config
 from mythos.errors import UserError
 from mythos.run.directory import STATE_FILE, RunDirectory, is_locked, lock, prepare
 from mythos.run.journal import ENDED, FAILED, STARTED, Journal, append_event, environment, read_attempts, read_events
@@ -20,7 +19,7 @@ from mythos.run.status import describe as facts
 from tests.cluster import clean_environment, run
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
-from tests.train.runs import run_training
+from tests.train.runs import failure, run_training
 
 METRICS = {"train/loss": 2.5, "train/tokens": 1200.0, "perf/tokens_per_second": 60.0}
 
@@ -232,14 +231,6 @@ def test_the_environment_of_every_attempt_is_recorded(directory: Path, monkeypat
     assert not RunDirectory(directory).environment.exists()
 
 
-def refused(config: Config) -> str:
-    try:
-        run_training(config)
-    except UserError as error:
-        return str(error)
-    return "no error"
-
-
 def test_the_journal_of_a_run(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     directory = tmp_path / "run"
@@ -252,20 +243,20 @@ def test_the_journal_of_a_run(two_ranks: RankPool, tiny_data: Path, tmp_path: Pa
 
     shutil.rmtree(data)
     longer = tiny_config("looped", data, directory, ranks=2, train__steps=3)
-    two_ranks.run(refused, longer)
+    two_ranks.run(failure, longer)
     status = read_status(directory)
     assert status.state == "failed", "also when it fails before it holds the lock"
     assert "manifest.json: no such file" in str(status.cause)
     assert len(read_events(directory)) == 3, "an error that all ranks agree on is recorded once"
 
     held = lock(directory)  # a refused attempt does not mark a run as failed that another process is training
-    two_ranks.run(refused, longer)
+    two_ranks.run(failure, longer)
     assert held is not None
     held.close()
     assert len(read_events(directory)) == 3
 
     elsewhere = tiny_config("looped", data, tmp_path / "new", ranks=2, train__steps=3)
-    two_ranks.run(refused, elsewhere)
+    two_ranks.run(failure, elsewhere)
     assert not (tmp_path / "new").exists(), "a run that cannot start creates nothing"
 
 

@@ -9,6 +9,7 @@ import torch
 
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
+from mythos.errors import UserError
 from mythos.ranks.preemption import StopRequest
 from mythos.run.metrics import read_metrics
 from mythos.train.loop import train
@@ -18,6 +19,15 @@ from tests.faults.victim import recording
 def run_training(config: Config, accept: Sequence[str] = ()) -> int:
     """`mythos train` on one rank of a pool; returns the exit code."""
     return train(config, torch.device("cpu"), StopRequest(), accept)
+
+
+def failure(config: Config) -> str:
+    """The error with which the training run ends."""
+    try:
+        run_training(config)
+    except UserError as error:
+        return str(error)
+    return "no error"
 
 
 def record_training(config: Config, directory: Path, accept: Sequence[str] = ()) -> int:

@@ -6,22 +6,12 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from mythos.config.schema import Config
-from mythos.errors import UserError
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
-from tests.train.runs import curve, run_training
+from tests.train.runs import curve, failure, run_training
 from tests.train.test_resume import EXACT, as_if_killed_after
 
 FIRST, STEPS, SAVED = 4, 10, 8
-
-
-def failure(config: Config) -> str:
-    try:
-        run_training(config)
-    except UserError as error:
-        return str(error)
-    return "no error"
 
 
 def state_names(checkpoint: Path) -> dict[str, set[str]]:
