@@ -30,8 +30,8 @@ def run(
       mpiexec -n 2 mythos train MODEL.yaml RUN.yaml
       srun --ntasks-per-node=8 mythos train MODEL.yaml RUN.yaml
 
-    On SIGTERM, SIGUSR1 or Ctrl-C the run saves after the current step and exits with code 85. `mythos config` prints
-    every option with its meaning.
+    On SIGTERM, SIGUSR1, Ctrl-C or a closed terminal (unless started with nohup) the run saves after the current step
+    and exits with code 85. `mythos config` prints every option with its meaning.
     """
     from mythos.ranks.preemption import StopRequest
 

@@ -112,7 +112,7 @@ class Train:
 
 @section
 class Preemption:
-    """What happens on SIGTERM, SIGUSR1 or Ctrl-C."""
+    """What happens on a signal to stop (SIGTERM, SIGUSR1, Ctrl-C and others)."""
 
     grace_s: float = option(
         "seconds from the signal to the exit, saved or not; keep it below what the scheduler grants",

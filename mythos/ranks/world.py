@@ -86,7 +86,8 @@ class World:
         if error is None or agreed:
             rendezvous.finalise_mpi()
         # A batch script repeats the signal, and at its end the interpreter restores the default, which kills.
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         if self.launcher == "srun":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ def can_draw() -> bool:
 
 
 class Bar:
-    """A bar from 0 to ``total``. It is drawn by ``update``, not by a thread."""
+    """A bar from 0 to ``total``, drawn by ``update`` and not by a thread.
+
+    Once the terminal is closed, nothing is drawn: the work that the bar shows must not end with its terminal.
+    """
 
     def __init__(self, description: str, total: int, completed: int, columns: "Sequence[str | ProgressColumn]") -> None:
         from rich.console import Console
@@ -44,14 +47,16 @@ class Bar:
         )
         self._task = self._progress.add_task(description, total=total, completed=completed, text="")
         self._drawn_s = time.monotonic()
-        self._progress.start()
-        self._progress.console.show_cursor(True)  # rich hides it, and a killed process could not restore it
+        self._is_closed = False
+        self._draw(self._progress.start)
+        # rich hides it, and a killed process could not restore it
+        self._draw(lambda: self._progress.console.show_cursor(True))
 
     def update(self, completed: int, text: str = "") -> None:
         """Set how much is done, and the text beside the bar (``{task.fields[text]}``)."""
         now_s = time.monotonic()
         is_due = now_s - self._drawn_s >= REFRESH_S
-        self._progress.update(self._task, completed=completed, text=text, refresh=is_due)
+        self._draw(lambda: self._progress.update(self._task, completed=completed, text=text, refresh=is_due))
         if is_due:
             self._drawn_s = now_s
 
@@ -60,9 +65,16 @@ class Bar:
         from rich.text import Text
 
         # Text, because the line may contain what rich takes for markup.
-        self._progress.console.print(Text(line), soft_wrap=True, highlight=False)
+        self._draw(lambda: self._progress.console.print(Text(line), soft_wrap=True, highlight=False))
 
     def close(self) -> None:
         """Draw the last state and leave the bar where it is."""
-        self._progress.refresh()
-        self._progress.stop()
+        self._draw(self._progress.refresh)
+        self._draw(self._progress.stop)
+
+    def _draw(self, action: Callable[[], object]) -> None:
+        if not self._is_closed:
+            try:
+                action()
+            except OSError:
+                self._is_closed = True
