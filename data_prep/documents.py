@@ -39,7 +39,7 @@ def split_of(content: str | bytes, validation_percent: float) -> str:
 def check_validation_percent(percent: float) -> None:
     """Raises UserError unless both splits can get documents."""
     if not 0 < percent < 100:
-        raise UserError(f"validation-percent {percent}: give a number above 0 and below 100")
+        raise UserError(f"--validation-percent {percent}: give a number above 0 and below 100")
 
 
 def cut_into_ranges(source: str, groups: Iterable[tuple[int, int]]) -> list[RowRange]:

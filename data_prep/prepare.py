@@ -282,9 +282,9 @@ class _Run:
 
 def _check(sequence_length: int, settings: Settings) -> None:
     if sequence_length < 1:
-        raise UserError(f"sequence-length {sequence_length}: give at least 1 token")
+        raise UserError(f"--sequence-length {sequence_length}: give at least 1 token")
     if not 1 <= settings.shard_size_mib <= LARGEST_SHARD_MIB:
-        raise UserError(f"shard-size-mib {settings.shard_size_mib}: give 1 to {LARGEST_SHARD_MIB}")
+        raise UserError(f"--shard-size-mib {settings.shard_size_mib}: give 1 to {LARGEST_SHARD_MIB}")
     check_validation_percent(settings.validation_percent)
 
 

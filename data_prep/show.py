@@ -16,9 +16,9 @@ def rows_as_text(directory: Path, split: str, first: int, count: int, as_ids: bo
     """
     dataset = TokenDataset(directory, split)
     if not 0 <= first < len(dataset):
-        raise UserError(f"row {first}: the {split} split has rows 0 to {len(dataset) - 1}")
+        raise UserError(f"--row {first}: the {split} split has rows 0 to {len(dataset) - 1}")
     if count < 1:
-        raise UserError(f"count {count}: give at least 1")
+        raise UserError(f"--count {count}: give at least 1")
     problem = None if as_ids else tokenizer_problem(directory, dataset.manifest)
     if problem:
         raise UserError(f"{problem}; restore that tokenizer, or show the ids: --ids")

@@ -102,7 +102,7 @@ def agreed_validation_percent(tokenizer: Path, sha256: str, asked: float | None)
         return DEFAULT_VALIDATION_PERCENT if asked is None else asked
     if asked is not None and asked > note.validation_percent:
         raise UserError(
-            f"validation-percent {asked}: {tokenizer} was trained with {note.validation_percent} held out, so it has "
+            f"--validation-percent {asked}: {tokenizer} was trained with {note.validation_percent} held out, so it has "
             f"seen part of this validation text; give at most {note.validation_percent}, or train it again "
             f"with --validation-percent {asked}"
         )

@@ -85,15 +85,15 @@ def _check(vocabulary_size: int, validation_percent: float, sample_bytes: float,
     least = _BYTES + 1 + len(special_tokens)
     if vocabulary_size < least:
         raise UserError(
-            f"vocabulary-size {vocabulary_size}: give at least {least}, the {_BYTES} bytes, {BOS}"
+            f"--vocabulary-size {vocabulary_size}: give at least {least}, the {_BYTES} bytes, {BOS}"
             + (f" and {len(special_tokens)} special tokens" if special_tokens else "")
         )
     check_validation_percent(validation_percent)
     if not sample_bytes > 0:
-        raise UserError(f"sample-mb {sample_bytes / 1e6:g}: give a number above 0")
+        raise UserError(f"--sample-mb {sample_bytes / 1e6:g}: give a number above 0")
     for token in special_tokens:
         if not token or [BOS, *special_tokens].count(token) > 1:
-            raise UserError(f"special-token {token!r}: give each token once, not empty and not {BOS}")
+            raise UserError(f"--special-token {token!r}: give each token once, not empty and not {BOS}")
 
 
 def _check_output(output: Path) -> None:

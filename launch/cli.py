@@ -1,127 +1,78 @@
-"""The command line: `mythos COMMAND ...`. Each command has a file in this package, and is listed here once."""
+"""The program `mythos`: runs a command of launch/commands.py and reports its errors, each on one line.
 
+It imports the commands only once an interrupt is handled: they take a tenth of a second.
+"""
+
+import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TextIO
 
-import typer
+from mythos.errors import DONE, FAILED, UserError
 
-from launch import (
-    checkpoint,
-    config,
-    data_prepare,
-    data_show,
-    data_tokenizer,
-    data_verify,
-    evaluate,
-    export,
-    job,
-    params,
-    status,
-    train,
-)
-from mythos import __version__
-from mythos.errors import BAD_INPUT, DONE, FAILED, UserError
-
-EXIT_CODES = (
-    "Exit codes: 0 done, 2 bad input, 74 checkpoints cannot be written, 85 preempted (start again to resume), "
-    "other: failed."
-)
-HELP_WIDTH = 110
-
-
-def group(summary: str, commands: dict[str, Callable[..., int]]) -> typer.Typer:
-    """A group of commands, such as `mythos data`."""
-    # Plain help, because rich would draw boxes even when the output is not a terminal.
-    app = typer.Typer(
-        help=summary,
-        epilog=EXIT_CODES,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
-    )
-    for name, run in commands.items():
-        app.command(name)(run)
-    return app
-
-
-APP = group(
-    "Train recurrent-depth (looped) transformers with sparse mixture-of-experts.",
-    {
-        "train": train.run,
-        "status": status.run,
-        "eval": evaluate.run,
-        "export": export.run,
-        "config": config.run,
-        "params": params.run,
-        "job": job.run,
-    },
-)
-APP.add_typer(
-    group("List or verify the checkpoints of a run.", {"list": checkpoint.run_list, "verify": checkpoint.run_verify}),
-    name="checkpoint",
-)
-APP.add_typer(
-    group(
-        "Prepare text for training: Parquet -> tokens -> MDS shards.",
-        {
-            "tokenizer": data_tokenizer.run,
-            "prepare": data_prepare.run_prepare,
-            "import": data_prepare.run_import,
-            "verify": data_verify.run,
-            "show": data_show.run,
-        },
-    ),
-    name="data",
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"mythos {__version__}")
-        raise typer.Exit
-
-
-@APP.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """The options before the command."""
+FAILED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; a UserError is printed as it is, without a traceback."""
+    """Run a command and return its exit code; without arguments, run those of this process."""
     try:
-        command = typer.main.get_command(APP)
-        # Not command.main(), which would handle closed pipes and interrupts in its own way.
-        with command.make_context("mythos", list(sys.argv[1:] if argv is None else argv)) as context:
-            exit_code: int = command.invoke(context)
-            return exit_code
-    except typer.Exit as end:  # --help, --version
-        return end.exit_code
-    except typer.TyperException as error:
-        print(f"mythos: {_usage_error(error)}", file=sys.stderr)
-        return BAD_INPUT
+        if argv is None:
+            _use_utf8()
+            _prepare_streams()
+        from launch.commands import invoke
+
+        exit_code = invoke(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # at the end of the process it is too late to report an error
+        return exit_code
     except UserError as error:
-        print(f"mythos: {error}", file=sys.stderr)
+        _report(str(error))
         return error.exit_code
     except BrokenPipeError:  # such as `mythos data show DIR | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         return DONE
+    except OSError as error:
+        if error.filename is not None or error.errno not in FAILED_WRITES:
+            raise
+        _discard(sys.stdout)
+        _report(f"the output cannot be written ({error.strerror}): free space, or write it to another place")
+        return FAILED
     except KeyboardInterrupt:
-        print("mythos: interrupted", file=sys.stderr)
+        _report("interrupted")
         return FAILED
 
 
-def _usage_error(error: typer.TyperException) -> str:
-    """One line: what is wrong with the arguments, and the help that lists the right ones."""
-    context = getattr(error, "ctx", None)
-    message = " ".join(error.format_message().split()).rstrip(".")
-    return f"{message}: see `{context.command_path if context else 'mythos'} --help`"
+def _use_utf8() -> None:
+    """Use UTF-8 for arguments, file names, files and output, here and in child processes, whatever the locale is.
+
+    Python chooses the encoding when it starts, so that in a locale with another one this process starts again.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def _prepare_streams() -> None:
+    """Print any text: a file name that is not UTF-8 as it is, and all of it nowhere if a stream is closed."""
+    for name, errors in (("stdout", "surrogateescape"), ("stderr", "backslashreplace")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+        getattr(sys, name).reconfigure(encoding="utf-8", errors=errors)  # PYTHONIOENCODING may have set another
+
+
+def _report(message: str) -> None:
+    """Print an error; the exit code is reported even if stderr cannot be written."""
+    try:
+        print(f"mythos: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Discard what the stream still holds, which Python would try to write again at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

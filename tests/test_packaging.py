@@ -68,6 +68,15 @@ def test_pinned_versions_are_in_the_declared_ranges() -> None:
         assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
+def test_the_pytorch_of_a_container_is_accepted() -> None:
+    (torch,) = (requirement for requirement in REQUIRED if requirement.name == "torch")
+    accepted = {
+        version: torch.specifier.contains(version, prereleases=True)  # as pip judges what is installed
+        for version in ("2.10.0", "2.11.0a0+5228986c39.nv26.1", "2.14.0a0+git1234", "2.15.0a0", "2.15.0")
+    }
+    assert list(accepted.values()) == [False, True, True, False, False], accepted
+
+
 def test_constraints_are_what_the_dependencies_need_and_nothing_else() -> None:
     versions = pinned()
     try:
@@ -80,5 +89,7 @@ def test_constraints_are_what_the_dependencies_need_and_nothing_else() -> None:
 
 
 def test_constraints_are_sorted() -> None:
-    names = [line.partition("==")[0] for line in Path(REPO / "constraints.txt").read_text().splitlines()]
+    names = [
+        line.partition("==")[0] for line in Path(REPO / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    ]
     assert names == sorted(names, key=str.lower)

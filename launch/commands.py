@@ -1,0 +1,116 @@
+"""The commands of `mythos`. Each has a file in this package, and is listed here once."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+from launch import (
+    checkpoint,
+    config,
+    data_prepare,
+    data_show,
+    data_tokenizer,
+    data_verify,
+    evaluate,
+    export,
+    job,
+    params,
+    status,
+    train,
+)
+from mythos import __version__
+from mythos.errors import UserError
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 bad input, 74 checkpoints cannot be written, 85 preempted (start again to resume), "
+    "other: failed."
+)
+HELP_WIDTH = 110
+
+
+def group(summary: str, commands: dict[str, Callable[..., int]]) -> typer.Typer:
+    """A group of commands, such as `mythos data`."""
+    # Plain help, because rich would draw boxes even when the output is not a terminal.
+    app = typer.Typer(
+        help=summary,
+        epilog=EXIT_CODES,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
+    )
+    for name, run in commands.items():
+        app.command(name)(run)
+    return app
+
+
+APP = group(
+    "Train recurrent-depth (looped) transformers with sparse mixture-of-experts.",
+    {
+        "train": train.run,
+        "status": status.run,
+        "eval": evaluate.run,
+        "export": export.run,
+        "config": config.run,
+        "params": params.run,
+        "job": job.run,
+    },
+)
+APP.add_typer(
+    group("List or verify the checkpoints of a run.", {"list": checkpoint.run_list, "verify": checkpoint.run_verify}),
+    name="checkpoint",
+)
+APP.add_typer(
+    group(
+        "Prepare text for training: Parquet -> tokens -> MDS shards.",
+        {
+            "tokenizer": data_tokenizer.run,
+            "prepare": data_prepare.run_prepare,
+            "import": data_prepare.run_import,
+            "verify": data_verify.run,
+            "show": data_show.run,
+        },
+    ),
+    name="data",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mythos {__version__}")
+        raise typer.Exit
+
+
+@APP.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The options before the command."""
+
+
+def invoke(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code.
+
+    Raises:
+        UserError: a mistake in the arguments, or one that the command found.
+    """
+    try:
+        command = typer.main.get_command(APP)
+        # Not command.main(), which would handle closed pipes and interrupts in its own way.
+        with command.make_context("mythos", list(arguments)) as context:
+            exit_code: int = command.invoke(context)
+            return exit_code
+    except typer.Exit as end:  # --help, --version
+        return end.exit_code
+    except typer.TyperException as error:
+        raise UserError(_usage_error(error)) from error
+
+
+def _usage_error(error: typer.TyperException) -> str:
+    """One line: what is wrong with the arguments, and the help that lists the right ones."""
+    context = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return f"{message}: see `{context.command_path if context else 'mythos'} --help`"
