@@ -1,12 +1,14 @@
-"""Atomic writes, hashes, locks and JSON lines: the only implementation of each in this project."""
+"""Atomic writes, flushes to the disk, hashes, locks and JSON lines: the only implementation of each in this project."""
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -14,6 +16,10 @@ import xxhash
 
 CHUNK_BYTES = 1 << 24
 TEMPORARY_SUFFIX = ".unfinished"
+DIRECTORY_NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES)
+"""How file systems, such as FUSE and network ones, refuse to open or to flush a directory."""
+_warned_of: list[Path] = []
+"""The directory that ``flush_directory`` has warned of, if there was one in this process."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -29,14 +35,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def opened_atomically(path: Path) -> Iterator[BinaryIO]:
     """A file to write; renamed to ``path`` when the block ends, removed when the block raises. Raises OSError."""
     temporary = temporary_path(path)
+    file = temporary.open("wb")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        for clean_up in (file.close, temporary.unlink):  # may fail as well, which must not hide the first error
+            with suppress(OSError):
+                clean_up()
+        raise
 
 
 def temporary_path(path: Path) -> Path:
@@ -52,13 +62,36 @@ def is_temporary(path: Path) -> bool:
     return path.suffix == TEMPORARY_SUFFIX
 
 
+def flush_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk. Raises OSError."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
 def flush_directory(directory: Path) -> None:
-    """Flush the entries of a directory, such as a rename, to the disk. Raises OSError."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    """Flush the entries of a directory, such as a rename, to the disk.
+
+    If the file system cannot do this, a warning is logged, once in a process: only a crash of the machine itself then
+    loses the newest entries.
+
+    Raises:
+        OSError: the directory or its disk is gone or broken.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in DIRECTORY_NOT_FLUSHED:
+            raise
+        if not _warned_of:
+            _warned_of.append(directory)
+            logging.getLogger("mythos").warning(
+                f"{directory}: this file system does not flush directories ({error.strerror}): if the machine crashes, "
+                "the newest checkpoint may be missing, and the run resumes from the one before it"
+            )
 
 
 def hash_file(file: Path | BinaryIO, progress: Callable[[int], None] | None = None) -> str:

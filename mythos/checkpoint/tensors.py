@@ -6,7 +6,6 @@ interpreter's lock meanwhile, so that training continues (version 0.8; earlier o
 """
 
 import errno
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mythos.checkpoint.manifest import FileRecord
+from mythos.files import flush_file
 
 METADATA = {"format": "pt"}
-READ_WRITE = 0o666
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
@@ -27,11 +26,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         OSError: the disk is full or gone; its ``filename`` is ``path``.
     """
     try:
+        path.touch()
+        mode = path.stat().st_mode  # which the library would replace by that of a file for its owner only
         save_file(dict(tensors), path, METADATA)
-        path.chmod(path.parent.stat().st_mode & READ_WRITE)  # the library makes it readable by the owner only
+        path.chmod(mode)
         record = FileRecord.of(path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        flush_file(path)
     except SafetensorError as error:  # has the reason only as text
         raise OSError(errno.EIO, str(error), str(path)) from error
     except OSError as error:

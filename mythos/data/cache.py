@@ -17,7 +17,7 @@ not have this form are not touched.
 import os
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -120,7 +120,8 @@ class NodeCache:
         """A directory for a download, which counts with its final size from the start."""
         with self._room_lock():
             self._free_space(needed_bytes)
-            partial = Path(tempfile.mkdtemp(prefix=f"{name}-{needed_bytes}.", dir=self._partial))
+            partial = self._partial / f"{name}-{needed_bytes}.{uuid.uuid4().hex}"
+            partial.mkdir()
             lock = (partial / "lock").open("wb")
             take_lock(lock, ROOM_WAIT_S)
         try:

@@ -23,7 +23,7 @@ def write(directory: Path, step: int, value: float = 1.0) -> Path:
         layout.weights_file(0): write_tensors(partial / layout.weights_file(0), {"w": torch.full((6,), value)}),
         layout.optimizer_file(0): write_tensors(partial / layout.optimizer_file(0), {"w.exp_avg": torch.ones(6)}),
     }
-    (partial / STATE_FILE).write_text(json.dumps({"step": step}))
+    (partial / STATE_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
     state = partial / STATE_FILE
     files[state.name] = FileRecord.of(state)
     parameters = {"w": SavedParameter((2, 3), (ShardRecord(0, 0, 6, 3.0),))}
@@ -60,10 +60,10 @@ def test_latest_decides_and_newer_checkpoints_do_not_count(tmp_path: Path) -> No
     for step in (3, 6, 9):
         write(tmp_path / "c", step)
     assert names(layout.resumable_checkpoints(tmp_path / "c")) == [9, 6, 3]
-    (tmp_path / "c" / LATEST_FILE).write_text(layout.tag(6))
+    (tmp_path / "c" / LATEST_FILE).write_text(layout.tag(6), encoding="utf-8")
     assert names(layout.resumable_checkpoints(tmp_path / "c")) == [6, 3]
     for text in ("", "step_", layout.tag(12), "../../etc"):
-        (tmp_path / "c" / LATEST_FILE).write_text(text)
+        (tmp_path / "c" / LATEST_FILE).write_text(text, encoding="utf-8")
         assert names(layout.resumable_checkpoints(tmp_path / "c")) == [9, 6, 3]
     (tmp_path / "c" / LATEST_FILE).unlink()
     assert names(layout.resumable_checkpoints(tmp_path / "c")) == [9, 6, 3]
@@ -73,7 +73,7 @@ def test_latest_decides_and_newer_checkpoints_do_not_count(tmp_path: Path) -> No
 def test_a_checkpoint_of_repeated_steps_is_replaced(tmp_path: Path) -> None:
     for step in (3, 6):
         write(tmp_path / "c", step)
-    (tmp_path / "c" / LATEST_FILE).write_text(layout.tag(3))
+    (tmp_path / "c" / LATEST_FILE).write_text(layout.tag(3), encoding="utf-8")
     again = write(tmp_path / "c", 6, value=2.0)
     assert layout.damaged_files(again, Manifest.load(again)) == {}
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["latest", layout.tag(3), layout.tag(6)]
@@ -103,7 +103,7 @@ def test_checkpoints_of_repeated_steps_never_count_again(tmp_path: Path) -> None
     directory = tmp_path / "c"
     for step in (3, 6, 9, 11, 12):
         write(directory, step)
-    (directory / LATEST_FILE).write_text(layout.tag(6))
+    (directory / LATEST_FILE).write_text(layout.tag(6), encoding="utf-8")
     chosen = layout.resumable_checkpoints(directory)[0]
     moved = layout.make_current(directory, chosen)
     assert sorted(path.name for path in moved) == [layout.tag(9), layout.tag(11), layout.tag(12)]
@@ -139,7 +139,7 @@ def test_a_commit_that_stops_anywhere_leaves_a_valid_checkpoint(
         directory = tmp_path / str(moment)
         write(directory, 3)
         write(directory, 6, value=2.0)
-        (directory / LATEST_FILE).write_text(layout.tag(3))
+        (directory / LATEST_FILE).write_text(layout.tag(3), encoding="utf-8")
         calls = 0
 
         def counted(function, *arguments):  # type: ignore[no-untyped-def]
@@ -170,11 +170,11 @@ def test_set_aside_never_overwrites(tmp_path: Path) -> None:
     for content in ("a", "b"):
         place = tmp_path / layout.tag(5)
         place.mkdir()
-        (place / "x").write_text(content)
+        (place / "x").write_text(content, encoding="utf-8")
         layout.set_aside(place)
     aside = tmp_path / layout.SET_ASIDE
-    assert (aside / layout.tag(5) / "x").read_text() == "a"
-    assert (aside / f"{layout.tag(5)}.2" / "x").read_text() == "b"
+    assert (aside / layout.tag(5) / "x").read_text(encoding="utf-8") == "a"
+    assert (aside / f"{layout.tag(5)}.2" / "x").read_text(encoding="utf-8") == "b"
 
 
 def test_a_commit_is_undone_if_latest_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Tensors are written as safetensors files, and parameters are read back from any division into shards."""
 
+import os
 import sys
 import threading
 from itertools import pairwise
@@ -77,10 +78,15 @@ def test_parameters_are_read_back_from_any_division(tmp_path: Path) -> None:
         assert torch.equal(reader.buffers()["router.bias"], torch.arange(4.0))
 
 
-def test_a_file_has_the_permissions_of_its_directory(tmp_path: Path) -> None:
-    tmp_path.chmod(0o750)
-    write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
-    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o027])
+def test_a_file_gets_the_mode_of_the_umask(umask: int, tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
