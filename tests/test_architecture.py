@@ -168,9 +168,10 @@ def test_the_room_of_the_training_is_small() -> None:
     assert len(list((ROOT / "mythos" / "train").glob("*.py"))) <= TRAIN_FILES
 
 
-def test_text_files_are_opened_with_their_encoding() -> None:
+def test_text_has_an_encoding() -> None:
+    """The default is that of the locale."""
     found = []
-    for path in SOURCES + SCRIPTS:
+    for path in SOURCES + SCRIPTS + TESTS:
         for node in ast.walk(tree(path)):
             if (
                 isinstance(node, ast.Call)
@@ -182,10 +183,14 @@ def test_text_files_are_opened_with_their_encoding() -> None:
 
 
 def opens_text(call: ast.Call) -> bool:
-    """Whether a call opens, reads or writes a text file: open(FILE), FILE.open("w"), FILE.read_text() and the like."""
+    """Whether a call opens a text file, open(FILE) or FILE.read_text() for example, or reads a program's output."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    if name in ("read_text", "write_text"):
+    if name in ("read_text", "write_text", "FileHandler", "TextIOWrapper"):
         return True
+    if {word.arg for word in call.keywords} & {"text", "universal_newlines"} and "subprocess" in ast.unparse(call.func):
+        return True
+    if name in ("TemporaryFile", "NamedTemporaryFile"):  # binary by default
+        return any(isinstance(word.value, ast.Constant) and "b" not in str(word.value.value) for word in call.keywords)
     if name not in ("open", "fdopen") or ast.unparse(call.func) == "os.open":
         return False
     mode = call.args[:1] if isinstance(call.func, ast.Attribute) and name == "open" else call.args[1:2]

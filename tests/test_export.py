@@ -91,7 +91,7 @@ def trained(two_ranks: RankPool, tiny_data: Path, tmp_path_factory: pytest.TempP
 def test_many_files_hold_the_same_tensors_as_one(trained: Path, tmp_path: Path) -> None:
     export(trained, tmp_path / "one")
     export(trained, tmp_path / "many", file_bytes=4000)
-    index = json.loads((tmp_path / "many" / INDEX_FILE).read_text())
+    index = json.loads((tmp_path / "many" / INDEX_FILE).read_text(encoding="utf-8"))
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values()))
     assert len(files) > 5

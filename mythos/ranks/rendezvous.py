@@ -118,7 +118,9 @@ def _resolves(name: str) -> bool:
 
 def _scontrol(*words: str) -> str:
     try:
-        done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S)
+        done = subprocess.run(
+            ["scontrol", *words], capture_output=True, encoding="utf-8", errors="replace", timeout=SCONTROL_TIMEOUT_S
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"scontrol {' '.join(words)} failed ({error}): set MASTER_ADDR to the host of rank 0") from None
     if done.returncode or not done.stdout.strip():

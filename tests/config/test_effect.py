@@ -94,7 +94,8 @@ def test_a_later_layer_that_switches_something_off_takes_its_options_along(tmp_p
     lower = tmp_path / "lower.yaml"
     lower.write_text(
         "optim: {kind: muon, muon_learning_rate: 0.01, final_learning_rate_fraction: 0.1, beta1: 0.8}\n"
-        "data: {cache_directory: /cache, cache_gib: 3}\nparallel: {persistent_parameter_elements: 7}\n"
+        "data: {cache_directory: /cache, cache_gib: 3}\nparallel: {persistent_parameter_elements: 7}\n",
+        encoding="utf-8",
     )
     off = ["optim.kind=adamw", "optim.cooldown=constant", "data.cache_directory=null", "parallel.zero_stage=1"]
     config = load([MODEL, RUN, lower], [*off, "sample.tokens=0"], 2)

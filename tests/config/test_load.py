@@ -28,13 +28,15 @@ def refused(*overrides: str, ranks: int = 2) -> list[str]:
 def test_every_shipped_model_loads_with_every_shipped_run(model: Path, run: Path) -> None:
     experts = getattr(load_model([model]), "core_experts", None)
     overrides = [] if experts else ["parallel.expert_parallel_size=1"]
-    config = load([model, run], overrides, yaml.safe_load(run.read_text())["parallel"]["expert_parallel_size"])
+    config = load(
+        [model, run], overrides, yaml.safe_load(run.read_text(encoding="utf-8"))["parallel"]["expert_parallel_size"]
+    )
     assert config.train.steps > 0
 
 
 def test_later_layers_win_and_overrides_win_over_all(tmp_path: Path) -> None:
     layer = tmp_path / "layer.yaml"
-    layer.write_text("train: {steps: 7, max_bad_steps: 2}\n")
+    layer.write_text("train: {steps: 7, max_bad_steps: 2}\n", encoding="utf-8")
     config = load([MODEL, RUN, layer], ["train.steps=9", "optim.learning_rate=2e-4", "eval.depths=[3]"], 2)
     assert (config.train.steps, config.train.max_bad_steps) == (9, 2)
     assert config.optim.learning_rate == 2e-4
@@ -121,7 +123,7 @@ def test_dense_models_take_no_loop() -> None:
 )
 def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "bad.yaml"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="bad.yaml") as error:
         load([file])
     assert message in str(error.value)
@@ -155,7 +157,7 @@ def test_every_option_has_a_reader() -> None:
     received = ("config", "options")  # a part of the code that gets one section calls it so
     root = Path(__file__).parents[2]
     sources = [*root.glob("mythos/**/*.py"), *root.glob("launch/**/*.py")]
-    code = "\n".join(path.read_text() for path in sources if path.name not in ("schema.py", "show.py"))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources if path.name not in ("schema.py", "show.py"))
     unread = []
     for path in options():
         *sections, name = path.split(".")
@@ -172,7 +174,7 @@ def test_the_printed_configuration_loads_back(model: str, tmp_path: Path) -> Non
     config = load([CONFIGS / "model" / f"{model}.yaml", RUN], overrides, 2)
     printed = documented_yaml(config)
     file = tmp_path / "printed.yaml"
-    file.write_text(printed)
+    file.write_text(printed, encoding="utf-8")
     assert load([file], [], 2) == config
     assert json.loads(json.dumps(yaml.safe_load(printed))) == to_dict(config)
 

@@ -52,7 +52,7 @@ def write_data_set(
         for _ in range(counts[split]):
             writer.write({COLUMN: generator.integers(vocabulary_size, size=SEQUENCE_LENGTH + 1).astype(dtype)})
         writer.finish()
-    (directory / "tokenizer.json").write_text(TOKENIZER)
+    (directory / "tokenizer.json").write_text(TOKENIZER, encoding="utf-8")
     manifest.save(directory)
     return directory
 

@@ -113,13 +113,13 @@ def test_open_shards_stay_in_the_cache(pristine: Path, tmp_path: Path) -> None:
 def test_foreign_files_are_kept(pristine: Path, tmp_path: Path) -> None:
     for name in ("shards/thesis.bin", "partial/mine/notes.txt"):
         (tmp_path / "cache" / name).parent.mkdir(parents=True)
-        (tmp_path / "cache" / name).write_text("years of work")
+        (tmp_path / "cache" / name).write_text("years of work", encoding="utf-8")
     dataset = open_cached(pristine, tmp_path / "cache", 1)
     for row in range(0, LENGTH, 10):
         dataset[row]
         dataset.close()
     for name in ("shards/thesis.bin", "partial/mine/notes.txt"):
-        assert (tmp_path / "cache" / name).read_text() == "years of work"
+        assert (tmp_path / "cache" / name).read_text(encoding="utf-8") == "years of work"
 
 
 def test_a_stopped_process_that_frees_space_blocks_nobody(
@@ -127,7 +127,7 @@ def test_a_stopped_process_that_frees_space_blocks_nobody(
 ) -> None:
     monkeypatch.setattr("mythos.data.cache.ROOM_WAIT_S", 0.3)
     NodeCache(tmp_path / "cache", MIB)
-    with (tmp_path / "cache" / "locks" / "room").open("w") as lock:
+    with (tmp_path / "cache" / "locks" / "room").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         open_cached(pristine, tmp_path / "cache")[0]
 
@@ -187,7 +187,7 @@ def test_a_shard_that_is_removed_after_the_start_is_reported(data_set: Path, tmp
 @pytest.mark.parametrize("place", ["a file", "not allowed"])
 def test_a_cache_that_cannot_be_written_is_reported(place: str, tmp_path: Path) -> None:
     path = tmp_path / "cache"
-    path.write_text("") if place == "a file" else None
+    path.write_text("", encoding="utf-8") if place == "a file" else None
     with pytest.raises(UserError, match="data.cache_directory = .*: choose a writable directory") as caught:
         NodeCache(path if place == "a file" else Path("/proc/mythos"), MIB)
     assert "\n" not in str(caught.value)
@@ -210,7 +210,7 @@ def test_a_failing_write_is_reported_in_one_line(pristine: Path, tmp_path: Path)
 def test_a_locked_fetch_of_another_shard_does_not_block(pristine: Path, tmp_path: Path) -> None:
     dataset = open_cached(pristine, tmp_path / "cache")
     own = int(dataset.shards[0].raw.xxh3_64, 16) % 64
-    with (tmp_path / "cache" / "locks" / f"{(own + 1) % 64:02d}").open("w") as lock:
+    with (tmp_path / "cache" / "locks" / f"{(own + 1) % 64:02d}").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         dataset[0]
 

@@ -138,7 +138,7 @@ def test_shard_truncated_after_construction_is_found_when_it_is_opened(data_set:
 
 
 def read_index(data_set: Path) -> dict[str, Any]:
-    return json.loads((data_set / "train" / "index.json").read_text())
+    return json.loads((data_set / "train" / "index.json").read_text(encoding="utf-8"))
 
 
 def set_in_shard(name: str, value: object) -> Callable[[dict[str, Any]], object]:
@@ -168,7 +168,7 @@ def test_foreign_index_is_refused(data_set: Path, damage: Callable[[dict[str, An
     index = read_index(data_set)
     damage(index)
     path = data_set / "train" / "index.json"
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UserError, match=complaint) as caught:
         TokenDataset(data_set, "train")
     assert str(path) in str(caught.value)
@@ -177,7 +177,7 @@ def test_foreign_index_is_refused(data_set: Path, damage: Callable[[dict[str, An
 
 def test_truncated_index(data_set: Path):
     path = data_set / "train" / "index.json"
-    path.write_text(path.read_text()[:-20])
+    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
     with pytest.raises(UserError, match="not valid JSON") as caught:
         TokenDataset(data_set, "train")
     assert str(path) in str(caught.value)
@@ -187,7 +187,7 @@ def test_truncated_index(data_set: Path):
 def test_index_with_fewer_rows_than_the_manifest(data_set: Path, shards_kept: int):
     index = read_index(data_set)
     index["shards"] = index["shards"][:shards_kept]
-    (data_set / "train" / "index.json").write_text(json.dumps(index))
+    (data_set / "train" / "index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UserError, match=f"the manifest has {LENGTH}") as caught:
         TokenDataset(data_set, "train")
     assert str(data_set / "train") in str(caught.value)
@@ -197,7 +197,7 @@ def test_index_whose_row_counts_moved_between_shards(data_set: Path):
     index = read_index(data_set)
     index["shards"][0]["samples"] += 1
     index["shards"][1]["samples"] -= 1
-    (data_set / "train" / "index.json").write_text(json.dumps(index))
+    (data_set / "train" / "index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UserError, match=r"shard\.00000\.mds: its header"):
         TokenDataset(data_set, "train")[0]
 

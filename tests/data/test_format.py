@@ -13,7 +13,7 @@ from mythos.files import write_atomically
 
 def edit_manifest(directory: Path, **changes: object) -> None:
     path = directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def test_uint16_is_used_up_to_its_largest_vocabulary():
@@ -83,7 +83,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, "new")
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert os.listdir(tmp_path) == ["file.json"]
 
 
@@ -97,9 +97,9 @@ def test_fingerprint_does_not_depend_on_the_path_or_the_sources(pristine: Path, 
 def test_fingerprint_changes_with_the_data(pristine: Path, data_set: Path, change: str):
     if change in SPLITS:
         index = data_set / change / "index.json"
-        content = json.loads(index.read_text())
+        content = json.loads(index.read_text(encoding="utf-8"))
         content["shards"][0]["raw_data"]["hashes"]["xxh3_64"] = "0" * 16
-        index.write_text(json.dumps(content, sort_keys=True))
+        index.write_text(json.dumps(content, sort_keys=True), encoding="utf-8")
     else:
         edit_manifest(data_set, **{change: "f" * 64 if change == "tokenizer_sha256" else 17})
     assert fingerprint(data_set) != fingerprint(pristine)

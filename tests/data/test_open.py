@@ -55,7 +55,9 @@ def test_a_mixture_trains_resumes_and_saves_its_position(two_ranks: RankPool, ti
     options = {"train__steps": 6, "checkpoint__every": 3, "eval__every": 3, "optim__cooldown": "constant"}
     straight = mixed(tiny_config("dense", tiny_data, tmp_path / "straight", ranks=2, **options), sources)
     assert two_ranks.run(run_training, straight) == [0, 0]
-    state = json.loads((tmp_path / "straight" / "checkpoints" / "step_00000006" / "state.json").read_text())
+    state = json.loads(
+        (tmp_path / "straight" / "checkpoints" / "step_00000006" / "state.json").read_text(encoding="utf-8")
+    )
     assert state["samples"] == 48
     assert state["epochs"] == {"code": 12 / 31, "web": 36 / 103}
     assert set(state["data"]["sources"]) == {"code", "web"}
@@ -81,9 +83,9 @@ def test_a_mixture_trains_resumes_and_saves_its_position(two_ranks: RankPool, ti
     assert "data.sources.web.weight: 3.0 -> 2.0" in messages[0][0]
     assert "accept the changes: --accept data.sources.web.weight" in messages[0][0]
     assert two_ranks.run(run_training, changed, ("data.sources.web.weight",)) == [0, 0]
-    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text(encoding="utf-8")
     assert "data changed: sources.web.weight: 3.0 -> 2.0; resuming at sample 48" in log
-    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000007" / "state.json").read_text())
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000007" / "state.json").read_text(encoding="utf-8"))
     assert state["data"]["sources"]["web"]["weight"] == 2
 
 
@@ -171,7 +173,7 @@ def test_a_damaged_shard_ends_all_ranks_during_the_run_and_loses_no_step(
     assert agreed
     assert "\n" not in text
     flip_byte(shard, -1)
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{step - 1:08d}"
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text(encoding="utf-8") == f"step_{step - 1:08d}"
     assert two_ranks.run(run_training, config) == [0, 0]
     assert curve(config, "train/loss") == curve(undisturbed, "train/loss")
 
@@ -187,7 +189,7 @@ def cut_the_index(data: Path) -> str:
 
 
 def change_the_tokenizer(data: Path) -> str:
-    (data / "tokenizer.json").write_text("another")
+    (data / "tokenizer.json").write_text("another", encoding="utf-8")
     return "tokenizer.json: not the tokenizer that made the ids"
 
 
@@ -228,10 +230,10 @@ def test_data_that_does_not_fit_the_configuration(
 
 def test_sources_with_different_tokenizers_are_refused(tiny_data: Path, tmp_path: Path) -> None:
     other = write_data_set(tmp_path / "other", VOCABULARY)
-    manifest = json.loads((other / "manifest.json").read_text())
-    (other / "tokenizer.json").write_text("another")
+    manifest = json.loads((other / "manifest.json").read_text(encoding="utf-8"))
+    (other / "tokenizer.json").write_text("another", encoding="utf-8")
     manifest["tokenizer_sha256"] = hashlib.sha256(b"another").hexdigest()
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    (other / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     config = mixed(tiny_config("dense", tiny_data, tmp_path), {"a": (tiny_data, 1.0), "b": (other, 1.0)})
     with pytest.raises(UserError, match="data.sources: a and b were made by different tokenizers"):
         open_run_data(config)

@@ -45,10 +45,10 @@ def test_from_text_to_rows(source: Path, speeches: list[str], tmp_path: Path, ca
     assert command("verify", output, "--processes", 1) == 0
     capsys.readouterr()
     assert command("show", output, "--row", 99999) == 2
-    assert "row 99999: the train split has rows 0 to" in capsys.readouterr().err
+    assert "--row 99999: the train split has rows 0 to" in capsys.readouterr().err
     assert command("show", output, "--count", 0) == 2
-    assert "count 0: give at least 1" in capsys.readouterr().err
-    tokenizer.write_text((output / "tokenizer.json").read_text() + "\n")
+    assert "--count 0: give at least 1" in capsys.readouterr().err
+    tokenizer.write_text((output / "tokenizer.json").read_text(encoding="utf-8") + "\n", encoding="utf-8")
     tokenizer.replace(output / "tokenizer.json")
     assert command("show", output) == 2
     assert "tokenizer.json: not the tokenizer that made the ids" in capsys.readouterr().err
@@ -58,7 +58,7 @@ def test_from_text_to_rows(source: Path, speeches: list[str], tmp_path: Path, ca
 
 def test_the_command_line_imports_nothing_heavy():
     code = (
-        "import sys, launch.cli; "
+        "import sys, launch.commands; "
         "sys.exit(bool({'numpy', 'pyarrow', 'tokenizers', 'streaming', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -94,7 +94,7 @@ def test_text_that_is_not_utf8(tmp_path: Path):
 
 def test_unusable_sources_are_found_by_their_metadata(tmp_path: Path, source: Path):
     not_parquet = tmp_path / "notes.txt"
-    not_parquet.write_text("plain text " * 100)
+    not_parquet.write_text("plain text " * 100, encoding="utf-8")
     cut = tmp_path / "cut.parquet"
     cut.write_bytes(source.read_bytes()[:-50])
     nothing = tmp_path / "nothing.parquet"
@@ -152,7 +152,7 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path: Path):
         "file = ParquetFile(Path(sys.argv[1]), 'text', 'text'); ranges = file.row_ranges(); before = peak(); "
         "print(len(ranges), sum(1 for _ in file.texts(ranges[-1])), peak() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, encoding="utf-8", check=True)
     ranges, documents_read, more_kib = map(int, done.stdout.split())
     assert (ranges, documents_read) == (6, 65_000 - 65_000 * 5 // 6)
     assert more_kib < 40 << 10

@@ -112,7 +112,7 @@ def test_text_of_other_tokenizers_is_not_counted(tmp_path: Path):
     words = Tokenizer(models.WordLevel({BOS: 0, "[UNK]": 1} | {f"w{n}": n for n in range(2, 50)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "words.json"))
-    assert BOS in json.loads((tmp_path / "words.json").read_text())["model"]["vocab"]
+    assert BOS in json.loads((tmp_path / "words.json").read_text(encoding="utf-8"))["model"]["vocab"]
     documents = np.random.default_rng(0).integers(1, 50, size=(60, 30)).tolist()
     source = write_ids(tmp_path / "ids.parquet", documents)
     run([source], tmp_path / "words.json", tmp_path / "data", **IMPORT)

@@ -76,7 +76,7 @@ def test_bad_input_is_one_line(several_sources: list[Path], tokenizer: Path, tmp
     launcher, more = ([], ["--processes", "2"]) if ranks == 1 else (mpiexec(), [])
     damaged = damage_row_group(several_sources[0], tmp_path / "damaged.parquet", row_group=2)
     no_parquet = tmp_path / "notes.txt"
-    no_parquet.write_text("no Parquet " * 100)
+    no_parquet.write_text("no Parquet " * 100, encoding="utf-8")
     for sources, output, complaint in [
         ([*several_sources[:2], damaged], tmp_path / "data", f"{damaged}: row group 2 is damaged"),
         ([*several_sources[:2], no_parquet], tmp_path / "data", f"{no_parquet}: not a readable Parquet file"),
@@ -140,7 +140,7 @@ def test_a_killed_worker_process_ends_the_run_and_its_parts_stay(
         env=clean_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     )
     wait_for(lambda: len(finished_parts(output)) >= 1)
     for child in psutil.Process(process.pid).children():
@@ -161,7 +161,7 @@ def test_a_killed_rank_ends_the_others(several_sources: list[Path], tokenizer: P
         env=clean_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     )
     wait_for(lambda: len(finished_parts(output)) >= 1)
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -176,7 +176,7 @@ def test_a_killed_rank_ends_the_others(several_sources: list[Path], tokenizer: P
 def test_a_second_run_for_the_same_output_is_refused(several_sources: list[Path], tokenizer: Path, tmp_path: Path):
     output = tmp_path / "data"
     words = command(several_sources, tokenizer, output, "--processes", "2")
-    first = subprocess.Popen(words, env=clean_environment(), stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(words, env=clean_environment(), stdout=subprocess.PIPE, encoding="utf-8")
     wait_for(lambda: (tmp_path / ".data.partial/parts").exists())
     first.send_signal(signal.SIGSTOP)  # so that it cannot finish before the second is refused
     try:

@@ -142,7 +142,7 @@ def test_other_sources_or_tokenizer_are_refused(source: Path, tokenizer: Path, p
     with pytest.raises(UserError, match="made from other sources"):
         run([other_source], tokenizer, prepared)
     other_tokenizer = tmp_path / "tokenizer.json"
-    other_tokenizer.write_text(tokenizer.read_text() + "\n")
+    other_tokenizer.write_text(tokenizer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(UserError, match="tokenizer_sha256"):
         run([source], other_tokenizer, prepared)
 
@@ -157,7 +157,7 @@ def test_a_damaged_data_set_is_not_taken_for_a_complete_one(source: Path, tokeni
 
 def test_a_foreign_directory_is_kept(source: Path, tokenizer: Path, tmp_path: Path):
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(UserError, match="exists and holds no data set"):
         run([source], tokenizer, tmp_path / "notes")
     assert os.listdir(tmp_path / "notes") == ["thesis.txt"]
@@ -204,9 +204,9 @@ def test_a_split_without_a_row_is_refused(source: Path, tokenizer: Path, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"sequence_length": 0}, "sequence-length 0"),
-        ({"shard_size_mib": 4096}, "shard-size-mib 4096"),
-        ({"validation_percent": 0.0}, "validation-percent 0"),
+        ({"sequence_length": 0}, "--sequence-length 0"),
+        ({"shard_size_mib": 4096}, "--shard-size-mib 4096"),
+        ({"validation_percent": 0.0}, "--validation-percent 0"),
         ({"column": "body"}, "no column 'body'; it has id, text"),
     ],
 )
@@ -220,11 +220,11 @@ def test_an_invalid_tokenizer_file(source: Path, tokenizer: Path, tmp_path: Path
     with pytest.raises(UserError, match=r"nowhere\.json: No such file"):
         run([source], tmp_path / "nowhere.json", tmp_path / "data")
     broken = tmp_path / "broken.json"
-    broken.write_text(tokenizer.read_text()[:500])
+    broken.write_text(tokenizer.read_text(encoding="utf-8")[:500], encoding="utf-8")
     with pytest.raises(UserError, match=r"broken\.json: not a tokenizer file"):
         run([source], broken, tmp_path / "data")
-    content = json.loads(tokenizer.read_text().replace(BOS, "<|start|>"))
-    broken.write_text(json.dumps(content))
+    content = json.loads(tokenizer.read_text(encoding="utf-8").replace(BOS, "<|start|>"))
+    broken.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=r"broken\.json: has no token <\|bos\|>"):
         run([source], broken, tmp_path / "data")
 
@@ -259,7 +259,9 @@ def test_every_document_occurs_once_for_any_parts(
 
 def test_compressed_shards_hold_the_same_rows(source: Path, tokenizer: Path, prepared: Path, tmp_path: Path):
     run([source], tokenizer, tmp_path / "data", compression="zstd")
-    plain, packed = (json.loads((path / "train/index.json").read_text()) for path in (prepared, tmp_path / "data"))
+    plain, packed = (
+        json.loads((path / "train/index.json").read_text(encoding="utf-8")) for path in (prepared, tmp_path / "data")
+    )
     assert (tmp_path / "data/train/shard.00000.mds.zstd").is_file()
     assert packed["shards"][0]["zip_data"]["bytes"] < 0.8 * plain["shards"][0]["raw_data"]["bytes"]
     assert packed["shards"][0]["samples"] == plain["shards"][0]["samples"]

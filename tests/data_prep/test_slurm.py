@@ -38,7 +38,7 @@ def test_four_tasks_on_two_nodes_write_the_same_bytes_as_one_process(
     options = ["--tokenizer", tokenizer, "--sequence-length", 64, "--packing", "straight"]
     options += ["--output", tmp_path / "data"]
     job = submit(slurm_cluster, tmp_path / "log", "prepare", *several_sources, *options)
-    assert end_of(slurm_cluster, job) == ("COMPLETED", "0:0"), (tmp_path / "log").read_text()
+    assert end_of(slurm_cluster, job) == ("COMPLETED", "0:0"), (tmp_path / "log").read_text(encoding="utf-8")
     run(several_sources, tokenizer, tmp_path / "one", validation_percent=VALIDATION_PERCENT)
     assert content_of(tmp_path / "data") == content_of(tmp_path / "one")
 
@@ -46,12 +46,14 @@ def test_four_tasks_on_two_nodes_write_the_same_bytes_as_one_process(
     options[-1] = tmp_path / "other"
     job = submit(slurm_cluster, tmp_path / "other_log", "prepare", *several_sources[1:], damaged, *options)
     assert end_of(slurm_cluster, job) == ("FAILED", "2:0")
-    lines = [line for line in (tmp_path / "other_log").read_text().splitlines() if line.startswith("mythos:")]
+    lines = [
+        line for line in (tmp_path / "other_log").read_text(encoding="utf-8").splitlines() if line.startswith("mythos:")
+    ]
     assert len(lines) == 1
     assert f"{damaged}: row group 1 is damaged" in lines[0]
 
 
 def test_without_a_command_the_usage_is_printed():
-    done = subprocess.run([REPO / "slurm/data_prep.sh"], capture_output=True, text=True, check=False)
+    done = subprocess.run([REPO / "slurm/data_prep.sh"], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: sbatch")

@@ -118,7 +118,7 @@ def test_a_sample_comes_from_the_whole_corpus(tmp_path: Path, monkeypatch: pytes
 def test_bytes_per_token_are_those_of_the_held_out_text(speeches: list[str], tokenizer: Path):
     held_out = [text for text in speeches if split_of(text, VALIDATION_PERCENT) == "validation"]
     encoder = Tokenizer.from_file(str(tokenizer))
-    note = json.loads(tokenizer.with_name("tokenizer.training.json").read_text())
+    note = json.loads(tokenizer.with_name("tokenizer.training.json").read_text(encoding="utf-8"))
     assert note["held_out_bytes"] == sum(len(text.encode()) for text in held_out)
     assert note["held_out_tokens"] == sum(len(encoder.encode(text).ids) for text in held_out)
     assert note["tokenizer_sha256"] == hashlib.sha256(tokenizer.read_bytes()).hexdigest()
@@ -130,13 +130,13 @@ def test_preparation_uses_the_percentage_of_the_tokenizer(tokenizer: Path, tmp_p
 
     assert share(None) == VALIDATION_PERCENT
     assert share(2.0) == 2.0
-    with pytest.raises(UserError, match=r"validation-percent 6.0: .*tokenizer\.json was trained with 5.0 held out"):
+    with pytest.raises(UserError, match=r"--validation-percent 6.0: .*tokenizer\.json was trained with 5.0 held out"):
         share(6.0)
     foreign = tmp_path / "foreign.json"
     foreign.write_bytes(tokenizer.read_bytes())
     assert (share(None, foreign), share(6.0, foreign)) == (1.0, 6.0)
     # A note about another tokenizer is ignored.
-    foreign.write_text(tokenizer.read_text() + "\n")
+    foreign.write_text(tokenizer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     tmp_path.joinpath("foreign.training.json").write_bytes(tokenizer.with_name("tokenizer.training.json").read_bytes())
     assert share(6.0, foreign) == 6.0
 

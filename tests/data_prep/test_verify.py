@@ -90,7 +90,7 @@ def test_each_damaged_shard_is_reported_once(
 def test_an_id_outside_the_vocabulary(data: Path, capsys: pytest.CaptureFixture[str]):
     """A shard with a bad id but a correct hash and index entry."""
     path, index = file_of(data, SHARD), data / "train/index.json"
-    entries = json.loads(index.read_text())
+    entries = json.loads(index.read_text(encoding="utf-8"))
     entry = entries["shards"][1]
     content = bytearray(zstd.decompress(path.read_bytes()) if entry["zip_data"] else path.read_bytes())
     content[-130:] = np.full(65, 512, dtype=np.uint16).tobytes()
@@ -100,7 +100,7 @@ def test_an_id_outside_the_vocabulary(data: Path, capsys: pytest.CaptureFixture[
         stored = zstd.compress(stored)
         entry["zip_data"] |= {"bytes": len(stored), "hashes": {"xxh3_64": xxhash.xxh3_64_hexdigest(stored)}}
     path.write_bytes(stored)
-    index.write_text(json.dumps(entries))
+    index.write_text(json.dumps(entries), encoding="utf-8")
     (line,) = verify(data, capsys)
     assert f"{path}: row {entry['samples'] - 1} has token id 512, the vocabulary has 512" in line
 
@@ -118,9 +118,9 @@ def test_a_damaged_entry_of_an_index(
     data: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], dict[str, Any]]
 ):
     index = data / "train/index.json"
-    entries = json.loads(index.read_text())
+    entries = json.loads(index.read_text(encoding="utf-8"))
     entries["shards"][1] = change(entries["shards"][1])
-    index.write_text(json.dumps(entries))
+    index.write_text(json.dumps(entries), encoding="utf-8")
     (line,) = verify(data, capsys)
     assert f"{index}: shard 1: damaged entry" in line
     if entries["shards"][1]["size_limit"] is not None:  # the reader does not need this field
@@ -130,9 +130,9 @@ def test_a_damaged_entry_of_an_index(
 
 def test_counts_against_the_manifest(data: Path, capsys: pytest.CaptureFixture[str]):
     index = data / "train/index.json"
-    entries = json.loads(index.read_text())
+    entries = json.loads(index.read_text(encoding="utf-8"))
     entries["shards"].pop()
-    index.write_text(json.dumps(entries))
+    index.write_text(json.dumps(entries), encoding="utf-8")
     counts, stray = verify(data, capsys)
     assert f"{index}: " in counts
     assert "the manifest has" in counts
@@ -141,9 +141,9 @@ def test_counts_against_the_manifest(data: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_truncated_index_and_another_tokenizer(data: Path, capsys: pytest.CaptureFixture[str]):
     index = data / "validation/index.json"
-    index.write_text(index.read_text()[:-20])
+    index.write_text(index.read_text(encoding="utf-8")[:-20], encoding="utf-8")
     tokenizer = data / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text() + "\n")
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     first, second = verify(data, capsys)
     assert f"{index}: damaged" in first
     assert f"{tokenizer}: not the tokenizer that made the ids" in second

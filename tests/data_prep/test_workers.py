@@ -45,7 +45,9 @@ def start_rank_1(world: World) -> subprocess.Popen[str]:
         "import sys; from data_prep.workers import serve; from mythos.ranks.world import World; "
         f"sys.exit(serve(World('mpich', 1, 2, 1, 2, '127.0.0.1', {world.port}, {world.token!r})))"
     )
-    return subprocess.Popen([sys.executable, "-c", code], env=clean_environment(), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=clean_environment(), stderr=subprocess.PIPE, encoding="utf-8"
+    )
 
 
 def hash_all(workers: Workers, paths: list[Path]) -> list[object]:

@@ -142,7 +142,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_start_is_refu
 
 def mount(*arguments: str) -> None:
     try:
-        done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+        done = subprocess.run(["mount", *arguments], capture_output=True, encoding="utf-8")
     except OSError as error:
         missing(f"no mount command ({error})")
     if done.returncode:

@@ -73,7 +73,7 @@ def test_no_valid_checkpoint_is_left(run: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_an_older_checkpoint_that_the_user_has_chosen(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (RunDirectory(run).checkpoints / LATEST_FILE).write_text(layout.tag(6))
+    (RunDirectory(run).checkpoints / LATEST_FILE).write_text(layout.tag(6), encoding="utf-8")
     assert states(command("list", run, capsys)[1]) == [
         "newer than latest, does not count",
         "would be resumed",

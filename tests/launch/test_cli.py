@@ -101,7 +101,7 @@ def test_a_table_is_plain_where_stdout_is_no_terminal() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", "params", MODEL],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env=environ,
         cwd=REPO,
         timeout=100,

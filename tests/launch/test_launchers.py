@@ -69,14 +69,14 @@ with read_world() as world:
 @pytest.fixture
 def all_reduce(tmp_path: Path) -> Path:
     script = tmp_path / "all_reduce.py"
-    script.write_text(ALL_REDUCE)
+    script.write_text(ALL_REDUCE, encoding="utf-8")
     return script
 
 
 @pytest.fixture
 def ends(tmp_path: Path) -> Path:
     script = tmp_path / "ends.py"
-    script.write_text(ENDS)
+    script.write_text(ENDS, encoding="utf-8")
     return script
 
 

@@ -24,7 +24,7 @@ def start(*words: str) -> tuple[int, set[str], float]:
     done = subprocess.run(
         [sys.executable, "-c", MAIN + REPORT, *words],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env=clean_environment(),
         cwd=REPO,
         timeout=100,

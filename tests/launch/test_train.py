@@ -104,7 +104,7 @@ class Job:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,
         )
 
@@ -186,7 +186,7 @@ def test_a_signal_before_the_ranks_have_met_ends_the_process_soon(
     with socket.create_server(("127.0.0.1", 0)) as probe:
         place["MASTER_PORT"] = str(probe.getsockname()[1])
     command = [MYTHOS, "train", write_config(tmp_path / "c.yaml", tiny_data)]
-    process = subprocess.Popen(command, env=clean_environment() | place, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=clean_environment() | place, stderr=subprocess.PIPE, encoding="utf-8")
     try:
         proc, until = Path("/proc") / str(process.pid), time.monotonic() + 60
         while not catches(proc, signal.SIGUSR1) or (not early and not listens(proc, int(place["MASTER_PORT"]))):

@@ -36,7 +36,9 @@ print(stop.signal_name)
 )
 def test_the_signals_that_ask_to_stop(name: str, on_entry: str, heard: str) -> None:
     command = [sys.executable, "-c", ASK, name, on_entry]
-    done = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=60, check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=clean_environment(), timeout=60, check=False
+    )
     assert (done.returncode, done.stdout.strip()) == (0, heard), done.stderr
 
 

@@ -84,7 +84,7 @@ def test_the_code_version_changes_with_the_code(monkeypatch: pytest.MonkeyPatch,
     copy = shutil.copytree(Path(preflight.mythos.__file__).parent, tmp_path / "mythos")
     monkeypatch.setattr(preflight.mythos, "__file__", str(copy / "__init__.py"))
     assert preflight.code_version.__wrapped__() == before, "it does not depend on the path"
-    with (copy / "errors.py").open("a") as file:
+    with (copy / "errors.py").open("a", encoding="utf-8") as file:
         file.write("\n")
     assert preflight.code_version.__wrapped__() != before
 

@@ -37,7 +37,7 @@ def python(program: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         timeout=100,
         env=clean_environment(),
         cwd=REPO,
@@ -52,7 +52,7 @@ def test_a_process_whose_log_blocks_exits_all_the_same() -> None:
 def test_a_console_on_a_full_disk_does_not_end_the_process() -> None:
     if not Path("/dev/full").is_char_device():
         missing("no /dev/full on this machine")
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         done = python(FULL_CONSOLE, stderr=full)
     assert (done.returncode, done.stdout) == (0, "still running\n")
 
@@ -88,10 +88,10 @@ FROZEN = """
 
 
 def test_a_process_with_a_blocked_interpreter_writes_its_stacks_and_exits(tmp_path: Path) -> None:
-    with open(tmp_path / "errors", "w") as errors:
+    with open(tmp_path / "errors", "w", encoding="utf-8") as errors:
         done = python(FROZEN, stderr=errors)
     assert done.returncode == 1
-    assert "in library_that_holds_the_lock" in (tmp_path / "errors").read_text()
+    assert "in library_that_holds_the_lock" in (tmp_path / "errors").read_text(encoding="utf-8")
 
 
 START = """

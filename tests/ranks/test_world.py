@@ -237,7 +237,7 @@ def test_what_mythos_data_needs_imports_no_torch() -> None:
     program = "".join(f"import mythos.ranks.{name}\n" for name in names)
     program += "import data_prep.workers\nimport sys\nassert 'torch' not in sys.modules"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=clean_environment(), check=False
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", env=clean_environment(), check=False
     )
     assert done.returncode == 0, done.stderr
 

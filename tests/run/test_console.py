@@ -54,7 +54,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program(tmp_path / "log", "progress.close()"))],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env=clean_environment() | {"FORCE_COLOR": "1"},
         cwd=REPO,
         timeout=100,

@@ -15,13 +15,13 @@ from tests.tiny import tiny_config
 def trained_run(model: str, data: Path, run: Path) -> None:
     """The directory of a run that has written a line of metrics."""
     prepare(tiny_config(model, data, run), accept=())
-    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 4.5}\n')
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 4.5}\n', encoding="utf-8")
 
 
 def test_another_configuration_in_the_same_directory_is_refused_with_the_difference(tmp_path: Path) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
     trained_run("looped-moe", data, run)
-    before = (run / "config.yaml").read_text()
+    before = (run / "config.yaml").read_text(encoding="utf-8")
     other = tiny_config("looped-moe", data, run, optim__learning_rate=1e-4, optim__beta1=0.8, train__steps=99)
     with pytest.raises(UserError) as error:
         prepare(other, accept=["optim.beta2", "seed", "model"])
@@ -35,7 +35,9 @@ def test_another_configuration_in_the_same_directory_is_refused_with_the_differe
     changed = {"optim.beta1": (0.9, 0.8), "optim.learning_rate": (0.003, 0.0001), "train.steps": (20, 99)}
     assert prepare(other, accept=["optim.learning_rate", "optim.beta1"]) == changed
     assert prepare(other, accept=["optim"]) == changed, "a section accepts all options in it"
-    assert (run / "config.yaml").read_text() == before, "it is replaced only once all checks of the start have passed"
+    assert (run / "config.yaml").read_text(encoding="utf-8") == before, (
+        "it is replaced only once all checks of the start have passed"
+    )
     write_config(other)
     assert prepare(other, accept=()) == {}
     assert prepare(other, accept=["optim.learning_rate"]) == {}, "a requeued job, which has the same arguments"
@@ -85,7 +87,7 @@ def test_only_a_run_that_has_trained_keeps_its_configuration(
     run, data = tmp_path / "run", tmp_path / "data"
     prepare(tiny_config("looped-moe", data, run), accept=())
     if trace == "metrics":
-        (run / "metrics.jsonl").write_text('{"step": 0, "val/loss": 4.5}\n')
+        (run / "metrics.jsonl").write_text('{"step": 0, "val/loss": 4.5}\n', encoding="utf-8")
     elif trace == "checkpoint":
         (run / "checkpoints" / "step_00000001").mkdir()
     other = tiny_config("dense", data, run)
@@ -152,14 +154,14 @@ def test_options_without_effect_on_the_numbers_may_change(tmp_path: Path) -> Non
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
+    (tmp_path / "thesis.tex").write_text("precious", encoding="utf-8")
     with pytest.raises(UserError, match="not empty and not a run"):
         prepare(tiny_config("looped", tmp_path / "data", tmp_path), accept=())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_directory_that_cannot_be_created_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="run.directory = .*file/run.*choose a directory that can be written"):
         prepare(tiny_config("looped", tmp_path / "data", tmp_path / "file" / "run"), accept=())
 

@@ -15,7 +15,7 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     for step in range(1, 6):
         writer.write(step, {"train/loss": step / 10})
     writer.close()
-    (tmp_path / "metrics.jsonl").open("a").write('{"step": 6, "train/lo')
+    (tmp_path / "metrics.jsonl").open("a", encoding="utf-8").write('{"step": 6, "train/lo')
     writer = MetricsWriter(tmp_path, 3)
     writer.write(4, {"train/loss": 9.0})
     writer.close()
@@ -31,7 +31,7 @@ def test_non_finite_values_are_null_so_that_every_line_is_json(tmp_path: Path) -
     writer = MetricsWriter(tmp_path, 0)
     writer.write(1, {"train/loss": math.nan, "train/gradient_norm": math.inf, "train/tokens": 8.0})
     writer.close()
-    text = (tmp_path / "metrics.jsonl").read_text()
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=pytest.fail) == {
         "step": 1,
         "train/loss": None,

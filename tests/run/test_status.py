@@ -35,11 +35,11 @@ def directory(tmp_path: Path) -> Path:
     prepare(tiny_config("looped", tmp_path / "data", run_directory), accept=())
     lines = [{"step": 0, "val/loss_depth_3": 4.0}, {"step": 9, **METRICS}, {"step": 10, **METRICS}]
     run = RunDirectory(run_directory)
-    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1')
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1', encoding="utf-8")
     saved = run.checkpoints / "step_00000008"
     saved.mkdir()
-    (saved / STATE_FILE).write_text('{"step": 8}')
-    run.latest.write_text("step_00000008\n")
+    (saved / STATE_FILE).write_text('{"step": 8}', encoding="utf-8")
+    run.latest.write_text("step_00000008\n", encoding="utf-8")
     return run_directory
 
 
@@ -113,7 +113,7 @@ def test_jobs_and_restarts_are_counted(written_by_version_0_1: int, directory: P
     jobs = [("7", None), ("7", "1"), ("7", "2"), ("9", None)]
     attempts = [{"slurm": {"SLURM_JOB_ID": job} | ({"SLURM_RESTART_COUNT": n} if n else {})} for job, n in jobs]
     of_version_0_1, later = attempts[:written_by_version_0_1], attempts[written_by_version_0_1:]
-    RunDirectory(directory).environment.write_text(json.dumps(of_version_0_1))
+    RunDirectory(directory).environment.write_text(json.dumps(of_version_0_1), encoding="utf-8")
     for _ in of_version_0_1:
         append_event(directory, STARTED)  # version 0.1 recorded the start, but not its environment, in events.jsonl
     for attempt in [*later, {"slurm": {}}]:
@@ -141,7 +141,7 @@ def test_no_second_job_is_suggested_while_slurm_may_restart_the_first(directory:
 
 
 def test_only_the_end_of_long_metrics_is_read(directory: Path) -> None:
-    with RunDirectory(directory).metrics.open("a") as file:
+    with RunDirectory(directory).metrics.open("a", encoding="utf-8") as file:
         file.write("\n")
         for step in range(11, 20_011):
             file.write(json.dumps({"step": step, "train/loss": 1.0, "train/tokens": 120.0 * step}) + "\n")
@@ -153,14 +153,14 @@ def test_only_the_end_of_long_metrics_is_read(directory: Path) -> None:
 
 def test_damaged_files_are_ignored_or_named(directory: Path) -> None:
     run = RunDirectory(directory)
-    run.events.write_text('{"event": "start')
-    run.environment.write_text("[{")
-    run.latest.write_text("step_99999999")
+    run.events.write_text('{"event": "start', encoding="utf-8")
+    run.environment.write_text("[{", encoding="utf-8")
+    run.latest.write_text("step_99999999", encoding="utf-8")
     run.metrics.write_bytes(b"\xff\xfe\n[1]\n")
     status = read_status(directory)
     assert (status.state, status.step, status.checkpoint, status.loss) == ("not started", 0, None, None)
     describe(status)
-    run.config.write_text("train: 5")
+    run.config.write_text("train: 5", encoding="utf-8")
     with pytest.raises(UserError, match="config.yaml: cannot be read"):
         read_status(directory)
     with pytest.raises(UserError, match="not a run directory"):
@@ -195,7 +195,7 @@ time.sleep(60)
 
 def test_a_killed_run_is_not_reported_as_running(directory: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, directory], stdout=subprocess.PIPE, text=True, env=clean_environment()
+        [sys.executable, "-c", HOLD, directory], stdout=subprocess.PIPE, encoding="utf-8", env=clean_environment()
     )
     try:
         assert process.stdout is not None

@@ -219,7 +219,9 @@ def test_in_a_container_without_slurm_and_with_nothing_exported(stand_in: dict[s
     (tmp_path / "image" / "mythos").symlink_to(tmp_path / "bin" / "mythos")
     site = shutil.copytree(REPO / "slurm", tmp_path / "slurm") / "env.sh"
     container = f"MYTHOS=(env PATH={tmp_path}/image PYTHONPATH={REPO} mythos)"
-    site.write_text(site.read_text(encoding="utf-8").replace("\nMYTHOS=(mythos)\n", f"\n{container}\n"))
+    site.write_text(
+        site.read_text(encoding="utf-8").replace("\nMYTHOS=(mythos)\n", f"\n{container}\n"), encoding="utf-8"
+    )
     options = (*TWO_BY_ONE, f"--chdir={tmp_path}", "--export=NONE")
     job = submit(stand_in, tmp_path / "out", *options, "slurm/pretrain.sh", "world", "0")
     assert job.end(60) == "COMPLETED", job.log()
@@ -230,7 +232,9 @@ def test_in_a_container_without_slurm_and_with_nothing_exported(stand_in: dict[s
         f"127.0.1.{nodes[0][-1]}:{port}",  # without namespaces the nodes' names do not resolve
     )
 
-    site.write_text(site.read_text(encoding="utf-8").replace("\nsite_modules=()\n", "\nsite_modules=(cuda/99)\n"))
+    site.write_text(
+        site.read_text(encoding="utf-8").replace("\nsite_modules=()\n", "\nsite_modules=(cuda/99)\n"), encoding="utf-8"
+    )
     job = submit(stand_in, tmp_path / "out", *options, "slurm/pretrain.sh", "world", "0")
     assert (job.end(60), job.show("ExitCode")) == ("FAILED", "2:0")
     assert "slurm/env.sh: module load cuda/99 failed: see site_modules there" in job.log()
@@ -275,7 +279,7 @@ def test_scripts_print_their_usage(slurm_cluster: dict[str, str], tmp_path: Path
 
 def test_shellcheck() -> None:
     scripts = sorted((REPO / "slurm").glob("*.sh"))
-    done = subprocess.run([require("shellcheck"), *scripts], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([require("shellcheck"), *scripts], capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 0, done.stdout
 
 

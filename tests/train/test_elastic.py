@@ -64,7 +64,7 @@ def test_losses_continue_across_layouts(
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "train/loss" in line] == list(
         range(1, STEPS + 1)
     )
-    log = RunDirectory(tmp_path / "run").log(0).read_text()
+    log = RunDirectory(tmp_path / "run").log(0).read_text(encoding="utf-8")
     assert log.count("was written with another layout (") == len(layouts) - 1
 
 

@@ -43,13 +43,13 @@ def test_it_keeps_the_moments_that_both_kinds_have(
     straight = tiny_config("looped-moe", tiny_data, tmp_path / "straight", 2, optim__kind=before, **options)
     assert two_ranks.run(run_training, straight) == [0, 0]
     as_if_killed_after(straight, FIRST, run)
-    written = (run / "config.yaml").read_text()
+    written = (run / "config.yaml").read_text(encoding="utf-8")
 
     changed = tiny_config("looped-moe", tiny_data, run, 2, optim__kind=after, **options)
     assert f"optim.kind: '{before}' -> '{after}'" in two_ranks.run(failure, changed)[0]
-    assert (run / "config.yaml").read_text() == written, "a refused start changes nothing"
+    assert (run / "config.yaml").read_text(encoding="utf-8") == written, "a refused start changes nothing"
     assert two_ranks.run(run_training, changed, ("optim.kind",)) == [0, 0]
-    log = (run / "log" / "rank_00000.log").read_text()
+    log = (run / "log" / "rank_00000.log").read_text(encoding="utf-8")
     assert log.count("step_00000004 was written with another optim.kind") == 1
     losses = curve(changed, "train/loss")
     assert losses[:FIRST] == curve(straight, "train/loss")[:FIRST]

@@ -33,12 +33,12 @@ def as_if_killed_after(config: Config, step: int, directory: Path) -> Config:
     source = Path(config.run.directory)
     shutil.copytree(source, directory)
     run = RunDirectory(directory)
-    run.latest.write_text(layout.tag(step))
+    run.latest.write_text(layout.tag(step), encoding="utf-8")
     shutil.rmtree(run.checkpoints / layout.tag(config.train.steps))
-    lines = run.metrics.read_text().splitlines(keepends=True)
+    lines = run.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= step + 3]
-    run.metrics.write_text("".join(kept) + '{"step": 10, "train/lo')
-    run.config.write_text(run.config.read_text().replace(str(source), str(directory)))
+    run.metrics.write_text("".join(kept) + '{"step": 10, "train/lo', encoding="utf-8")
+    run.config.write_text(run.config.read_text(encoding="utf-8").replace(str(source), str(directory)), encoding="utf-8")
     return replace(config, run=replace(config.run, directory=str(directory)))
 
 
@@ -95,8 +95,8 @@ def test_old_checkpoints_are_removed_and_the_state_is_stored(
     two_ranks.run(run_training, config)
     run = RunDirectory(tmp_path / "run")
     assert sorted(path.name for path in run.checkpoints.glob("step_*")) == ["step_00000009", "step_00000010"]
-    assert run.latest.read_text() == "step_00000010"
-    state = json.loads((run.checkpoints / "step_00000010" / STATE_FILE).read_text())
+    assert run.latest.read_text(encoding="utf-8") == "step_00000010"
+    state = json.loads((run.checkpoints / "step_00000010" / STATE_FILE).read_text(encoding="utf-8"))
     assert (state["step"], state["samples"], state["data"]["seed"]) == (10, 80, 42)
     assert state["world"] == {"ranks": 2, "zero_stage": 3, "expert_parallel_size": 2, "precision": "fp32"}
     assert state["tokens"] == 80 * 15

@@ -65,7 +65,7 @@ def make(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     data = tmp_path_factory.mktemp("with_tokenizer") / "data"
     shutil.copytree(tiny_data, data)
     text = Tokenizer(WordLevel({BOS: 0}, unk_token=BOS)).to_str()
-    (data / "tokenizer.json").write_text(text)
+    (data / "tokenizer.json").write_text(text, encoding="utf-8")
     replace(Manifest.load(data), tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest()).save(data)
     return lambda run: tiny_config("looped", data, run, ranks=2, **OPTIONS)
 
@@ -110,7 +110,7 @@ def test_it_resumes_at_the_step_at_which_it_stopped(
         assert metric(run, name) == metric(uninterrupted, name), name
     assert read_status(run).state == "finished"
     assert two_ranks.run(run_training, config) == [DONE, DONE]
-    assert "the run is finished at step 8" in (run / "log" / "rank_00000.log").read_text()
+    assert "the run is finished at step 8" in (run / "log" / "rank_00000.log").read_text(encoding="utf-8")
 
 
 def test_a_run_that_is_stopped_during_its_sample_is_finished(
@@ -118,7 +118,7 @@ def test_a_run_that_is_stopped_during_its_sample_is_finished(
 ) -> None:
     config, run = make(tmp_path / "run"), tmp_path / "run"
     assert two_ranks.run(run_and_stop, config, 2, "sampling") == [DONE, DONE]
-    assert "no sample: stop requested" in (run / "log" / "rank_00000.log").read_text()
+    assert "no sample: stop requested" in (run / "log" / "rank_00000.log").read_text(encoding="utf-8")
     assert metric(run, "train/loss") == metric(uninterrupted, "train/loss")
     assert read_status(run).state == "finished"
 
@@ -152,5 +152,5 @@ def test_with_another_batch_the_run_resumes_at_the_next_sequence(
         assert seen[step] == sorted(expected[4 + 2 * number] + expected[5 + 2 * number])
     tokens = dict(metric(tmp_path / "run", "train/tokens"))
     assert [tokens[step] / 15 for step in range(1, 7)] == [8, 16, 24, 40, 56, 72]
-    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text()
+    log = (tmp_path / "run" / "log" / "rank_00000.log").read_text(encoding="utf-8")
     assert "data changed: global_batch_sequences: 8 -> 16; resuming at sample 24" in log
