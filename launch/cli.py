@@ -21,9 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:
             _use_utf8()
             _prepare_streams()
+            argv = sys.argv[1:]
+            _check_utf8(argv)
         from launch.commands import invoke
 
-        exit_code = invoke(sys.argv[1:] if argv is None else argv)
+        exit_code = invoke(argv)
         sys.stdout.flush()  # at the end of the process it is too late to report an error
         return exit_code
     except UserError as error:
@@ -54,11 +56,20 @@ def _use_utf8() -> None:
 
 
 def _prepare_streams() -> None:
-    """Print any text: a file name that is not UTF-8 as it is, and all of it nowhere if a stream is closed."""
-    for name, errors in (("stdout", "surrogateescape"), ("stderr", "backslashreplace")):
+    """Print any text in any environment; a closed stream discards it."""
+    for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
-        getattr(sys, name).reconfigure(encoding="utf-8", errors=errors)  # PYTHONIOENCODING may have set another
+        # PYTHONIOENCODING may have set another encoding.
+        getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _check_utf8(arguments: Sequence[str]) -> None:
+    """Configurations, manifests and journals are UTF-8 and could not hold another name. Raises UserError."""
+    for argument in arguments:
+        if os.fsencode(argument) != argument.encode("utf-8", errors="replace"):
+            text = os.fsencode(argument).decode("utf-8", errors="backslashreplace")
+            raise UserError(f"{text}: not UTF-8: rename the file, or give the text as UTF-8")
 
 
 def _report(message: str) -> None:
