@@ -2,7 +2,8 @@
 
     python -m experiments.depth_extrapolation --data demo/data
 
-writes docs/depth_extrapolation.md and docs/depth_extrapolation.png.
+writes depth_extrapolation.md and depth_extrapolation.png beside the runs; with --output docs it replaces those in
+docs/.
 """
 
 import argparse
@@ -34,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--runs", type=Path, default=Path("runs/depth_extrapolation"))
+    parser.add_argument("--output", type=Path, help="directory of the table and the plot (default: that of the runs)")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     runs = {
@@ -45,8 +47,9 @@ def main() -> None:
         kind: [last(arguments.runs / kind.replace(" ", "-"), f"val/loss_depth_{depth}") or math.nan for depth in DEPTHS]
         for kind in KINDS
     }
-    Path("docs/depth_extrapolation.md").write_text(report(curves), encoding="utf-8")
-    plot(curves, Path("docs/depth_extrapolation.png"))
+    output = arguments.output or arguments.runs
+    (output / "depth_extrapolation.md").write_text(report(curves), encoding="utf-8")
+    plot(curves, output / "depth_extrapolation.png")
 
 
 def report(curves: dict[str, list[float]]) -> str:

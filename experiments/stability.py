@@ -2,7 +2,8 @@
 
     python -m experiments.stability --data demo/data --processes 2
 
-writes docs/stability.md and docs/stability.png.
+writes stability.md and stability.png beside the runs; with --output docs it replaces those in
+docs/.
 """
 
 import argparse
@@ -44,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--runs", type=Path, default=Path("runs/stability"))
+    parser.add_argument("--output", type=Path, help="directory of the table and the plot (default: that of the runs)")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     runs = {
@@ -59,8 +61,9 @@ def main() -> None:
         for injection in INJECTIONS
     }
     train_all(runs, FILES, arguments.runs, arguments.processes)
-    Path("docs/stability.md").write_text(report(arguments.runs), encoding="utf-8")
-    plot(arguments.runs, Path("docs/stability.png"))
+    output = arguments.output or arguments.runs
+    (output / "stability.md").write_text(report(arguments.runs), encoding="utf-8")
+    plot(arguments.runs, output / "stability.png")
 
 
 def values(runs: Path, metric: str, injection: str, rate: float) -> list[float]:
