@@ -23,8 +23,8 @@ def run(
 ) -> int:
     """Measure the validation losses of a checkpoint.
 
-    Measures the loss at each depth and writes the result to RUN/evaluations/step_XXXXXXXX.json. The run's own
-    config.yaml is used. Starts under the same launchers as `mythos train`.
+    Measures the loss at each depth and writes it, with its settings, to RUN/evaluations/step_XXXXXXXX_HASH.json; other
+    settings give another file. The run's own config.yaml is used. Starts under the same launchers as `mythos train`.
 
     \b
       mpiexec -n 2 mythos eval runs/demo

@@ -30,6 +30,12 @@ def cross_entropy(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, z_los
     return total / (targets_T != IGNORED).sum().clamp(min=1)
 
 
+def sequence_losses(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor) -> Tensor:
+    """The ``cross_entropy`` of each sequence by itself, (B,)."""
+    pairs = zip(hidden_BSD.split(1), targets_BS.split(1), strict=True)
+    return torch.stack([cross_entropy(hidden_1SD, head_VD, targets_1S) for hidden_1SD, targets_1S in pairs])
+
+
 def _sum(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z_loss: float) -> Tensor:
     logits_TV = F.linear(hidden_TD, head_VD).float()
     total = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")

@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     ROW_ORDER = 1
     SLOT_ORDER = 2
     DEPTHS = 3
+    VALIDATION_ROWS = 4
 
 
 def philox(purpose: Purpose, seed: int, period: int, number: int = 0, series: int = 0) -> np.random.Philox:

@@ -30,6 +30,7 @@ def test_the_demo_learns_and_a_second_start_says_that_it_is_finished(tmp_path: P
     validations = [line for line in lines if "val/loss_depth_8" in line]
     first, last = validations[0], validations[-1]
     assert {f"val/loss_depth_{depth}" for depth in (1, 2, 4, 8)} <= last.keys()
+    assert last["val/loss"] == last["val/loss_depth_4"]
     assert last["val/loss_depth_8"] < 0.72 * first["val/loss_depth_8"]
     assert last["val/loss_depth_8"] < last["val/loss_depth_1"]
 

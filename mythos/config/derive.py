@@ -21,11 +21,15 @@ def tokens_per_step(config: Config) -> int:
     return global_batch_sequences(config) * config.data.sequence_length
 
 
+def whole_mean_depth(config: Config) -> int | None:
+    """The number of loop steps nearest to the mean depth; None for a dense model."""
+    return None if config.loop is None else round(config.loop.mean_depth)
+
+
 def eval_depths(config: Config) -> tuple[int, ...]:
-    """Depths at which the validation loss of a looped model is measured; empty for a dense model."""
-    if config.loop is None:
-        return ()
-    return config.eval.depths or (round(config.loop.mean_depth),)
+    """Depths at which the validation loss of a looped model is shown; empty for a dense model."""
+    depth = whole_mean_depth(config)
+    return () if depth is None else config.eval.depths or (depth,)
 
 
 def data_sources(data: Data) -> dict[str, tuple[str, float]]:

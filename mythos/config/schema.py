@@ -172,7 +172,9 @@ class Eval:
     depths: tuple[Annotated[int, Field(gt=0, le=10_000)], ...] | None = option(
         "loop depths at which the loss is measured; null: the mean depth", None, change="free", needs=LOOPED
     )
-    sequences: int = option("validation sequences, fewer if the data has fewer", 256, change="free", gt=0)
+    sequences: int | None = option(
+        "validation sequences, a fixed random set of those in the data; null: all", 256, change="free", gt=0
+    )
     exit_change: float | None = option(
         "leave the loop when a step changes the state by less than this, relative to its size; null: never",
         None,

@@ -7,11 +7,12 @@ is raised in the caller as one line.
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from mythos.data.format import INDEX_FILE, SPLITS, Manifest
+from mythos.data.format import INDEX_FILE, SPLITS, Manifest, fingerprint
 from mythos.data.shards import InPlace, OpenShard, Storage, read_index
 from mythos.errors import UserError
 
@@ -56,6 +57,11 @@ class TokenDataset:
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.shards else 0
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the whole data set, both splits; see ``mythos.data.format.fingerprint``."""
+        return fingerprint(self.directory)
+
     def __getitem__(self, index: int) -> np.ndarray:
         """Row ``index``, an int64 array of shape (sequence_length + 1,). Raises IndexError outside [0, len)."""
         return self.read([index])[0]
@@ -72,11 +78,6 @@ class TokenDataset:
         for row, number, place in zip(rows, numbers.tolist(), places.tolist(), strict=True):
             (self._ready.get(number) or self._opened(number)).read(place, row)
         return rows.astype(np.int64)
-
-    def check(self, rows: int) -> None:
-        """Open the shards of the first ``rows`` rows, so that all ranks detect a damaged one. Raises UserError."""
-        for number in range(int(np.searchsorted(self._ends, min(rows, len(self)))) + 1):
-            self._opened(number)
 
     def prepare(self, numbers: Iterable[int], executor: Executor) -> None:
         """Open these shards in the background, and close all others. Errors are raised when a row is read."""

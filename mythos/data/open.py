@@ -17,7 +17,6 @@ from mythos.data.format import (
     MANIFEST_FILE,
     SPLITS,
     TOKENIZER_FILE,
-    fingerprint,
     read_data_file,
     tokenizer_problem,
 )
@@ -72,7 +71,7 @@ def open_data(config: Data, vocabulary_size: int, seed: int, global_batch_sequen
             opened.append(Source(name, weight, TokenDataset(directory, split, storage)))
         _check_fits(config, vocabulary_size, training[-1], place)
         _check_tokenizer(directory, training[0], training[-1])
-        fingerprints[name] = fingerprint(directory)
+        fingerprints[name] = validation[-1].dataset.fingerprint
     if cache is not None:
         _check_cache_size(config, training, validation)
     identity = {

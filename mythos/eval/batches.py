@@ -1,4 +1,4 @@
-"""The rows of a validation split as micro batches, shared out over the ranks."""
+"""The rows of a validation split that are measured, as micro batches, shared out over the ranks."""
 
 from collections.abc import Iterator
 
@@ -8,26 +8,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mythos.data.dataset import TokenDataset
-from mythos.loss import IGNORED
+from mythos.data.order import random_order
+from mythos.random_streams import Purpose
+from mythos.ranks import group
+
+
+def validation_rows(dataset: TokenDataset, sequences: int | None) -> np.ndarray:
+    """The numbers of the rows to measure, ascending: a random set that only depends on the data, or all of them."""
+    if sequences is None or sequences >= len(dataset):
+        return np.arange(len(dataset))
+    return random_rows(dataset.fingerprint, len(dataset), sequences)
+
+
+def random_rows(fingerprint: str, available: int, sequences: int) -> np.ndarray:
+    """A random set of row numbers, ascending; a smaller set is a part of every larger one."""
+    seed = int(fingerprint[:16], 16)
+    return np.sort(random_order(available, seed, 0, Purpose.VALIDATION_ROWS, 0)[:sequences])
 
 
 def validation_batches(
-    dataset: TokenDataset, sequences: int, micro_batch: int, device: torch.device
-) -> Iterator[tuple[int, Tensor, Tensor, int]]:
-    """This rank's micro batches: number of the first row, tokens, targets, rows that count.
+    dataset: TokenDataset, rows: np.ndarray, micro_batch: int, device: torch.device
+) -> Iterator[tuple[slice, np.ndarray, Tensor]]:
+    """This rank's micro batches, read one at a time: their place in ``rows``, their rows, and the tokens (B, S + 1).
 
-    Every rank has the same number of them, or their collectives would not match: where the rows run out, a row is
-    repeated with its targets ignored.
+    Every rank has equally many of them, or the collectives would not match: beyond its place, a micro batch repeats the
+    last row. A rank reads neighbours, so that it opens each shard once. Collective.
+
+    Raises:
+        UserError: a rank cannot read its rows.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    for first in range(rank * micro_batch, _round_up(sequences, ranks * micro_batch), ranks * micro_batch):
-        rows = np.stack([dataset[i if i < sequences else 0] for i in range(first, first + micro_batch)])
-        count = min(max(sequences - first, 0), micro_batch)
-        tokens = torch.from_numpy(rows).to(device)
-        targets = tokens[:, 1:].clone()
-        targets[count:] = IGNORED
-        yield first, tokens[:, :-1], targets, count
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+    batches = -(-len(rows) // (micro_batch * dist.get_world_size()))
+    own = dist.get_rank() * batches * micro_batch
+    for first in range(own, own + batches * micro_batch, micro_batch):
+        numbers = rows[np.minimum(np.arange(first, first + micro_batch), len(rows) - 1)]
+        tokens = group.agree(lambda: dataset.read(numbers))  # noqa: B023
+        yield slice(first, first + micro_batch), numbers, torch.from_numpy(tokens).to(device)

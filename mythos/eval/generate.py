@@ -12,6 +12,7 @@ from mythos.eval.forward import Stopped, evaluation_forward
 from mythos.model import Forward, depth
 from mythos.ranks.preemption import StopRequest
 from mythos.ranks.watchdog import Watchdog
+from mythos.run.console import Notices
 
 
 def sample_text(
@@ -64,7 +65,9 @@ def sample_tokens(
     generator = torch.Generator().manual_seed(seed)
     plan = None if loop_depth is None else depth.fixed(loop_depth, 1)
     ids = list(prompt)
-    for _ in range(tokens):
+    notices = Notices("sample", tokens, "tokens")
+    for number in range(tokens):
+        notices.report(number)
         logits, _ = forward(torch.tensor([ids[-longest:]], device=device), None, plan)
         last_V = logits[0, -1].float().cpu()
         if temperature == 0:

@@ -1,22 +1,27 @@
-"""Loss on held-out documents, at each depth."""
+"""Loss on held-out documents, at each depth.
 
-from collections.abc import Sequence
-from functools import partial
+    loss(row) = mean over its tokens      val/loss = mean over the rows      its standard error = s / sqrt(rows)
+
+where s is the standard deviation of the rows' losses.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from mythos.config.schema import Eval
-from mythos.data.dataset import TokenDataset
 from mythos.data.stream import Source
 from mythos.engine.engine import TrainingEngine
-from mythos.eval.batches import validation_batches
+from mythos.eval.batches import validation_batches, validation_rows
 from mythos.eval.forward import Stopped, evaluation_forward
 from mythos.model import Forward, depth
-from mythos.ranks import group
 from mythos.ranks.preemption import StopRequest
 from mythos.ranks.watchdog import Watchdog
-from mythos.run.console import log
+from mythos.run.console import Notices, log
+
+ERROR = "loss_standard_error"
 
 
 def validate(
@@ -24,22 +29,26 @@ def validate(
     sources: Sequence[Source],
     options: Eval,
     depths: Sequence[int],
+    mean_depth: int | None,
     micro_batch: int,
     step: int,
     watchdog: Watchdog,
     stop: StopRequest | None = None,
 ) -> dict[str, float] | None:
-    """Measure and log the validation loss of the engine's weights at each depth. Collective.
+    """Measure and log the validation losses of the engine's weights. Collective.
 
     Returns:
         The losses by metric; None if a stop was requested meanwhile and all ranks have abandoned the validation.
+
+    Raises:
+        UserError: a rank cannot read its rows.
     """
     forward = evaluation_forward(engine, options, watchdog, f"validation after step {step}", stop)
-    for source in sources:
-        group.agree(partial(source.dataset.check, options.sequences))
     try:
         with engine.evaluation():
-            losses = validation_losses(forward, sources, depths, options.sequences, micro_batch, engine.device)
+            losses = validation_losses(
+                forward, sources, depths, mean_depth, options.sequences, micro_batch, engine.device
+            )
     except Stopped:
         return None
     log.info(f"step {step} " + " ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
@@ -50,42 +59,69 @@ def validation_losses(
     forward: Forward,
     sources: Sequence[Source],
     depths: Sequence[int],
-    sequences: int,
+    mean_depth: int | None,
+    sequences: int | None,
     micro_batch: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean loss per token over the first ``sequences`` of every source, the same on any number of ranks. Collective.
+    """Mean loss per token over ``sequences`` rows of every source, None for all; the same on all ranks. Collective.
 
-    One value for each of ``depths`` (``val/loss_depth_T``), or ``val/loss`` for a model without a loop. Of several
-    sources this is the mean by weight, the loss of the mixture, and each has its own: ``val/NAME/loss_depth_T``.
+    ``val/loss`` is at the mean depth (None for a dense model) and has a standard error; each of ``depths`` has its
+    ``val/loss_depth_T``. Of several sources these are the means by weight, the loss of the mixture, and each source has
+    its own: ``val/NAME/loss`` and so on.
     """
-    by_source = [_losses(forward, source.dataset, depths, sequences, micro_batch, device) for source in sources]
-    weights = torch.tensor([source.weight for source in sources], dtype=torch.float64)
-    mean = (weights / weights.sum()) @ torch.tensor(by_source, dtype=torch.float64)
-    names = [f"loss_depth_{steps}" for steps in depths] or ["loss"]
-    found = {f"val/{name}": loss for name, loss in zip(names, mean.tolist(), strict=True)}
+    steps_of = {"loss": mean_depth} | {f"loss_depth_{steps}": steps for steps in depths}
+    measured = [
+        _summary(_losses(forward, each, steps_of, sequences, micro_batch, device), steps_of) for each in sources
+    ]
+    weights = math.fsum(source.weight for source in sources)
+    shares = [source.weight / weights for source in sources]
+    found = {
+        f"val/{name}": math.fsum(share * each[name] for share, each in zip(shares, measured, strict=True))
+        for name in steps_of
+    }
+    if all(ERROR in each for each in measured):
+        found[f"val/{ERROR}"] = math.hypot(*(share * each[ERROR] for share, each in zip(shares, measured, strict=True)))
     if len(sources) > 1:
-        for source, losses in zip(sources, by_source, strict=True):
-            found |= {f"val/{source.name}/{name}": loss for name, loss in zip(names, losses, strict=True)}
+        for source, losses in zip(sources, measured, strict=True):
+            found |= {f"val/{source.name}/{name}": loss for name, loss in losses.items()}
     return found
+
+
+def _summary(losses: Mapping[int | None, Sequence[float]], steps_of: Mapping[str, int | None]) -> dict[str, float]:
+    """The means over the rows by name, and the standard error of ``loss`` if there are several rows."""
+    found = {name: _mean(losses[steps]) for name, steps in steps_of.items()}
+    rows, mean = losses[steps_of["loss"]], found["loss"]
+    if len(rows) > 1:
+        found[ERROR] = math.sqrt(_mean([(loss - mean) ** 2 for loss in rows]) / (len(rows) - 1))
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Rounded once, so that it does not depend on the order of additions."""
+    return math.fsum(values) / len(values)
 
 
 def _losses(
     forward: Forward,
-    dataset: TokenDataset,
-    depths: Sequence[int],
-    sequences: int,
+    source: Source,
+    steps_of: Mapping[str, int | None],
+    sequences: int | None,
     micro_batch: int,
     device: torch.device,
-) -> list[float]:
-    """The loss on one data set, one value for each depth."""
-    totals = torch.zeros((len(depths) or 1) + 1, dtype=torch.float64, device=device)
-    for first, tokens, targets, count in validation_batches(dataset, min(sequences, len(dataset)), micro_batch, device):
-        # The initial state of a row comes from its number, so that it is the same on any number of ranks.
-        for i, steps in enumerate(depths or (None,)):
-            plan = None if steps is None else depth.fixed(steps, micro_batch, first_seed=first)
-            loss, _ = forward(tokens, targets, plan)
-            totals[i] += loss.double() * count
-        totals[-1] += count
-    dist.all_reduce(totals)
-    return (totals[:-1] / totals[-1]).tolist()
+) -> dict[int | None, list[float]]:
+    """The losses of all rows, in order, by depth; the same on all ranks."""
+    rows, depths = validation_rows(source.dataset, sequences), list(dict.fromkeys(steps_of.values()))
+    losses_TR = torch.zeros(len(depths), len(rows), dtype=torch.float64, device=device)
+    notices = Notices(f"validation on {source.name}", len(rows), "sequences")
+    at_once = micro_batch * dist.get_world_size()
+    for number, (place, numbers, tokens) in enumerate(validation_batches(source.dataset, rows, micro_batch, device)):
+        notices.report(number * at_once)
+        for steps, losses_R in zip(depths, losses_TR, strict=True):
+            # The initial state of a row comes from its number, so that it does not depend on the set or the ranks.
+            plan = None if steps is None else depth.fixed(steps, micro_batch, numbers.tolist())
+            losses_B, _ = forward(tokens[:, :-1], tokens[:, 1:], plan)
+            own_B = losses_R[place]
+            own_B.copy_(losses_B[: len(own_B)])
+    dist.all_reduce(losses_TR)  # each element is zero on all ranks but one, so nothing is rounded
+    return dict(zip(depths, losses_TR.tolist(), strict=True))

@@ -80,9 +80,9 @@ def plan(depths: np.ndarray, backprop_depth: int, own: slice, state_seeds: Seque
     )
 
 
-def fixed(depth: int, sequences: int, first_seed: int = 0) -> DepthPlan:
+def fixed(depth: int, sequences: int, state_seeds: Sequence[int] | None = None) -> DepthPlan:
     """``depth`` loop steps for every sequence; for evaluation, where no step carries gradient."""
-    return DepthPlan((0,) * sequences, (depth,) * sequences, 0, depth, tuple(range(first_seed, first_seed + sequences)))
+    return DepthPlan((0,) * sequences, (depth,) * sequences, 0, depth, tuple(state_seeds or range(sequences)))
 
 
 def state_seed(seed: int, sample: int) -> int:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.model_schema import Dense, Looped
-from mythos.loss import cross_entropy
+from mythos.loss import cross_entropy, sequence_losses
 from mythos.model.attention import ValueEmbeddings, has_value_embedding
 from mythos.model.block import Block
 from mythos.model.depth import DepthPlan
@@ -40,7 +40,7 @@ class LoopedTransformer(nn.Module):
         plan: DepthPlan,
         exit_rule: ExitRule | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss (scalar), or logits (B, S, V) when ``targets_BS`` is None; and diagnostics.
+        """The loss (see ``TiedHead``), or logits (B, S, V) when ``targets_BS`` is None; and diagnostics.
 
         In training the loss includes the routing penalty and the ponder cost; their sum is in the diagnostics
         (``train/penalty``).
@@ -74,7 +74,7 @@ class DenseTransformer(nn.Module):
         self.head = TiedHead(config, self.embedding, z_loss)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss (scalar), or logits (B, S, V) when ``targets_BS`` is None. There are no diagnostics."""
+        """The loss (see ``TiedHead``), or logits (B, S, V) when ``targets_BS`` is None. There are no diagnostics."""
         rotary = _rotary(self.blocks, tokens_BS)
         x_BSD = self.embedding(tokens_BS)
         for block, value in zip(self.blocks, self.value_embeddings(tokens_BS), strict=True):
@@ -83,7 +83,10 @@ class DenseTransformer(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """Logits (B, S, V) = E norm(x), where E is the token table (V, D); with targets, the loss instead of the logits."""
+    """Logits (B, S, V) = E norm(x), where E is the token table (V, D); with targets, the loss instead of the logits.
+
+    In training this is the mean loss (scalar), in evaluation mode the mean loss of each sequence (B,).
+    """
 
     def __init__(self, config: Looped | Dense, embedding: nn.Embedding, z_loss: float) -> None:
         super().__init__()
@@ -95,7 +98,9 @@ class TiedHead(nn.Module):
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return F.linear(x_BSD, self.weight)
-        return cross_entropy(x_BSD, self.weight, targets_BS, self.z_loss if self.training else 0.0)
+        if self.training:
+            return cross_entropy(x_BSD, self.weight, targets_BS, self.z_loss)
+        return sequence_losses(x_BSD, self.weight, targets_BS)
 
 
 def _rotary(blocks: nn.ModuleList, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:

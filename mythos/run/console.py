@@ -3,12 +3,14 @@
 import logging
 import sys
 import threading
+import time
 from pathlib import Path
 
 from mythos.run.bar import Bar, can_draw
 
 log = logging.getLogger("mythos")
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
+NOTICE_EVERY_S = 30.0
 
 
 class ConsoleHandler(logging.Handler):
@@ -71,6 +73,20 @@ def start_logging(log_file: Path | None, rank: int) -> None:
         file = LogFile(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter(FORMAT))
         log.addHandler(file)
+
+
+class Notices:
+    """Logs how far a long activity is, every ``NOTICE_EVERY_S``; a short one logs nothing."""
+
+    def __init__(self, activity: str, total: int, unit: str) -> None:
+        self._activity, self._total, self._unit = activity, total, unit
+        self._last_s = time.monotonic()
+
+    def report(self, done: int) -> None:
+        """``done`` of the total are done."""
+        if time.monotonic() - self._last_s >= NOTICE_EVERY_S:
+            self._last_s = time.monotonic()
+            log.info(f"{self._activity}: {done:,} of {self._total:,} {self._unit}")
 
 
 class Progress:

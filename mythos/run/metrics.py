@@ -48,8 +48,8 @@ class MetricsWriter:
             self._failing, self._tensorboard = True, None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line in metrics.jsonl (a non-finite value as null, which JSON can hold) and one point in each curve."""
-        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        """One line in metrics.jsonl and one point in each curve."""
+        line = {"step": step} | json_values(metrics)
         self._unwritten.append((step, json.dumps(line).encode() + b"\n"))
         try:
             if self._failing:  # the directory may be a new one, and its last line may be incomplete
@@ -100,6 +100,11 @@ class MetricsWriter:
                 self._tensorboard.close()
         except OSError as error:
             log.error(f"the last metrics were not written ({error})")
+
+
+def json_values(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics with null for a non-finite value, which JSON cannot hold."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def read_metrics(directory: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:

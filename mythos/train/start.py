@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mythos.checkpoint import restore
-from mythos.config.derive import eval_depths
+from mythos.config.derive import eval_depths, whole_mean_depth
 from mythos.config.schema import Config
 from mythos.data.open import RunData, check_data_unchanged
 from mythos.engine.engine import TrainingEngine
@@ -103,6 +103,7 @@ class OpenRun:
             self.data.validation,
             self.config.eval,
             eval_depths(self.config),
+            whole_mean_depth(self.config),
             self.config.train.micro_batch_sequences,
             step,
             self.watchdog,

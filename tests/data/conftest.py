@@ -24,11 +24,12 @@ def write_data_set(
     seed: int = 0,
     compression: str | None = None,
     rows: int = ROWS["train"],
+    validation_rows: int = ROWS["validation"],
 ) -> Path:
-    """Write a data set whose train split has ``rows`` rows."""
+    """Write a data set. Fewer validation rows are the first ones, and leave the train split as it is."""
     from streaming import MDSWriter
 
-    counts = ROWS | {"train": rows}
+    counts = {"train": rows, "validation": validation_rows}
     manifest = Manifest(
         sequence_length=SEQUENCE_LENGTH,
         vocabulary_size=vocabulary_size,

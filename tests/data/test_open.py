@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -64,6 +65,8 @@ def test_a_mixture_trains_resumes_and_saves_its_position(two_ranks: RankPool, ti
     assert state["data"]["sources"]["web"]["weight"] == 3
     last = next(line for line in reversed(read_metrics(tmp_path / "straight")) if "val/loss" in line)
     assert last["val/loss"] == pytest.approx((3 * last["val/web/loss"] + last["val/code/loss"]) / 4)
+    errors = [last[f"val/{name}loss_standard_error"] for name in ("", "web/", "code/")]
+    assert errors[0] == pytest.approx(math.hypot(3 * errors[1], errors[2]) / 4)
 
     moved = {"web": (Path(shutil.copytree(tiny_data, tmp_path / "moved")), 3.0), "code": (other, 1.0)}
     resumed = mixed(

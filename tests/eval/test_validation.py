@@ -1,54 +1,158 @@
-"""The validation loss is the plain mean over the first sequences, however they are spread over ranks."""
+"""The validation loss is the plain mean over a fixed random set of rows, however they are spread over ranks."""
 
+import shutil
+import statistics
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from mythos.data.dataset import TokenDataset
 from mythos.data.stream import Source
+from mythos.eval.batches import random_rows, validation_rows
 from mythos.eval.forward import exit_rule
-from mythos.eval.validation import validation_losses
+from mythos.eval.validation import validate, validation_losses
 from mythos.model import build_model, depth
+from mythos.ranks.watchdog import Watchdog
+from mythos.run import console
+from mythos.run.console import start_logging
+from tests.data.conftest import write_data_set
 from tests.model.helpers import randomise
 from tests.spawn import RankPool
-from tests.tiny import tiny_config
+from tests.tiny import VOCABULARY, tiny_config
 
 CPU = torch.device("cpu")
 
 
-def measure(kind: str, data: Path, sequences: int, micro_batch: int) -> dict[str, float]:
+def measure(kind: str, data: Path, sequences: int | None, micro_batch: int) -> dict[str, float]:
     model = randomise(build_model(tiny_config(kind, data, data)), deviation=0.1).eval()
-    depths = () if kind == "dense" else (1, 3)
+    depths, mean_depth = ((), None) if kind == "dense" else ((1, 3), 2)
     with torch.no_grad():
         forward = model if depths else lambda tokens, targets, plan: model(tokens, targets)
         sources = [Source("data", 1.0, TokenDataset(data, "validation"))]
-        return validation_losses(forward, sources, depths, sequences, micro_batch, CPU)
+        return validation_losses(forward, sources, depths, mean_depth, sequences, micro_batch, CPU)
 
 
-@pytest.mark.parametrize(("sequences", "micro_batch"), [(7, 2), (5, 4), (1, 4), (100, 3)])
+@pytest.mark.parametrize(("sequences", "micro_batch"), [(6, 2), (5, 4), (1, 4), (100, 3), (None, 2)])
 def test_it_equals_one_sequence_after_the_other(
-    sequences: int, micro_batch: int, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path
+    sequences: int | None, micro_batch: int, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path
 ) -> None:
     model = randomise(build_model(tiny_config("looped-moe", tiny_data, tiny_data)), deviation=0.1).eval()
     dataset = TokenDataset(tiny_data, "validation")
-    rows = [torch.from_numpy(dataset[i])[None] for i in range(min(sequences, len(dataset)))]
+    numbers = validation_rows(dataset, sequences).tolist()
+    assert len(numbers) == min(sequences or 100, len(dataset))
     expected = {}
     with torch.no_grad():
-        for steps in (1, 3):
-            losses = [model(row[:, :-1], row[:, 1:], depth.fixed(steps, 1, i))[0].item() for i, row in enumerate(rows)]
-            expected[f"val/loss_depth_{steps}"] = pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    for pool in (one_rank, two_ranks):
-        for found in pool.run(measure, "looped-moe", tiny_data, sequences, micro_batch):
-            assert found == expected
+        for name, steps in (("loss", 2), ("loss_depth_1", 1), ("loss_depth_3", 3)):
+            losses = []
+            for number in numbers:
+                row = torch.from_numpy(dataset[number])[None]
+                logits, _ = model(row[:, :-1], None, depth.fixed(steps, 1, [number]))
+                losses.append(F.cross_entropy(logits[0], row[0, 1:]).item())
+            expected[f"val/{name}"] = pytest.approx(statistics.fmean(losses), rel=1e-5)
+            if name == "loss" and len(losses) > 1:
+                error = statistics.stdev(losses) / len(losses) ** 0.5
+                expected["val/loss_standard_error"] = pytest.approx(error, rel=1e-4)
+    found = [
+        each
+        for pool in (one_rank, two_ranks)
+        for each in pool.run(measure, "looped-moe", tiny_data, sequences, micro_batch)
+    ]
+    assert found == [found[0]] * 3, "to the last bit"
+    assert found[0] == expected
 
 
 def test_a_dense_model_has_one_loss(two_ranks: RankPool, tiny_data: Path) -> None:
     found = two_ranks.run(measure, "dense", tiny_data, 7, 2)
     assert found[0] == found[1]
-    assert list(found[0]) == ["val/loss"]
+    assert list(found[0]) == ["val/loss", "val/loss_standard_error"]
+
+
+def test_the_rows_depend_only_on_the_data(tiny_data: Path, tmp_path: Path) -> None:
+    rows = validation_rows(TokenDataset(tiny_data, "validation"), 3)
+    moved = TokenDataset(Path(shutil.copytree(tiny_data, tmp_path / "moved")), "validation")
+    assert validation_rows(moved, 3).tolist() == rows.tolist()
+    other = TokenDataset(write_data_set(tmp_path / "other", VOCABULARY, seed=1), "validation")
+    assert other.fingerprint != moved.fingerprint
+    # Other numbers would make the losses of older runs on the same data incomparable.
+    assert random_rows("0123456789abcdef" * 4, 1000, 5).tolist() == [363, 373, 675, 777, 898]
+
+
+def test_a_smaller_set_is_a_part_of_a_larger_one() -> None:
+    small, large = (random_rows("5" * 64, 393, sequences).tolist() for sequences in (32, 100))
+    assert len(set(small)) == 32
+    assert set(small) < set(large)
+    assert large == sorted(large)
+
+
+def test_the_standard_error_covers_the_loss_on_all_rows_although_their_order_matters() -> None:
+    """The losses rise along the rows, as in a corpus that is sorted by subject."""
+    losses = np.linspace(4.0, 6.0, 393)
+    covered = 0
+    for number in range(200):
+        chosen = losses[random_rows(f"{number:064x}"[::-1], len(losses), 32)]
+        covered += abs(chosen.mean() - losses.mean()) < 2 * chosen.std(ddof=1) / 32**0.5
+    assert 185 <= covered <= 200
+    assert losses[:32].mean() < 4.2
+
+
+def rows_read_at_each_pass(data: Path, micro_batch: int) -> list[int]:
+    """How many rows have been read when each forward pass begins."""
+    dataset, read, counts = TokenDataset(data, "validation"), [], []
+
+    def counted(numbers: np.ndarray) -> np.ndarray:
+        read.extend(numbers)
+        return TokenDataset.read(dataset, numbers)
+
+    def forward(tokens: torch.Tensor, targets: torch.Tensor, plan: None) -> tuple[torch.Tensor, dict[str, Any]]:
+        counts.append(len(read))
+        return torch.zeros(len(tokens)), {}
+
+    dataset.read = counted  # type: ignore[method-assign]
+    validation_losses(forward, [Source("data", 1.0, dataset)], (), None, None, micro_batch, CPU)
+    return counts
+
+
+def test_one_micro_batch_is_read_at_a_time(one_rank: RankPool, tiny_data: Path) -> None:
+    assert one_rank.run(rows_read_at_each_pass, tiny_data, 2) == [[2, 4, 6, 8]]
+
+
+def validate_slowly(data: Path, log_file: Path) -> float:
+    """A validation of eight passes that takes twice the watchdog's limit; returns the loss."""
+    start_logging(log_file, dist.get_rank())
+
+    def slow_pass(tokens: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        time.sleep(0.4)
+        return torch.ones(len(tokens)), {}
+
+    class SlowEngine(SimpleNamespace):
+        __call__ = staticmethod(slow_pass)
+
+    engine = SlowEngine(device=CPU, evaluation=nullcontext)
+    config = tiny_config("dense", data, data, eval__sequences=None)
+    sources = [Source("data", 1.0, TokenDataset(data, "validation"))]
+    with pytest.MonkeyPatch.context() as patch, Watchdog(1.5) as watchdog:
+        patch.setattr(console, "NOTICE_EVERY_S", 0.0)
+        watchdog.started()
+        losses = validate(engine, sources, config.eval, (), None, 1, 7, watchdog)
+    assert losses is not None
+    return losses["val/loss"]
+
+
+def test_a_validation_may_take_longer_than_the_watchdogs_limit_and_reports_its_progress(
+    one_rank: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    assert one_rank.run(validate_slowly, tiny_data, tmp_path / "log") == [1.0]
+    lines = (tmp_path / "log").read_text(encoding="utf-8")
+    assert "validation on data: 3 of 7 sequences" in lines
+    assert "step 7 val/loss 1.0000 val/loss_standard_error 0.0000" in lines
 
 
 def steps_taken(data: Path, options: dict[str, Any]) -> list[int]:

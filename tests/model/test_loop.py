@@ -88,7 +88,7 @@ def test_each_sequence_goes_through_the_core_as_often_as_planned() -> None:
     together, _, _ = loop(e, values, ROTARY, own)
     for row, depth in enumerate(DEPTHS):
         alone = [None if value is None else value[row : row + 1] for value in values]
-        single, _, _ = loop(e[row : row + 1], alone, ROTARY, fixed(int(depth), 1, first_seed=10 + row))
+        single, _, _ = loop(e[row : row + 1], alone, ROTARY, fixed(int(depth), 1, [10 + row]))
         assert_close(together[row : row + 1], single, rtol=1e-5, atol=1e-6)
 
 
@@ -182,11 +182,11 @@ def test_the_first_state_is_truncated_noise_from_the_sequences_own_seed() -> Non
     loop = make_loop("dense core")
     loop.noise_deviation = initial_deviation(32)
     e = torch.zeros(64, 200, 32)
-    noise = loop._initial_state(e, fixed(1, 64, first_seed=5)).h_BSD
+    noise = loop._initial_state(e, fixed(1, 64, range(5, 69))).h_BSD
     assert noise.abs().max() <= 3 * loop.noise_deviation
     # standard deviation of a normal cut at 3: sqrt(1 - 6 phi(3) / (2 Phi(3) - 1)) = 0.98658
     assert noise.std().item() == pytest.approx(0.98658 * loop.noise_deviation, rel=0.01)
-    again = loop._initial_state(e[:3], fixed(1, 3, first_seed=7)).h_BSD
+    again = loop._initial_state(e[:3], fixed(1, 3, range(7, 10))).h_BSD
     assert torch.equal(again, noise[2:5]), "it depends only on the sequence's seed"
 
 

@@ -90,7 +90,8 @@ def test_two_nodes_give_the_curve_of_one_machine_and_the_checkpoints_are_evaluat
         assert part.end() == "COMPLETED", part.log()
     assert "nothing to do for index 3: 2 checkpoints" in part.log()
     found = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (directory / "evaluations").glob("*.json")
+        path.stem.rpartition("_")[0]: json.loads(path.read_text(encoding="utf-8"))
+        for path in (directory / "evaluations").glob("*.json")
     }
     assert sorted(found) == ["step_00000016", "step_00000024"]
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

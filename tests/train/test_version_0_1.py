@@ -1,7 +1,7 @@
 """Runs of version 0.1, whose directories are in version_0_1/, resume and are read by the commands.
 
 Both were trained on two ranks for 8 of 16 steps; expected.json has the validation loss after step 8 and the losses of
-the same run without an interruption.
+the same run without an interruption. Version 0.1 validated on the first 5 rows: here the data has no others.
 """
 
 import json
@@ -18,8 +18,9 @@ from mythos.run.directory import RunDirectory
 from mythos.run.metrics import read_metrics
 from mythos.run.status import read_status
 from tests.cluster import run
+from tests.data.conftest import write_data_set
 from tests.spawn import RankPool
-from tests.tiny import tiny_config
+from tests.tiny import VOCABULARY, tiny_config
 from tests.train.runs import curve, run_training
 
 DIRECTORIES = Path(__file__).parent / "version_0_1"
@@ -42,16 +43,22 @@ def expected(name: str) -> dict[str, Any]:
     return json.loads((DIRECTORIES / name / "expected.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of both runs, without the validation rows that version 0.1 did not read."""
+    return write_data_set(tmp_path_factory.mktemp("data"), VOCABULARY, validation_rows=5)
+
+
 def configuration(name: str, directory: Path, data: Path) -> Config:
     model, optimizer, _ = MODELS[name]
     return tiny_config(model, data, directory, ranks=2, train__steps=16, optim__kind=optimizer, eval__every=8)
 
 
 def test_training_resumes(
-    name: str, directory: Path, expected: dict[str, Any], two_ranks: RankPool, tiny_data: Path
+    name: str, directory: Path, expected: dict[str, Any], two_ranks: RankPool, data: Path
 ) -> None:
-    config = configuration(name, directory, tiny_data)
-    assert two_ranks.run(run_training, config) == [0, 0]
+    config = configuration(name, directory, data)
+    assert two_ranks.run(run_training, config, ("data.directory",)) == [0, 0]
     losses = curve(config, "train/loss")
     assert len(losses) == 16
     if name == "dense-adamw":  # version 0.1 drew the depths of the looped model from another random stream
@@ -75,8 +82,9 @@ def test_its_weights_are_exported(directory: Path, tmp_path: Path) -> None:
     assert load_exported(tmp_path / "out").state_dict()
 
 
-def test_it_is_evaluated(name: str, directory: Path, expected: dict[str, Any], tiny_data: Path) -> None:
-    done = run([MYTHOS, "eval", directory, f"data.directory={tiny_data}"], 200)
+def test_it_is_evaluated(name: str, directory: Path, expected: dict[str, Any], data: Path) -> None:
+    done = run([MYTHOS, "eval", directory, f"data.directory={data}"], 200)
     assert done.returncode == 0, done.stderr
-    result = json.loads((RunDirectory(directory).evaluations / "step_00000008.json").read_text(encoding="utf-8"))
+    (path,) = RunDirectory(directory).evaluations.glob("step_00000008_*.json")
+    result = json.loads(path.read_text(encoding="utf-8"))
     assert result[MODELS[name][2]] == pytest.approx(expected["validation_loss_at_step_8"], rel=1e-6)

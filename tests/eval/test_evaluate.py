@@ -1,0 +1,80 @@
+"""`mythos eval` keeps every result: its file holds the settings, and only the same evaluation replaces it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mythos.checkpoint.layout import find
+from mythos.config.schema import Config
+from mythos.data.dataset import TokenDataset
+from mythos.eval.evaluate import evaluate_checkpoint
+from mythos.run.directory import RunDirectory
+from mythos.run.metrics import read_metrics
+from tests.data.conftest import write_data_set
+from tests.spawn import RankPool
+from tests.tiny import VOCABULARY, tiny_config
+from tests.train.runs import run_training
+
+STEPS = 4
+
+
+def evaluate(config: Config) -> dict[str, float]:
+    found = find(Path(config.run.directory), None)
+    return evaluate_checkpoint(config, torch.device("cpu"), found)
+
+
+@pytest.fixture(scope="module")
+def run(one_rank: RankPool, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("evaluated") / "run"
+    assert one_rank.run(run_training, tiny_config("looped", tiny_data, directory, train__steps=STEPS)) == [0]
+    return directory
+
+
+def results(run: Path) -> dict[str, dict[str, Any]]:
+    paths = RunDirectory(run).evaluations.iterdir()
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def test_every_evaluation_has_a_file_of_its_own(
+    run: Path, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    of_version_0_1 = RunDirectory(run).evaluations / "step_00000004.json"
+    of_version_0_1.parent.mkdir()
+    of_version_0_1.write_text("{}", encoding="utf-8")
+    other = write_data_set(tmp_path / "other", VOCABULARY, seed=1)
+    settings: list[tuple[Path, dict[str, Any]]] = [
+        (tiny_data, {}),
+        (tiny_data, {"eval__depths": [1, 2]}),
+        (tiny_data, {"eval__sequences": None}),
+        (tiny_data, {"eval__exit_change": 0.5}),
+        (other, {}),
+    ]
+    for number, (data, options) in enumerate(settings, start=1):
+        config = tiny_config("looped", data, run, train__steps=STEPS, **options)
+        for _ in range(2):
+            (losses,) = one_rank.run(evaluate, config)
+            assert len(results(run)) == 1 + number, "the same evaluation replaces its own result"
+        matching = [
+            result
+            for result in results(run).values()
+            if losses_in(result) == losses
+            and result["data"]["data"]["fingerprint"] == TokenDataset(data, "validation").fingerprint
+            and all(result["eval"][name.removeprefix("eval__")] == value for name, value in options.items())
+        ]
+        assert len(matching) == 1
+        assert (matching[0]["step"], matching[0]["loop"]["mean_depth"]) == (STEPS, 3)
+    assert results(run)[of_version_0_1.name] == {}
+    last = next(line for line in reversed(read_metrics(run)) if "val/loss" in line)
+    trained = {name: value for name, value in last.items() if name.startswith("val/")}
+    assert [losses_in(result) == trained for result in results(run).values()].count(True) == 1
+
+    otherwise = tiny_config("looped", tiny_data, run, ranks=2, train__steps=STEPS, seed=9)
+    first, second = two_ranks.run(evaluate, otherwise)
+    assert first == second == pytest.approx(trained, rel=1e-5), "neither ranks nor seed change the rows"
+
+
+def losses_in(result: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in result.items() if name.startswith("val/")}
