@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Submits the same job several times, each to start when the one before has succeeded: for runs longer than the time
 # limit, on clusters where jobs may not requeue themselves. A job that has to stop saves and succeeds; a crash cancels
-# the jobs after it. A job that finds the run finished ends at once. From the repository's root:
+# the jobs after it. A job that finds the run finished ends at once. Each task of a job array continues the same task of
+# the array before. From the repository's root:
 #
 #   slurm/chain.sh COUNT [sbatch options] slurm/pretrain.sh MODEL.yaml RUN.yaml key=value ...
 #
@@ -22,6 +23,6 @@ for i in $(seq "$count"); do
   if [ "$i" -lt "$count" ]; then export MYTHOS_CHAINED=yes; else unset MYTHOS_CHAINED; fi
   job=$(sbatch --parsable "${after[@]+"${after[@]}"}" "$@")
   job=${job%%;*} # a federation adds the cluster's name
-  after=("--dependency=afterok:$job" --kill-on-invalid-dep=yes)
+  after=("--dependency=aftercorr:$job" --kill-on-invalid-dep=yes)
   echo "$job"
 done

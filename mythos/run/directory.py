@@ -173,7 +173,11 @@ def lock(directory: Path) -> TextIO | None:
         return None
     if not taken:
         file.close()
-        raise UserError(f"{directory}: {holder} is training here: wait for it, or stop it")
+        remedy = "wait for it, or stop it"
+        if "SLURM_ARRAY_TASK_ID" in os.environ:
+            remedy += "; tasks of a job array that run at a time need a run.directory each: "
+            remedy += "run.directory='runs/${oc.env:SLURM_ARRAY_TASK_ID}'"
+        raise UserError(f"{directory}: {holder} is training here: {remedy}")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

@@ -89,9 +89,9 @@ def read_status(directory: Path) -> Status:
         checkpoint=checkpoint,
         checkpoint_step=saved_step,
         attempts=len(slurm),
-        slurm_jobs=list(dict.fromkeys(job["SLURM_JOB_ID"] for job in jobs if "SLURM_JOB_ID" in job)),
+        slurm_jobs=list(dict.fromkeys(name for name in map(_job_name, jobs) if name)),
         slurm_restarts=_restarts(jobs),
-        slurm_job=slurm[-1].get("SLURM_JOB_ID") if slurm else None,
+        slurm_job=_job_name(slurm[-1]) if slurm else None,
     )
 
 
@@ -212,11 +212,18 @@ def _slurm_variables(attempt: dict[str, Any]) -> dict[str, str]:
     return variables if isinstance(variables, dict) else {}
 
 
+def _job_name(variables: dict[str, str]) -> str | None:
+    """The job as Slurm's commands name it: SLURM_JOB_ID of the last task of an array names the whole array."""
+    if "SLURM_ARRAY_JOB_ID" in variables:
+        return f"{variables['SLURM_ARRAY_JOB_ID']}_{variables.get('SLURM_ARRAY_TASK_ID')}"
+    return variables.get("SLURM_JOB_ID")
+
+
 def _restarts(jobs: list[dict[str, str]]) -> int:
     """Slurm's count of each job's restarts, summed over the jobs."""
-    restarts: dict[str, int] = {}
+    restarts: dict[str | None, int] = {}
     for job in jobs:
-        restarts[job.get("SLURM_JOB_ID", "")] = int(job.get("SLURM_RESTART_COUNT", "0"))
+        restarts[_job_name(job)] = int(job.get("SLURM_RESTART_COUNT", "0"))
     return sum(restarts.values())
 
 

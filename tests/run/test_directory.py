@@ -134,7 +134,10 @@ def test_a_job_that_slurm_has_restarted_waits_for_the_lock_of_its_previous_attem
     assert re.search(rf"locked by process {os.getpid()} on .*: waiting up to 300 s", caplog.text)
 
     monkeypatch.setattr(run_directory, "LOCK_WAIT_AFTER_RESTART_S", 0.1)
-    with pytest.raises(UserError, match="is training here: wait for it, or stop it"):
+    with pytest.raises(UserError, match="is training here: wait for it, or stop it$"):
+        lock(tmp_path)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    with pytest.raises(UserError, match="tasks of a job array that run at a time need a run.directory each"):
         lock(tmp_path)
     again.close()
 

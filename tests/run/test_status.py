@@ -123,6 +123,17 @@ def test_jobs_and_restarts_are_counted(written_by_version_0_1: int, directory: P
     assert "slurm jobs  7, 9 (2 restarts)" in describe(status)
 
 
+def test_a_task_of_a_job_array_is_named_as_slurm_names_it(directory: Path) -> None:
+    """The last task has the array's number as its SLURM_JOB_ID."""
+    for task, job in (("0", "8"), ("1", "7")):
+        slurm = {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": task}
+        append_event(directory, STARTED, command="mythos train", slurm=slurm | {"SLURM_RESTART_COUNT": "1"})
+    append_event(directory, ENDED, exit_code=85)
+    status = read_status(directory)
+    assert (status.slurm_jobs, status.slurm_job, status.slurm_restarts) == (["7_0", "7_1"], "7_1", 2)
+    assert "`squeue --job=7_1` shows whether" in describe(status)
+
+
 def test_no_second_job_is_suggested_while_slurm_may_restart_the_first(directory: Path) -> None:
     started: dict[str, Any] = {"event": STARTED, "command": "mythos train"}
     append_event(directory, **started, slurm={})

@@ -66,6 +66,11 @@ def submit(environ: dict[str, str], output: Path, *words: str | Path) -> Job:
     return Job(done.stdout.strip(), environ, output)
 
 
+def submit_pretrain(environ: dict[str, str], output: Path, *words: str) -> Job:
+    """slurm/pretrain.sh on two nodes, one task each."""
+    return submit(environ, output, *TWO_BY_ONE, "slurm/pretrain.sh", *words)
+
+
 def newest_step(run_directory: Path) -> int:
     return max((line["step"] for line in read_metrics(run_directory) if "train/loss" in line), default=0)
 

@@ -3,119 +3,34 @@
 import os
 import re
 import shutil
-import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cluster import REPO, SCRIPT, run
 from tests.require import require
-from tests.slurm.jobs import TWO_BY_ONE, Job, submit
-
-STAND_IN = """\
-#!{python}
-import os, pathlib, signal, subprocess, sys, time
-
-run = pathlib.Path({run!r})
-restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-if sys.argv[1] == "job":
-    if "occupy" in sys.argv and restart == 0:  # another step uses all resources of the job
-        subprocess.Popen(["srun", "sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while "sleep" not in os.popen("squeue -hs -j $SLURM_JOB_ID").read():
-            time.sleep(0.1)
-    print(2, run)
-    sys.exit(0)
-rank = int(os.environ["SLURM_PROCID"])
-if "world" in sys.argv:
-    from mythos.ranks.world import read_world
-    shares = [os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")]
-    print(read_world().describe(), "GPUs", shares[0], "CPUs", shares[1])
-if "slow" in sys.argv and restart == 0:  # ignores signals at first, as a rank that still imports
-    time.sleep(3)
-    received = []
-    signal.signal(signal.SIGUSR1, lambda *_: received.append(time.monotonic()))
-    while not received:
-        time.sleep(0.05)
-    with open(run / "events.jsonl", "a") as file:
-        print('{{"event": "started"}}', file=file)
-    started = time.monotonic()
-    while time.monotonic() < started + 6.5:
-        time.sleep(0.1)
-    print("signals long after the start:", sum(at > started + 2.5 for at in received))
-signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank that exits while the other one may still start
-if "watch" in sys.argv and restart == 0:
-    other = run / "rank_1"
-    if rank == 1:
-        other.write_text(os.environ["SLURMD_NODENAME"] + " " + str(os.getpid()), encoding="utf-8")
-        time.sleep(120)
-    while not other.exists() or pathlib.Path("/proc", other.read_text(encoding="utf-8").split()[1]).exists():
-        time.sleep(0.1)
-time.sleep(1)
-latest = run / "checkpoints" / "latest"
-if "gain" in sys.argv and rank == 0:
-    latest.parent.mkdir(exist_ok=True)
-    latest.write_text(f"step_{{restart:08d}}", encoding="utf-8")
-codes = [word for word in sys.argv if word.isdecimal()]
-sys.exit(int(codes[min(restart, len(codes) - 1)]))
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, slurm_cluster: dict[str, str]) -> dict[str, str]:
-    """The environment in which `mythos` ends with the codes among its arguments, one for each start of the job."""
-    script = tmp_path / "bin" / "mythos"
-    script.parent.mkdir()
-    script.write_text(STAND_IN.format(python=sys.executable, run=str(tmp_path / "run")), encoding="utf-8")
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return slurm_cluster | {"PATH": f"{script.parent}{os.pathsep}{slurm_cluster['PATH']}"}
-
-
-def pretrain(environ: dict[str, str], output: Path, *words: str) -> Job:
-    return submit(environ, output, *TWO_BY_ONE, "slurm/pretrain.sh", *words)
+from tests.slurm.jobs import TWO_BY_ONE, Job, submit, submit_pretrain
 
 
 def test_requeues_end_at_the_limit(stand_in: dict[str, str], tmp_path: Path) -> None:
-    job = pretrain(stand_in | {"MAX_REQUEUES": "1"}, tmp_path / "out", "gain", "85")
+    job = submit_pretrain(stand_in | {"MAX_REQUEUES": "1"}, tmp_path / "out", "gain", "85")
     assert job.end(60) == "FAILED"
     assert (job.show("Restarts"), job.show("ExitCode")) == ("1", "85:0")
     assert "not requeued: MAX_REQUEUES (1) reached" in job.log()
 
 
 def test_no_requeue_without_progress(stand_in: dict[str, str], tmp_path: Path) -> None:
-    job = pretrain(stand_in, tmp_path / "out", "85")
+    job = submit_pretrain(stand_in, tmp_path / "out", "85")
     assert job.end(60) == "FAILED"
     assert (job.show("Restarts"), job.show("ExitCode")) == ("1", "85:0")
     assert "not requeued: no progress since the last time (checkpoint none)" in job.log()
 
 
-def test_a_signal_before_the_ranks_handle_signals_is_not_lost(stand_in: dict[str, str], tmp_path: Path) -> None:
-    job = pretrain(stand_in, tmp_path / "out", "slow", "gain", "85", "0")
-    job.wait_until("the start", lambda: "start 1" in job.log())
-    job.scancel("--batch", "--signal=USR1")
-    job.wait_until("the second start", lambda: "start 2" in job.log())
-    assert "saved; requeued, to resume from checkpoint step_00000000" in job.log()
-    assert job.log().count("signals long after the start: 0") == 2
-    assert job.end(60) == "COMPLETED"
-    assert job.show("Restarts") == "1"
-
-
-def test_a_signal_while_another_step_occupies_the_nodes_is_not_lost(stand_in: dict[str, str], tmp_path: Path) -> None:
-    job = pretrain(stand_in, tmp_path / "out", "occupy", "0")
-    steps = ["scontrol", "show", "step", job.number, "-o"]
-    job.wait_until("the wait", lambda: "State=PENDING" in run(steps, 20, stand_in).stdout)
-    job.scancel("--batch", "--signal=USR1")
-    assert job.end(60) == "COMPLETED"
-    assert "asked to stop before the ranks had started; requeued" in job.log()
-    assert job.show("Restarts") == "1"
-
-
 def test_a_node_that_loses_its_ranks_but_responds_is_a_lost_node(
     stand_in: dict[str, str], tmp_path: Path, nodes_come_back: dict[str, str]
 ) -> None:
-    job = pretrain(stand_in | {"SLURM_WAIT": "1"}, tmp_path / "out", "watch", "gain", "1", "0")
+    job = submit_pretrain(stand_in | {"SLURM_WAIT": "1"}, tmp_path / "out", "watch", "gain", "1", "0")
     job.wait_until("the ranks", (tmp_path / "run" / "rank_1").exists)
     node = (tmp_path / "run" / "rank_1").read_text(encoding="utf-8").split()[0]
     for command in ("kill-node", "start-node"):
@@ -153,7 +68,7 @@ def test_a_node_that_responds_again_while_the_script_waits_for_slurm(tmp_path: P
 
 
 def test_a_step_that_cannot_start_is_not_a_lost_node(stand_in: dict[str, str], tmp_path: Path) -> None:
-    job = pretrain(stand_in | {"SLURM_DISTRIBUTION": "nonsense"}, tmp_path / "out", "0")
+    job = submit_pretrain(stand_in | {"SLURM_DISTRIBUTION": "nonsense"}, tmp_path / "out", "0")
     assert job.end(20) == "FAILED"
     assert "Invalid --distribution specification" in job.log()
     assert "does not respond" not in job.log()
@@ -164,7 +79,7 @@ def test_a_step_that_cannot_start_is_not_a_lost_node(stand_in: dict[str, str], t
 def test_a_crash_is_not_requeued_and_its_exit_code_is_the_jobs(
     code: str, stand_in: dict[str, str], tmp_path: Path
 ) -> None:
-    job = pretrain(stand_in, tmp_path / "out", code)
+    job = submit_pretrain(stand_in, tmp_path / "out", code)
     assert job.end(60) == "FAILED"
     assert (job.show("Restarts"), job.show("ExitCode")) == ("0", f"{code}:0")
     assert "does not respond" not in job.log()
@@ -264,7 +179,7 @@ def test_how_processes_are_spread_over_nodes(environ: dict[str, str], expected: 
 def test_nothing_is_written_into_a_directory_that_is_no_run(stand_in: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious", encoding="utf-8")
-    assert pretrain(stand_in, tmp_path / "out", "2").end(60) == "FAILED"
+    assert submit_pretrain(stand_in, tmp_path / "out", "unbegun", "2").end(60) == "FAILED"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
