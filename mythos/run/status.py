@@ -4,7 +4,7 @@ import json
 import socket
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import yaml
 
 from mythos.errors import DONE, PREEMPTED, UserError
 from mythos.run.directory import CONFIG_FILE, STATE_FILE, RunDirectory, is_locked
+from mythos.run.find import is_run
 from mythos.run.journal import FAILED, STARTED, read_attempts, read_events
 from mythos.run.metrics import read_metrics
 
@@ -27,25 +28,31 @@ class Status:
 
     directory: str
     state: str
-    """not started, running, preempted, finished, failed, killed, or unknown: running on another host, or killed."""
-    cause: str | None
-    host: str | None
-    seconds_since_last_write: float | None
-    step: int
-    steps: int
-    tokens: int | None
-    loss: float | None
-    validation: dict[str, float]
-    tokens_per_second: float | None
-    seconds_left: float | None
+    """not started, running, preempted, finished, failed, killed, or unknown: running on another host, or killed.
+
+    In a table also unreadable.
+    """
+    cause: str | None = None
+    host: str | None = None
+    seconds_since_last_write: float | None = None
+    step: int = 0
+    steps: int | None = None
+    """None only where the configuration cannot be read, see ``problem``."""
+    tokens: int | None = None
+    loss: float | None = None
+    validation: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
     """At the speed of the last steps, whether or not the run is running now."""
-    checkpoint: str | None
-    checkpoint_step: int | None
-    attempts: int
-    slurm_jobs: list[str]
-    slurm_restarts: int
-    slurm_job: str | None
+    checkpoint: str | None = None
+    checkpoint_step: int | None = None
+    attempts: int = 0
+    slurm_jobs: list[str] = field(default_factory=list)
+    slurm_restarts: int = 0
+    slurm_job: str | None = None
     """The job of the last attempt; None if that was started outside Slurm."""
+    problem: str | None = None
+    """Why the configuration, or anything, cannot be read."""
 
     def to_json(self) -> str:
         """One JSON object, for scripts."""
@@ -58,7 +65,24 @@ def read_status(directory: Path) -> Status:
     Raises:
         UserError: there is no run, or its configuration cannot be read.
     """
-    steps = _steps(directory)
+    return _read(directory, _steps(directory))
+
+
+def read_status_of_any(directory: Path) -> Status:
+    """Like ``read_status`` for a run that may be damaged: what cannot be read is None, and ``problem`` says why."""
+    problem = None
+    try:
+        try:
+            steps = _steps(directory)
+        except UserError as error:
+            steps, problem = None, str(error)
+        return replace(_read(directory, steps), problem=problem)
+    except Exception as error:  # whatever is wrong with one run, a table shows the others
+        reason = f"{directory}: cannot be read ({type(error).__name__}: {error})"
+        return Status(str(directory), "unreadable", problem=problem or reason)
+
+
+def _read(directory: Path, steps: int | None) -> Status:
     metrics = read_metrics(directory, TAIL_BYTES)
     training = [line for line in metrics if "train/loss" in line]
     last = training[-1] if training else {}
@@ -71,7 +95,7 @@ def read_status(directory: Path) -> Status:
     slurm = [_slurm_variables(attempt) for attempt in read_attempts(directory)]
     jobs = [variables for variables in slurm if variables]
     left = None
-    if rate and tokens and state != "finished":
+    if rate and tokens and steps is not None and state != "finished":
         left = (steps - step) * tokens / last["step"] / rate
     return Status(
         directory=str(directory),
@@ -100,7 +124,7 @@ def describe(status: Status) -> dict[str, str]:
     lines = {
         "run": status.directory,
         "state": _describe_state(status),
-        "step": f"{status.step:,} of {status.steps:,} ({status.step / status.steps:.1%})",
+        "step": describe_step(status) + (f" ({status.step / status.steps:.1%})" if status.steps else ""),
         "tokens": None if status.tokens is None else f"{status.tokens:,}",
         "loss": None if status.loss is None else f"{status.loss:.4f}",
         "validation": ", ".join(f"{name} {loss:.4f}" for name, loss in status.validation.items()) or None,
@@ -115,27 +139,52 @@ def describe(status: Status) -> dict[str, str]:
     return {name: text for name, text in lines.items() if text is not None}
 
 
+def describe_step(status: Status) -> str:
+    """The step, and of how many."""
+    return f"{status.step:,}" if status.steps is None else f"{status.step:,} of {status.steps:,}"
+
+
 def _describe_state(status: Status) -> str:
-    age_s = status.seconds_since_last_write
-    written = "never" if age_s is None else f"{_duration(age_s)} ago"
     where = f" on {status.host}" if status.host else ""
-    remedy, slurm = "start it again to resume", ""
-    if status.slurm_job:  # may have requeued itself; a second job would be refused while the first one trains
-        slurm = f"`squeue --job={status.slurm_job}` shows whether Slurm will restart it"
-        remedy = f"{slurm}; if not, start it again to resume"
+    written = describe_last_write(status)
     match status.state:
         case "running":
             return f"running{where}, last write {written}"
         case "preempted":
-            return f"preempted, {status.cause or 'saved'}: {remedy}"
+            return f"preempted, {advice(status)}"
         case "failed":
-            return "; ".join(filter(None, (f"failed: {status.cause}", slurm)))
+            return f"failed: {advice(status)}"
         case "killed":
-            return f"killed{where} before it could record a cause, last write {written}: {remedy}"
+            return f"killed{where} before it could record a cause, last write {written}: {advice(status)}"
         case "unknown":
-            return f"unknown: started{where}, last write {written}; either still running there or killed"
+            return f"unknown: started{where}, last write {written}; {advice(status)}"
         case state:
             return state
+
+
+def describe_last_write(status: Status) -> str:
+    """How long ago the run wrote anything."""
+    age_s = status.seconds_since_last_write
+    return "never" if age_s is None else f"{_duration(age_s)} ago"
+
+
+def advice(status: Status) -> str | None:
+    """Why the run is not running, and how to continue it; None for a run that needs nothing."""
+    remedy, slurm = "start it again to resume", None
+    if status.slurm_job:  # may have requeued itself; a second job would be refused while the first one trains
+        slurm = f"`squeue --job={status.slurm_job}` shows whether Slurm will restart it"
+        remedy = f"{slurm}; if not, start it again to resume"
+    match status.state:
+        case "preempted":
+            return f"{status.cause or 'saved'}: {remedy}"
+        case "failed":
+            return "; ".join(filter(None, (status.cause or "no cause was recorded", slurm)))
+        case "killed":
+            return remedy
+        case "unknown":
+            return "either still running there or killed"
+        case _:
+            return None
 
 
 def _left(status: Status) -> str:
@@ -152,8 +201,11 @@ def _steps(directory: Path) -> int:
     try:
         return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["steps"])
     except (FileNotFoundError, NotADirectoryError):
+        if is_run(directory):
+            raise UserError(f"{path}: missing: restore it") from None
         raise UserError(
-            f"{directory}: not a run directory ({CONFIG_FILE} is missing): give the directory of a run"
+            f"{directory}: not a run directory ({CONFIG_FILE} is missing): give the directory of a run, or one "
+            "that contains runs"
         ) from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}): restore it") from None
