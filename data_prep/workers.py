@@ -16,6 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -150,7 +151,11 @@ class Workers:
         # spawn, because threads of pyarrow and tokenizers and an initialised MPI do not survive a fork.
         own, other = socket.socketpair()
         process = multiprocessing.get_context("spawn").Process(target=_serve_process, args=(other,), daemon=True)
+        # Ctrl-C reaches this process, too, which then ends the worker. The worker has the mask from its first moment.
+        resource_tracker.ensure_running()  # else done by `start`, which unblocks the signal
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         other.close()
         self._workers.append(_Worker(Channel(own), f"worker process {process.pid}", process))
 
@@ -177,7 +182,6 @@ def serve(world: World) -> int:
 
 
 def _serve_process(connection: socket.socket) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this process
     set_data_variables(os.environ)
     sys.exit(_serve(Channel(connection)) or DONE)
 

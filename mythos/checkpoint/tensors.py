@@ -7,6 +7,7 @@ interpreter's lock meanwhile, so that training continues (version 0.8; earlier o
 
 import errno
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -29,7 +30,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         path.touch()
         mode = path.stat().st_mode  # which the library would replace by that of a file for its owner only
         save_file(dict(tensors), path, METADATA)
-        path.chmod(mode)
+        with suppress(OSError):  # a file system without modes: the tensors matter more
+            path.chmod(mode)
         record = FileRecord.of(path)
         flush_file(path)
     except SafetensorError as error:  # has the reason only as text

@@ -88,6 +88,28 @@ def test_the_cache_stays_within_its_limit_and_keeps_the_shards_used_last(
     assert len(fetched) == count + 1
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o027])
+def test_all_that_is_in_the_cache_has_the_modes_of_the_umask(
+    umask: int, pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = remote.fetch
+    partial_modes = []
+
+    def watched(origin: str, target: Path) -> None:
+        partial_modes.append(target.parent.stat().st_mode & 0o777)
+        fetch(origin, target)
+
+    monkeypatch.setattr(remote, "fetch", watched)
+    before = os.umask(umask)
+    try:
+        open_cached(pristine, tmp_path / "cache")[0]
+    finally:
+        os.umask(before)
+    assert partial_modes == [0o777 & ~umask], "processes of the group can remove it after a kill"
+    for path in (tmp_path / "cache").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
 def test_open_shards_stay_in_the_cache(pristine: Path, tmp_path: Path) -> None:
     """A shard that is removed while it is open still occupies the disk, without being counted."""
     reader = open_cached(pristine, tmp_path / "cache", 64 * 1024)

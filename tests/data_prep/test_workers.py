@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import multiprocessing
+import re
+import signal
 import socket
 import struct
 import subprocess
@@ -119,6 +122,16 @@ def test_an_error_on_rank_1_is_reported_by_rank_0_and_ends_both(
         hash_all(workers, [*several_sources, gone])
     assert rank_1.wait(LIMIT_S) == 2
     assert rank_1.communicate()[1] == ""
+
+
+def test_ctrl_c_is_left_to_the_parent_from_the_first_moment(world: World):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with Workers(replace(world, world_size=1), processes=2):
+        for child in multiprocessing.active_children():
+            status = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8")
+            (blocked,) = re.findall(r"^SigBlk:\s*(\w+)", status, re.MULTILINE)
+            assert int(blocked, 16) >> (signal.SIGINT - 1) & 1, "also while it imports its modules"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_a_dead_rank_1_ends_rank_0(world: World, several_sources: list[Path]):
