@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,11 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def commit(partial: Path, manifest: Manifest) -> Path:
+def commit(partial: Path, manifest: Manifest, check: Callable[[], None]) -> Path:
     """Give a checkpoint, all of whose files are on disk, its final name, and make ``latest`` name it.
+
+    Args:
+        check: raises OSError if the directory is no longer this run's; called before each of the two changes.
 
     Raises:
         OSError: the disk is full or gone. The checkpoint keeps its partial name, and the one that it would have
@@ -169,6 +172,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     """
     manifest.save(partial)
     flush_directory(partial)
+    check()
     final, directory = partial.with_suffix(""), partial.parent
     replaced = None
     if final.exists():  # the run has repeated these steps
@@ -176,6 +180,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     os.rename(partial, final)
     try:
         flush_directory(directory)
+        check()
         write_atomically(directory / LATEST_FILE, final.name)
     except OSError:
         os.rename(final, partial)

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,12 @@ from mythos.checkpoint.snapshot import HostBuffer, ShardRange, Snapshot, snapsho
 from mythos.checkpoint.tensors import write_tensors
 from mythos.config.schema import Checkpoint
 from mythos.engine.engine import TrainingEngine
-from mythos.errors import SaveError
+from mythos.errors import SaveError, UserError
 from mythos.files import write_atomically
+from mythos.ranks.group import from_rank_0
 from mythos.run.console import log
 from mythos.run.directory import PARTIAL_SUFFIX, STATE_FILE
+from mythos.run.lock import DirectoryTakenError, RunLock
 
 WRITING, COMMITTING = "writing", "committing"
 RETRY_AFTER_S = 2.0
@@ -51,6 +53,7 @@ class Saver:
         directory: of the run's checkpoints.
         newest: the complete checkpoint from which the run resumed.
         patience: a context manager entered while training waits for the disk, given a description of the wait.
+        lock: of the run directory (rank 0), without which nothing is written or removed there.
     """
 
     def __init__(
@@ -60,9 +63,10 @@ class Saver:
         engine: TrainingEngine,
         newest: Path | None = None,
         patience: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+        lock: RunLock | None = None,
     ) -> None:
         self.directory, self.options, self.engine = directory, options, engine
-        self._newest, self._patience = newest, patience
+        self._newest, self._patience, self._lock = newest, patience, lock
         self.failures_in_a_row = 0
         self._buffer = HostBuffer(keep=options.mode == "async")
         self._shapes = engine.shapes()
@@ -85,6 +89,9 @@ class Saver:
         started_at = time.perf_counter()
         self.finish()  # the previous save, if it is still in progress
         self._started_at, self._step, self._state = started_at, step, state
+        if missing := self.missing_directory():
+            self._fail(f"rank 0: {missing}")
+            return
         self._stage, self._snapshot = WRITING, snapshot(self.engine, self._buffer)
         self._future = self._thread.submit(_write_files, self._partial, dist.get_rank(), self._snapshot, state)
         if self.options.mode == "sync":
@@ -127,6 +134,29 @@ class Saver:
                     self._future.exception()  # waits; `advance` handles the error
                 self.advance(pending_anywhere=False)
 
+    def missing_directory(self) -> str | None:
+        """Why the run directory cannot be used now; None if it can.
+
+        Raises:
+            UserError: another attempt has taken it over.
+        """
+
+        def check() -> tuple[str | None, bool]:
+            try:
+                self._check_directory()
+            except OSError as error:
+                return _reason(error), isinstance(error, DirectoryTakenError)
+            return None, False
+
+        reason, is_taken = from_rank_0(check)
+        if is_taken:
+            raise UserError(f"{reason}: this attempt ends without saving", agreed=True)
+        return reason
+
+    def _check_directory(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
+
     def metrics(self) -> dict[str, float]:
         """The metrics since the last call."""
         metrics, self._metrics = self._metrics, {}
@@ -156,7 +186,8 @@ class Saver:
     def _commit(self, receipts: list[Receipt]) -> int:
         """Runs in rank 0's thread; returns the size of the checkpoint in bytes."""
         manifest = _manifest(self._step, receipts, self._shapes)
-        layout.commit(self._partial, manifest)
+        layout.commit(self._partial, manifest, self._check_directory)
+        self._check_directory()
         layout.remove_old(self.directory, self.options.keep_last, self.options.keep_every)
         return manifest.bytes
 
@@ -183,7 +214,9 @@ class Saver:
     def _fail(self, reason: str) -> None:
         self._stage = self._future = self._snapshot = None
         if dist.get_rank() == 0:
-            shutil.rmtree(self._partial, ignore_errors=True)  # the next attempt may need its space
+            with suppress(OSError):
+                self._check_directory()
+                shutil.rmtree(self._partial, ignore_errors=True)  # the next attempt may need its space
         dist.barrier()  # no rank writes to the directory again before it is removed
         self.failures_in_a_row += 1
         self._metrics["checkpoint/failures_in_a_row"] = float(self.failures_in_a_row)

@@ -148,14 +148,14 @@ class Watchdog:
                 self._selector.unregister(peer.channel)
                 # In a run that hangs, a rank whose interpreter is blocked ends like this: it has not responded.
                 if peer.rank not in self._finished and not self._closed and not self._hangs:
-                    self._end_run(f"{peer} died: it was killed, ran out of memory, or its node was lost")
+                    self.end_run(f"{peer} died: it was killed, ran out of memory, or its node was lost")
                 continue
             for message in messages:
                 match message["kind"]:
                     case "finished":
                         self._finished.add(peer.rank)
                     case "failed":
-                        self._end_run(f"{peer} failed: {message['text']}", message["exit_code"])
+                        self.end_run(f"{peer} failed: {message['text']}", message["exit_code"])
                     case "exit":
                         self._exit(message["text"], message["exit_code"], logging.INFO)
                     case "stacks written":
@@ -179,9 +179,10 @@ class Watchdog:
             missing -= self._receive(POLL_S)
         names = ", ".join(str(self._peers[rank]) for rank in sorted(missing))
         result = f"no response from {names}" if names else "every rank responds"
-        self._end_run(f"{state}; {result}; the stacks of the ranks are in their logs")
+        self.end_run(f"{state}; {result}; the stacks of the ranks are in their logs")
 
-    def _end_run(self, cause: str, exit_code: int = FAILED) -> NoReturn:
+    def end_run(self, cause: str, exit_code: int = FAILED) -> NoReturn:
+        """End the processes of all ranks; on rank 0, or where rank 0 has died."""
         if self.rank == 0:
             self._send_all("exit", cause, exit_code)
         exit_within(exit_code)

@@ -7,16 +7,14 @@ metrics.jsonl, tensorboard/  losses, speeds and the rest, by step
 log/rank_00000.log           one log per rank, and those of Slurm jobs
 checkpoints/                 see ``mythos.checkpoint.layout``; ``latest`` names the newest complete one
 evaluations/, export/        what `mythos eval` and `mythos export` write
-.lock                        held by the process that is training here
+.lock, run_id                see ``mythos.run.lock``
 environment.json             of version 0.1: the environments that are in events.jsonl now
 """
 
-import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
@@ -26,7 +24,7 @@ from mythos.config.load import to_dict
 from mythos.config.schema import Config
 from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError, os_errors_as_user_errors
-from mythos.files import read_json_lines, take_lock, write_atomically
+from mythos.files import read_json_lines, write_atomically
 from mythos.run.console import log
 
 LOG_DIRECTORY = "log"
@@ -35,10 +33,6 @@ PARTIAL_SUFFIX = ".partial"
 MANIFEST_FILE = "manifest.json"
 """In each checkpoint, as is state.json."""
 STATE_FILE = "state.json"
-LOCK_WAIT_S = 1.0
-"""For an attempt that is just ending, and for a reader that is testing the lock."""
-LOCK_WAIT_AFTER_RESTART_S = 300.0
-"""For the previous attempt of a job that Slurm has restarted: a file server keeps a lost node's locks for a while."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +102,13 @@ class RunDirectory:
 
     @property
     def lock(self) -> Path:
-        """Locked by the process that is training here."""
+        """Exists while a process is training here."""
         return self.path / ".lock"
+
+    @property
+    def run_id(self) -> Path:
+        """The run's number, by which its checkpoints recognise it."""
+        return self.path / "run_id"
 
 
 def prepare(config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]:
@@ -150,47 +149,6 @@ def write_config(config: Config) -> None:
 def keep_tokenizer(directory: Path, tokenizer: Path) -> None:
     """Copy the data's tokenizer into the run directory: the run can then be exported without its data."""
     write_atomically(RunDirectory(directory).tokenizer, tokenizer.read_bytes())
-
-
-def lock(directory: Path) -> TextIO | None:
-    """Lock the directory against other training processes until the returned file is closed; rank 0 only.
-
-    None if the file system has no locks.
-
-    Raises:
-        UserError: another process is training here.
-    """
-    file = RunDirectory(directory).lock.open("a+", encoding="utf-8")
-    try:
-        taken = take_lock(file, LOCK_WAIT_S)
-        file.seek(0)
-        holder = file.read().strip()
-        if not taken and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-            log.warning(f"{directory}: locked by {holder}: waiting up to {LOCK_WAIT_AFTER_RESTART_S:g} s")
-            taken = take_lock(file, LOCK_WAIT_AFTER_RESTART_S, every_s=1.0)
-    except OSError:  # a file system without locks
-        file.close()
-        return None
-    if not taken:
-        file.close()
-        remedy = "wait for it, or stop it"
-        if "SLURM_ARRAY_TASK_ID" in os.environ:
-            remedy += "; tasks of a job array that run at a time need a run.directory each: "
-            remedy += "run.directory='runs/${oc.env:SLURM_ARRAY_TASK_ID}'"
-        raise UserError(f"{directory}: {holder} is training here: {remedy}")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
-
-def is_locked(directory: Path) -> bool:
-    """Whether a process is training here, by its lock. Some shared file systems show only the locks of this host."""
-    try:
-        with RunDirectory(directory).lock.open(encoding="utf-8") as file:
-            return not take_lock(file, shared=True)
-    except OSError:  # no attempt has locked it yet, or the file system has no locks
-        return False
 
 
 def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]:

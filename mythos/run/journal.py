@@ -23,13 +23,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from mythos.errors import FAILED as FAILED_CODE
 from mythos.errors import UserError
 from mythos.files import read_json_lines
 from mythos.run.console import log
-from mythos.run.directory import RunDirectory, is_locked
+from mythos.run.directory import RunDirectory
+from mythos.run.lock import is_held
 
 STARTED, ENDED, FAILED = "started", "ended", "failed"
 MESSAGE_CHARACTERS = 500
@@ -51,30 +52,35 @@ class Journal:
 
     def __init__(self, directory: Path, rank: int) -> None:
         self.directory, self.rank = directory, rank
-        self._has_started = False
+        self._file: BinaryIO | None = None
+        """Open from the start on, so that events go to this run even if its directory is moved."""
 
     def start(self, environment: Mapping[str, Any]) -> None:
         """Record that this attempt holds the lock on the run directory. Raises OSError."""
-        self._has_started = True
+        self._file = RunDirectory(self.directory).events.open("ab", buffering=0)
         if self.rank == 0:
-            append_event(self.directory, STARTED, **environment)
+            self._append(STARTED, **environment)
 
     def end(self, exit_code: int) -> None:
         """Record that the run is finished, or was preempted and saved."""
         if self.rank == 0:
             try:
-                append_event(self.directory, ENDED, exit_code=exit_code)
+                self._append(ENDED, exit_code=exit_code)
             except OSError as error:  # does not change how the run ended
                 log.error(f"{self.directory}: the end of this attempt was not recorded ({error})")
 
     def fail(self, message: str, exit_code: int) -> None:
         """Record that the run failed, with a cause that this rank knows."""
-        if not self._has_started and (not RunDirectory(self.directory).config.exists() or is_locked(self.directory)):
+        if self._file is None and (not RunDirectory(self.directory).config.exists() or is_held(self.directory)):
             return
         with suppress(OSError):  # the disk may be full, and a second error must not hide the first one
-            append_event(
-                self.directory, FAILED, exit_code=exit_code, rank=self.rank, message=message[:MESSAGE_CHARACTERS]
-            )
+            self._append(FAILED, exit_code=exit_code, rank=self.rank, message=message[:MESSAGE_CHARACTERS])
+
+    def _append(self, event: str, **details: Any) -> None:
+        if self._file is None:
+            append_event(self.directory, event, **details)
+        else:
+            self._file.write(_line(event, details))
 
     def __enter__(self) -> Self:
         return self
@@ -82,8 +88,12 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, Exception):
-            return
+        if isinstance(error, Exception):
+            self._fail_with(error)
+        if self._file is not None:
+            self._file.close()
+
+    def _fail_with(self, error: Exception) -> None:
         reported_by_rank_0 = isinstance(error, UserError) and error.agreed
         if reported_by_rank_0 and self.rank > 0:
             return
@@ -119,6 +129,17 @@ def append_event(directory: Path, event: str, **details: Any) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    with RunDirectory(directory).events.open("ab", buffering=0) as file:
+        file.write(_line(event, details))
+
+
+def has_open_attempt(directory: Path) -> bool:
+    """Whether the last attempt has recorded no end: it was killed, or is still running."""
+    events = read_events(directory)
+    return bool(events) and events[-1]["event"] == STARTED
+
+
+def _line(event: str, details: Mapping[str, Any]) -> bytes:
     line = {
         "event": event,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -126,8 +147,7 @@ def append_event(directory: Path, event: str, **details: Any) -> None:
         "process": os.getpid(),
         **details,
     }
-    with RunDirectory(directory).events.open("ab", buffering=0) as file:
-        file.write(json.dumps(line).encode() + b"\n")
+    return json.dumps(line).encode() + b"\n"
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:

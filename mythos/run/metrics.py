@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,12 @@ class MetricsWriter:
     def _open_tensorboard(self, last_step: int) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(RunDirectory(self._directory).tensorboard), purge_step=last_step + 1, flush_secs=10)
+        # The writer opens its file by name at each flush. Through a descriptor the name still means this run's
+        # directory after that was moved and another one has taken its place.
+        directory = RunDirectory(self._directory).tensorboard
+        directory.mkdir(exist_ok=True)
+        self._descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        return SummaryWriter(f"/proc/self/fd/{self._descriptor}", purge_step=last_step + 1, flush_secs=10)
 
     def write_config(self, config_yaml: str, options: Mapping[str, Any]) -> None:
         """The configuration as text, and as hparams for TensorBoard's comparison of runs."""
@@ -98,6 +104,7 @@ class MetricsWriter:
             self._file.close()
             if self._tensorboard is not None:
                 self._tensorboard.close()
+                os.close(self._descriptor)
         except OSError as error:
             log.error(f"the last metrics were not written ({error})")
 

@@ -1,7 +1,6 @@
 """The state of a run, read from its directory. Needs no running process, no Slurm and no torch."""
 
 import json
-import socket
 import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -12,9 +11,10 @@ from typing import Any
 import yaml
 
 from mythos.errors import DONE, PREEMPTED, UserError
-from mythos.run.directory import CONFIG_FILE, STATE_FILE, RunDirectory, is_locked
+from mythos.run.directory import CONFIG_FILE, STATE_FILE, RunDirectory
 from mythos.run.find import is_run
 from mythos.run.journal import FAILED, STARTED, read_attempts, read_events
+from mythos.run.lock import is_held
 from mythos.run.metrics import read_metrics
 
 TAIL_BYTES = 1 << 18
@@ -28,10 +28,7 @@ class Status:
 
     directory: str
     state: str
-    """not started, running, preempted, finished, failed, killed, or unknown: running on another host, or killed.
-
-    In a table also unreadable.
-    """
+    """not started, running, preempted, finished, failed or killed; in a table also unreadable."""
     cause: str | None = None
     host: str | None = None
     seconds_since_last_write: float | None = None
@@ -156,8 +153,6 @@ def _describe_state(status: Status) -> str:
             return f"failed: {advice(status)}"
         case "killed":
             return f"killed{where} before it could record a cause, last write {written}: {advice(status)}"
-        case "unknown":
-            return f"unknown: started{where}, last write {written}; {advice(status)}"
         case state:
             return state
 
@@ -181,8 +176,6 @@ def advice(status: Status) -> str | None:
             return "; ".join(filter(None, (status.cause or "no cause was recorded", slurm)))
         case "killed":
             return remedy
-        case "unknown":
-            return "either still running there or killed"
         case _:
             return None
 
@@ -216,7 +209,7 @@ def _state(directory: Path) -> tuple[str, str | None, str | None]:
     events = read_events(directory)
     started = [event for event in events if event["event"] == STARTED]
     host = started[-1].get("host") if started else None
-    if is_locked(directory):
+    if is_held(directory):
         return "running", None, host
     if not events:
         return "not started", None, None
@@ -227,8 +220,7 @@ def _state(directory: Path) -> tuple[str, str | None, str | None]:
         place = f"rank {cause.get('rank')} on {cause.get('host')}, exit code {cause.get('exit_code')}"
         return "failed", f"{cause.get('message')} ({place})", host
     if events[-1]["event"] == STARTED:
-        # The lock is free, or held on another host and invisible on this one.
-        return ("killed" if host == socket.gethostname() else "unknown"), None, host
+        return "killed", None, host
     state = {DONE: "finished", PREEMPTED: "preempted"}.get(events[-1].get("exit_code", DONE), "failed")
     return state, None, host
 

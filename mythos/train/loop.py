@@ -63,7 +63,7 @@ def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: b
     with closing(run.open_batches(state)) as batches, closing(run.open_report(state.step)) as report:
         # If a stop is requested during a validation, all ranks abandon it; the next start repeats it.
         stopping = unvalidated and not run.validate(engine, state.step, report)
-        saver = Saver(run.directory.checkpoints, config.checkpoint, engine, run.found, run.watchdog.patience)
+        saver = Saver(run.directory.checkpoints, config.checkpoint, engine, run.found, run.watchdog.patience, run.lock)
 
         while state.step < steps and not stopping:
             started = time.perf_counter()

@@ -45,6 +45,8 @@ def _report_bad_step(options: Train, saver: Saver, state: RunState) -> None:
 def _rewind(options: Train, engine: TrainingEngine, saver: Saver, state: RunState) -> RunState | None:
     """Go back to the newest checkpoint and leave out the data read since; None if there is no checkpoint yet."""
     saver.finish()
+    if missing := saver.missing_directory():
+        raise TrainingError(f"step {state.step}: cannot go back after a loss spike: {missing}")
     found = restore.newest_valid(saver.directory)
     if found is None:
         log.warning("there is no checkpoint yet to go back to: training continues")

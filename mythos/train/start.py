@@ -3,10 +3,10 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from mythos.config.schema import Config
 from mythos.data.open import RunData, check_data_unchanged
 from mythos.engine.engine import TrainingEngine
 from mythos.engine.sections import precision
-from mythos.errors import UserError
+from mythos.errors import BAD_INPUT, UserError
 from mythos.eval.generate import sample_text
 from mythos.eval.validation import validate
 from mythos.ranks import group, preflight
@@ -26,7 +26,8 @@ from mythos.ranks.watchdog import Watchdog
 from mythos.run import directory as run_directory
 from mythos.run.console import log, start_logging
 from mythos.run.directory import RunDirectory
-from mythos.run.journal import Journal, environment
+from mythos.run.journal import Journal, environment, has_open_attempt
+from mythos.run.lock import RunLock, take
 from mythos.run.metrics import read_metrics
 from mythos.train.batch import StepBatches
 from mythos.train.report import Report
@@ -48,17 +49,28 @@ class OpenRun:
     """The checkpoint to resume from."""
     watchdog: Watchdog
     journal: Journal
+    run_id: str
+    lock: RunLock | None
+    """Of the run directory; on rank 0 only."""
 
     def restore(self, engine: TrainingEngine) -> RunState:
         """The state to start from; the engine is filled from the checkpoint, if there is one. Collective.
 
         Raises:
-            UserError: the checkpoint is of another model, or the data has changed and the user has not accepted it.
+            UserError: the checkpoint is of another run or model, or the data has changed and the user has not accepted
+                it.
         """
         if self.found is None:
-            return RunState(self.data.identity)
+            return RunState(self.data.identity, self.run_id)
         self.watchdog.progress("reading the checkpoint")
         state = RunState.from_dict(restore.load(engine, self.found))
+        if state.run_id not in ("", self.run_id):
+            raise UserError(
+                f"{self.found}: of another run ({state.run_id}, this directory's run_id is {self.run_id}): move it out "
+                "of this directory",
+                agreed=True,
+            )
+        state.run_id = self.run_id
         for change in group.agree(lambda: check_data_unchanged(state.data, self.data.identity, self.accept)):
             log.warning(f"data changed: {change}; resuming at sample {state.samples}")
         state.data = self.data.identity
@@ -157,22 +169,25 @@ def open_run(config: Config, device: torch.device, stop: StopRequest, accept: Se
         stop.watchdog = watchdog
         data = preflight.open_data_everywhere(config)
         changed, lock = _open_directory(config, accept, device, reports)
-        cleanup.enter_context(lock or nullcontext())
+        if lock is not None:
+            cleanup.enter_context(lock)
+            lock.keep(lambda cause: watchdog.end_run(cause, BAD_INPUT))
+        run_id = group.from_rank_0(lambda: lock.run_id if lock else "")
         hosts = [report.host for report in reports]
         # Only rank 0 records the environment, whose commit is looked up on a file system that all ranks may share.
         journal.start(environment(hosts, str(device), precision(config, device)) if dist.get_rank() == 0 else {})
         found = restore.newest_valid(directory.checkpoints)
         watchdog.progress("building the model")
-        yield OpenRun(config, stop, directory, data, changed, accept, found, watchdog, journal)
+        yield OpenRun(config, stop, directory, data, changed, accept, found, watchdog, journal, run_id, lock)
 
 
 def _open_directory(
     config: Config, accept: Sequence[str], device: torch.device, reports: list[preflight.RankReport]
-) -> tuple[dict[str, tuple[Any, Any]], TextIO | None]:
+) -> tuple[dict[str, tuple[Any, Any]], RunLock | None]:
     """The options that changed since the last start, and the lock on the directory (rank 0)."""
     rank, directory = dist.get_rank(), Path(config.run.directory)
     changed = group.agree(lambda: run_directory.prepare(config, accept) if rank == 0 else {})
-    lock = group.agree(lambda: run_directory.lock(directory) if rank == 0 else None)
+    lock = group.agree(lambda: take(directory, has_open_attempt(directory)) if rank == 0 else None)
     preflight.check_run_directory(config.run, config.model)
     start_logging(RunDirectory(directory).log(rank), rank)
     log.info(f"rank {rank} of {dist.get_world_size()} on {reports[0].host}, process {os.getpid()}, device {device}")

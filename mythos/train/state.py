@@ -16,6 +16,8 @@ class RunState:
     """
 
     data: dict[str, Any]
+    run_id: str = ""
+    """The run that this is the state of; empty in checkpoints of version 0.1."""
     step: int = 0
     samples: int = 0
     tokens: int = 0

@@ -27,7 +27,7 @@ def write(directory: Path, step: int, value: float = 1.0) -> Path:
     state = partial / STATE_FILE
     files[state.name] = FileRecord.of(state)
     parameters = {"w": SavedParameter((2, 3), (ShardRecord(0, 0, 6, 3.0),))}
-    return layout.commit(partial, Manifest(step, files, parameters))
+    return layout.commit(partial, Manifest(step, files, parameters), lambda: None)
 
 
 def names(paths: list[Path]) -> list[int]:

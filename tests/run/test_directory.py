@@ -1,14 +1,10 @@
-import os
-import re
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mythos.errors import UserError
-from mythos.run import directory as run_directory
-from mythos.run.directory import lock, prepare, write_config
+from mythos.run.directory import prepare, write_config
 from tests.tiny import tiny_config
 
 
@@ -107,39 +103,6 @@ def test_a_damaged_config_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run" / "config.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match="config.yaml: damaged"):
         prepare(config, accept=())
-
-
-def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
-    held = lock(tmp_path)
-    assert held is not None
-    with pytest.raises(UserError, match=f"process {os.getpid()} on .* is training here"):
-        lock(tmp_path)
-    held.close()
-    again = lock(tmp_path)
-    assert again is not None
-    again.close()
-
-
-def test_a_job_that_slurm_has_restarted_waits_for_the_lock_of_its_previous_attempt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setattr(run_directory, "LOCK_WAIT_S", 0.1)
-    held = lock(tmp_path)
-    assert held is not None
-    threading.Timer(0.5, held.close).start()
-    with caplog.at_level("WARNING", "mythos"):
-        again = lock(tmp_path)
-    assert again is not None
-    assert re.search(rf"locked by process {os.getpid()} on .*: waiting up to 300 s", caplog.text)
-
-    monkeypatch.setattr(run_directory, "LOCK_WAIT_AFTER_RESTART_S", 0.1)
-    with pytest.raises(UserError, match="is training here: wait for it, or stop it$"):
-        lock(tmp_path)
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    with pytest.raises(UserError, match="tasks of a job array that run at a time need a run.directory each"):
-        lock(tmp_path)
-    again.close()
 
 
 def test_options_without_effect_on_the_numbers_may_change(tmp_path: Path) -> None:
