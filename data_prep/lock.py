@@ -3,13 +3,13 @@
 import errno
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mythos.errors import UserError
 from mythos.files import take_lock
+from mythos.run.console import print_note
 
 _LOCK_FILE = "lock"
 
@@ -45,9 +45,8 @@ def _acquire(directory: Path) -> int:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            print(
-                f"{directory}: its file system does not support locks: do not start a second run for this output",
-                file=sys.stderr,
+            print_note(
+                f"{directory}: its file system does not support locks: do not start a second run for this output"
             )
         # If the file was removed after it was opened, this lock does not exclude other processes.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):

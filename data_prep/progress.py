@@ -1,11 +1,11 @@
 """The progress of data preparation: a bar on a terminal, a line every 30 seconds elsewhere."""
 
-import sys
 import time
 from types import TracebackType
 from typing import Self
 
 from mythos.run.bar import Bar, can_draw
+from mythos.run.console import print_note
 
 LINE_EVERY_S = 30
 
@@ -31,7 +31,7 @@ class Progress:
             self._bar.update(self._done)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
-            print(self._line(), file=sys.stderr, flush=True)
+            print_note(self._line())
 
     def __enter__(self) -> Self:
         return self

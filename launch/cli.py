@@ -17,6 +17,15 @@ FAILED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; without arguments, run those of this process."""
+    exit_code = _run(argv)
+    try:
+        sys.stderr.flush()
+    except OSError:  # what could not be printed does not change the exit code
+        _discard(sys.stderr)
+    return exit_code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         if argv is None:
             _use_utf8()
@@ -73,11 +82,8 @@ def _check_utf8(arguments: Sequence[str]) -> None:
 
 
 def _report(message: str) -> None:
-    """Print an error; the exit code is reported even if stderr cannot be written."""
-    try:
-        print(f"mythos: {message}", file=sys.stderr, flush=True)
-    except OSError:
-        _discard(sys.stderr)
+    with suppress(OSError):
+        print(f"mythos: {message}", file=sys.stderr)
 
 
 def _discard(stream: TextIO) -> None:

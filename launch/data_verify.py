@@ -1,6 +1,5 @@
 """`mythos data verify`: check every file of a data set."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,11 +25,12 @@ def run(directory: DataDirectory, processes: Processes = None) -> int:
     def lead(workers: "Workers") -> int:
         from data_prep.progress import Progress
         from data_prep.verify import data_bytes, verify
+        from mythos.run.console import print_note
 
         with Progress("reading", data_bytes(directory)) as progress:
             manifest, findings = verify(directory, workers, progress)
         for finding in findings:
-            print(f"mythos: {finding}", file=sys.stderr)
+            print_note(f"mythos: {finding}")
         if findings:
             return BAD_INPUT
         counts = ", ".join(f"{split} {counts.sequences:,} rows" for split, counts in manifest.splits.items())

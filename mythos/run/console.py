@@ -4,6 +4,7 @@ import logging
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from mythos.run.bar import Bar, can_draw
@@ -40,6 +41,12 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         _report_lost_line(self, record)
+
+
+def print_note(line: str) -> None:
+    """Print a line to stderr, or nowhere if that is closed or full: the work must not end because of it."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _report_lost_line(handler: logging.Handler, record: logging.LogRecord) -> None:

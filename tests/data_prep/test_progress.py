@@ -1,3 +1,4 @@
+import os
 import re
 
 import pytest
@@ -16,6 +17,18 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
         assert re.fullmatch(r"tokenising: 2 of 4 MB, [\d.,]+ MB/s, [\d.]+ min left\n", line)
         shown(9_000_000)  # the total was an estimate
         assert "4 of 4 MB" in capsys.readouterr().err
+
+
+def test_lines_that_cannot_be_printed_do_not_end_the_work(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0)
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        with progress.Progress("tokenising", 4_000_000) as shown:
+            shown(500_000)
+            shown(500_000)
+        with pytest.raises(OSError, match="No space left"):
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
 
 
 BAR = """

@@ -1,6 +1,7 @@
 """What the program prints, and its exit code, when its output cannot be written or its start is interrupted."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,15 @@ def test_the_exit_code_is_right_where_nothing_can_be_printed() -> None:
     for shell in (">&-", "2>&-", ">&- 2>&-", ">/dev/null 2>/dev/full"):
         assert program(["params", MODEL], shell).returncode == 0
         assert program(["params", "none.yaml"], shell).returncode == 2
+
+
+def test_findings_that_cannot_be_printed_keep_their_exit_code(tiny_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    (data / "train" / "shard.00000.mds").write_bytes(b"damaged")
+    for shell in ("2>/dev/full", "2>&-", ""):
+        done = program(["data", "verify", str(data), "--processes", "1"], shell)
+        assert done.returncode == 2, shell
+    assert "shard.00000.mds" in done.stderr
 
 
 def test_an_interrupt_while_the_commands_are_imported_is_one_line(tmp_path: Path) -> None:
