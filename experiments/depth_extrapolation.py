@@ -17,7 +17,6 @@ MEAN_DEPTH = 4
 DEPTHS = tuple(range(1, 4 * MEAN_DEPTH + 1))
 KINDS = {"random depth": "poisson_per_sequence", "fixed depth": "fixed"}
 COMMON = [
-    "parallel.expert_parallel_size=1",
     "parallel.zero_stage=0",
     f"loop.mean_depth={MEAN_DEPTH}",
     "train.global_batch_sequences=8",

@@ -21,7 +21,6 @@ COMMON = [
     "model.attention.kv_heads=2",
     "model.feed_forward.hidden_size=256",
     "loop.mean_depth=8",
-    "parallel.expert_parallel_size=1",
     "parallel.zero_stage=0",
     "train.global_batch_sequences=4",
     "train.micro_batch_sequences=4",

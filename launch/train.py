@@ -25,7 +25,7 @@ def run(
     under torchrun, mpiexec and srun:
 
     \b
-      mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml parallel.expert_parallel_size=1
+      mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml
       torchrun --nproc-per-node=2 --no-python mythos train MODEL.yaml RUN.yaml
       mpiexec -n 2 mythos train MODEL.yaml RUN.yaml
       srun --ntasks-per-node=8 mythos train MODEL.yaml RUN.yaml

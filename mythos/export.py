@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mythos.checkpoint import layout
 from mythos.checkpoint.reader import CheckpointReader
 from mythos.checkpoint.tensors import write_tensors
-from mythos.config.load import load
+from mythos.config.load import load_run
 from mythos.errors import UserError
 from mythos.model import build_structure
 from mythos.model.moe import plain_parameters
@@ -75,9 +75,7 @@ def load_exported(directory: Path) -> nn.Module:
     Raises:
         UserError: a file is missing, or holds weights of another model.
     """
-    one_process = ["parallel.expert_parallel_size=1"]  # it holds all experts
-    config = load([directory / CONFIG_FILE], one_process, saved=True)
-    model = build_structure(config)
+    model = build_structure(load_run(directory / CONFIG_FILE))
     wanted = dict(model.named_parameters()) | {
         name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()
     }

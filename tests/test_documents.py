@@ -50,7 +50,7 @@ RUN_BY = {
     "make lint": RunBy(".ci/run", "make lint"),
     "make test": RunBy(".ci/run", "make test"),
     "python -m pytest tests/faults": RunBy("Makefile", "TESTS_OF_FAULTS := tests/faults"),
-    "mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml parallel.expert_parallel_size=1": RunBy(
+    "mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml": RunBy(
         "tests/launch/test_train.py", "def test_a_bare_process_gives_the_curve_within_rounding"
     ),
     "torchrun --nproc-per-node=2 --no-python mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml": (

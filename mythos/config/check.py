@@ -67,11 +67,11 @@ def _experts(config: Config, world_size: int) -> Iterator[Finding]:
     size = config.parallel.expert_parallel_size
     experts = config.model.core_experts if isinstance(config.model, Looped) else None
     path = "parallel.expert_parallel_size"
-    if world_size % size:
-        yield Finding(path, size, f"must divide the number of processes ({world_size})")
     if experts is None:
         return
-    if experts.experts % size:
+    if size is not None and world_size % size:
+        yield Finding(path, size, f"must divide the number of processes ({world_size})")
+    if size is not None and experts.experts % size:
         yield Finding(
             path, size, f"must divide model.core_experts.experts ({experts.experts})", ("model.core_experts.experts",)
         )

@@ -1,5 +1,10 @@
 """Values that follow from the configuration. They are functions, so that they always agree with it."""
 
+import itertools
+import math
+from collections.abc import Sequence
+
+from mythos.config.model_schema import Looped
 from mythos.config.schema import Config, Data
 
 
@@ -24,6 +29,20 @@ def tokens_per_step(config: Config) -> int:
 def whole_mean_depth(config: Config) -> int | None:
     """The number of loop steps nearest to the mean depth; None for a dense model."""
     return None if config.loop is None else round(config.loop.mean_depth)
+
+
+def expert_parallel_size(config: Config, hosts: Sequence[str]) -> int:
+    """Number of ranks over which one set of experts is distributed, given the host of each rank; 1 without experts.
+
+    A set belongs to consecutive ranks. Unless the option gives another size, it is the largest one for which every set
+    stays on one host.
+    """
+    experts = config.model.core_experts if isinstance(config.model, Looped) else None
+    if experts is None:
+        return 1
+    if config.parallel.expert_parallel_size is not None:
+        return config.parallel.expert_parallel_size
+    return math.gcd(experts.experts, *(len(list(ranks)) for _, ranks in itertools.groupby(hosts)))
 
 
 def eval_depths(config: Config) -> tuple[int, ...]:

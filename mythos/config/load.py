@@ -27,18 +27,13 @@ OUTSIDE_A_RUN: dict[str, Any] = {
 """The required options of a run, for a model's configuration without a run."""
 
 
-def load(
-    files: Sequence[str | Path], overrides: Sequence[str] = (), world_size: int = 1, saved: bool = False
-) -> Config:
+def load(files: Sequence[str | Path], overrides: Sequence[str] = (), world_size: int = 1) -> Config:
     """Merge YAML files (later ones win), then ``key=value`` overrides, and validate for ``world_size`` processes.
-
-    Args:
-        saved: Mythos wrote the files: options without effect in them are left out.
 
     Raises:
         UserError: one line for each unknown key, wrong type, value out of range and broken rule, all at once.
     """
-    return validate(merge(files, overrides, saved), world_size)
+    return validate(merge(files, overrides), world_size)
 
 
 def load_model(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Looped | Dense:
@@ -77,14 +72,15 @@ def load_for_most(files: Sequence[str | Path], overrides: Sequence[str], sizes: 
 def load_run(saved: Path, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
     """The configuration of a run, from its config.yaml, for work that makes no optimizer step.
 
-    Its global batch is one micro batch of each process, so that any number of processes is valid.
+    Any number of processes is valid: the global batch is one micro batch of each process, and the expert-parallel size
+    is chosen anew unless it is an override.
 
     Raises:
         UserError: as ``load``; also when there is no run.
     """
     if not saved.exists():
         raise UserError(f"{saved.parent}: not a run directory, it has no {saved.name}: give the directory of a run")
-    raw = merge([saved], overrides, saved=True)
+    raw = merge([saved], ["parallel.expert_parallel_size=null", *overrides], saved=True)
     train = raw.get("train")
     if isinstance(train, dict) and isinstance(train.get("micro_batch_sequences"), int):
         train["global_batch_sequences"] = train["micro_batch_sequences"] * world_size

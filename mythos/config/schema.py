@@ -129,9 +129,10 @@ class Parallel:
     zero_stage: int = option(
         "ZeRO: 0 nothing sharded, 1 optimizer, 2 gradients, 3 weights", 3, change="free", ge=0, le=3
     )
-    expert_parallel_size: int = option(
-        "number of ranks over which one set of experts is distributed",
-        1,
+    expert_parallel_size: int | None = option(
+        "number of ranks over which one set of experts is distributed; null: the greatest common divisor of the number "
+        "of experts and the numbers of ranks on each node, so that a set stays on one node; 1 without experts",
+        None,
         change="free",
         gt=0,
         needs=Needs("model.core_experts"),

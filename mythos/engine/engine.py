@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from mythos.config.derive import expert_parallel_size
 from mythos.config.model_schema import Looped
 from mythos.config.schema import Config
 from mythos.engine.muon import Exchange, MuonAdamW
@@ -32,6 +33,8 @@ from mythos.model.init import initialise
 from mythos.model.loop import ExitRule, Loop
 from mythos.model.moe import TOKENS_PER_EXPERT, MoE
 from mythos.model.parameters import stacked_matrices
+from mythos.ranks.group import hosts
+from mythos.run.console import log
 
 
 class Update(NamedTuple):
@@ -48,7 +51,7 @@ class TrainingEngine:
         _silence_deepspeed(device)
         self.device = device
         self.stage = config.parallel.zero_stage
-        self.expert_parallel_size = config.parallel.expert_parallel_size
+        self.expert_parallel_size = expert_parallel_size(config, hosts())
         self.clip = config.optim.gradient_clip
         self.precision = precision(config, device)
         check_clipping(config, self.precision)
@@ -62,9 +65,11 @@ class TrainingEngine:
         if moe_names:
             assert isinstance(config.model, Looped)
             assert config.model.core_experts is not None
+            size = self.expert_parallel_size
+            log.info(f"each set of experts is distributed over {size} rank{'s' if size > 1 else ''}")
             # ZeRO 1 and 2 find the experts' process group by these marks.
-            optimizer.param_groups[-1] |= {"moe": True, "name": f"ep_size_{self.expert_parallel_size}"}
-            sections["expert_parallel"] = expert_parallel_section(config.model.core_experts, config.parallel, moe_names)
+            optimizer.param_groups[-1] |= {"moe": True, "name": f"ep_size_{size}"}
+            sections["expert_parallel"] = expert_parallel_section(config.model.core_experts, size, moe_names)
         if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:  # of DeepSpeed; the tests of Mythos cover its own
             ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
         self.optimizer = optimizer
@@ -238,8 +243,15 @@ def _build_model(config: Config, sections: dict[str, Any]) -> nn.Module:
     return model
 
 
+def _concerns_the_user(record: logging.LogRecord) -> bool:
+    """AutoEP's remarks on its section do not: it is generated from the model, and ``_check_conversion`` follows."""
+    return record.module != "auto_ep_config"
+
+
 def _silence_deepspeed(device: torch.device) -> None:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_concerns_the_user)
     # DeepSpeed calls torch's collectives by deprecated names; a user cannot do anything about these warnings.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     if device.type == "cpu":

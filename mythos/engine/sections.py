@@ -7,7 +7,7 @@ import torch
 
 from mythos.config.derive import micro_steps
 from mythos.config.model_schema import Looped, MixtureOfExperts
-from mythos.config.schema import Config, Parallel
+from mythos.config.schema import Config
 from mythos.errors import UserError
 
 
@@ -46,11 +46,11 @@ def deepspeed_config(config: Config, world_size: int, device: torch.device) -> d
     return sections
 
 
-def expert_parallel_section(experts: MixtureOfExperts, parallel: Parallel, moe_names: list[str]) -> dict[str, Any]:
+def expert_parallel_section(experts: MixtureOfExperts, size: int, moe_names: list[str]) -> dict[str, Any]:
     """AutoEP's section. It ignores misspelt keys, so the engine checks that every layer was converted."""
     return {
         "enabled": True,
-        "autoep_size": parallel.expert_parallel_size,
+        "autoep_size": size,
         "moe_layer_pattern": "|".join(re.escape(name) for name in moe_names),
         "router_pattern": "router",
         "expert_pattern": "experts",

@@ -172,6 +172,13 @@ def gather(own: Tensor) -> Tensor:
     return torch.stack(rows).cpu()
 
 
+def hosts() -> list[str]:
+    """The host of each rank, the same on all ranks. Collective."""
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
+
+
 def on_any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on at least one rank; the same on all ranks."""
     flags = torch.tensor([float(flag)], device=device)

@@ -78,7 +78,8 @@ def check_ranks(config: Config, device: torch.device) -> list[RankReport]:
 
     if findings := group.ask_rank_0(json.dumps(asdict(own)), compare):
         raise UserError(f"the ranks do not match:\n{findings}", agreed=True)
-    if warning := expert_groups_across_hosts(config.parallel.expert_parallel_size, [r.host for r in reports]):
+    size = config.parallel.expert_parallel_size
+    if size is not None and (warning := expert_groups_across_hosts(size, [report.host for report in reports])):
         log.warning(warning)
     return reports
 
@@ -184,7 +185,7 @@ def expert_groups_across_hosts(size: int, hosts: Sequence[str]) -> str | None:
             return (
                 f"parallel.expert_parallel_size = {size}: ranks {first} to {first + size - 1} share a set of experts "
                 f"across {len(group_hosts)} nodes ({', '.join(group_hosts)}): every loop step waits for the network; "
-                "choose a size that divides the number of processes of a node"
+                "choose a size that divides the number of processes of a node, or null"
             )
     return None
 

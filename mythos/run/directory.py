@@ -11,6 +11,7 @@ evaluations/, export/        what `mythos eval` and `mythos export` write
 environment.json             of version 0.1: the environments that are in events.jsonl now
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,16 @@ def write_config(config: Config) -> None:
 def keep_tokenizer(directory: Path, tokenizer: Path) -> None:
     """Copy the data's tokenizer into the run directory: the run can then be exported without its data."""
     write_atomically(RunDirectory(directory).tokenizer, tokenizer.read_bytes())
+
+
+def newest_checkpoint(directory: Path) -> tuple[str | None, int | None]:
+    """Name and step of the checkpoint that ``latest`` names; None for a run without one."""
+    run = RunDirectory(directory)
+    try:
+        name = run.latest.read_text(encoding="utf-8").strip()
+        return name, int(json.loads((run.checkpoints / name / STATE_FILE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
 
 
 def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]:

@@ -101,13 +101,14 @@ class Journal:
         self.fail(message, error.exit_code if isinstance(error, UserError) else FAILED_CODE)
 
 
-def environment(hosts: Sequence[str], device: str, precision: str) -> dict[str, Any]:
+def environment(hosts: Sequence[str], device: str, precision: str, expert_parallel_size: int) -> dict[str, Any]:
     """Where and with which software this attempt runs.
 
     Args:
         hosts: the host of each rank.
         device: rank 0's.
         precision: fp32 or bf16.
+        expert_parallel_size: 1 for a model without experts.
     """
     return {
         "command": shlex.join(sys.argv),
@@ -115,6 +116,7 @@ def environment(hosts: Sequence[str], device: str, precision: str) -> dict[str, 
         "ranks": len(hosts),
         "device": device,
         "precision": precision,
+        "expert_parallel_size": expert_parallel_size,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},

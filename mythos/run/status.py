@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mythos.errors import DONE, PREEMPTED, UserError
-from mythos.run.directory import CONFIG_FILE, STATE_FILE, RunDirectory
+from mythos.run.directory import CONFIG_FILE, RunDirectory, newest_checkpoint
 from mythos.run.find import is_run
 from mythos.run.journal import FAILED, STARTED, read_attempts, read_events
 from mythos.run.lock import is_held
@@ -44,6 +44,8 @@ class Status:
     checkpoint: str | None = None
     checkpoint_step: int | None = None
     attempts: int = 0
+    ranks: int | None = None
+    expert_parallel_size: int | None = None
     slurm_jobs: list[str] = field(default_factory=list)
     slurm_restarts: int = 0
     slurm_job: str | None = None
@@ -85,11 +87,13 @@ def _read(directory: Path, steps: int | None) -> Status:
     last = training[-1] if training else {}
     rates = [line["perf/tokens_per_second"] for line in training[-RECENT_STEPS:] if line.get("perf/tokens_per_second")]
     rate = statistics.median(rates) if rates else None
-    checkpoint, saved_step = _checkpoint(directory)
+    checkpoint, saved_step = newest_checkpoint(directory)
     step = max(last.get("step", 0), saved_step or 0)
     tokens = last.get("train/tokens")
     state, cause, host = _state(directory)
-    slurm = [_slurm_variables(attempt) for attempt in read_attempts(directory)]
+    attempts = read_attempts(directory)
+    slurm = [_slurm_variables(attempt) for attempt in attempts]
+    last_attempt = attempts[-1] if attempts else {}
     jobs = [variables for variables in slurm if variables]
     left = None
     if rate and tokens and steps is not None and state != "finished":
@@ -110,6 +114,8 @@ def _read(directory: Path, steps: int | None) -> Status:
         checkpoint=checkpoint,
         checkpoint_step=saved_step,
         attempts=len(slurm),
+        ranks=last_attempt.get("ranks"),
+        expert_parallel_size=last_attempt.get("expert_parallel_size"),
         slurm_jobs=list(dict.fromkeys(name for name in map(_job_name, jobs) if name)),
         slurm_restarts=_restarts(jobs),
         slurm_job=_job_name(slurm[-1]) if slurm else None,
@@ -129,6 +135,7 @@ def describe(status: Status) -> dict[str, str]:
         "left": None if status.seconds_left is None else _left(status),
         "checkpoint": status.checkpoint or "none yet",
         "attempts": str(status.attempts),
+        "ranks": None if status.ranks is None else f"{status.ranks}{_experts(status)}",
         "slurm jobs": f"{', '.join(status.slurm_jobs)} ({status.slurm_restarts} restarts)"
         if status.slurm_jobs
         else None,
@@ -178,6 +185,10 @@ def advice(status: Status) -> str | None:
             return remedy
         case _:
             return None
+
+
+def _experts(status: Status) -> str:
+    return f", expert-parallel size {status.expert_parallel_size}" if status.expert_parallel_size else ""
 
 
 def _left(status: Status) -> str:
@@ -239,16 +250,6 @@ def _last_validation(metrics: list[dict[str, Any]]) -> dict[str, float]:
         if found:
             return found
     return {}
-
-
-def _checkpoint(directory: Path) -> tuple[str | None, int | None]:
-    """Name and step of the newest complete checkpoint."""
-    run = RunDirectory(directory)
-    try:
-        name = run.latest.read_text(encoding="utf-8").strip()
-        return name, int(json.loads((run.checkpoints / name / STATE_FILE).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, None
 
 
 def _slurm_variables(attempt: dict[str, Any]) -> dict[str, str]:

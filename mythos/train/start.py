@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mythos.checkpoint import restore
-from mythos.config.derive import eval_depths, whole_mean_depth
+from mythos.config.derive import eval_depths, expert_parallel_size, whole_mean_depth
 from mythos.config.schema import Config
 from mythos.data.open import RunData, check_data_unchanged
 from mythos.engine.engine import TrainingEngine
@@ -175,7 +175,8 @@ def open_run(config: Config, device: torch.device, stop: StopRequest, accept: Se
         run_id = group.from_rank_0(lambda: lock.run_id if lock else "")
         hosts = [report.host for report in reports]
         # Only rank 0 records the environment, whose commit is looked up on a file system that all ranks may share.
-        journal.start(environment(hosts, str(device), precision(config, device)) if dist.get_rank() == 0 else {})
+        started = (str(device), precision(config, device), expert_parallel_size(config, hosts))
+        journal.start(environment(hosts, *started) if dist.get_rank() == 0 else {})
         found = restore.newest_valid(directory.checkpoints)
         watchdog.progress("building the model")
         yield OpenRun(config, stop, directory, data, changed, accept, found, watchdog, journal, run_id, lock)

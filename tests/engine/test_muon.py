@@ -31,12 +31,12 @@ MUON: dict[str, Any] = {
     "optim__epsilon": 1e-10,
 }
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ZeRO-0, EP 1": ("looped-moe", {"parallel__zero_stage": 0}),
+    "ZeRO-0, EP 1": ("looped-moe", {"parallel__zero_stage": 0, "parallel__expert_parallel_size": 1}),
     "ZeRO-0, EP 2": ("looped-moe", {"parallel__zero_stage": 0, "parallel__expert_parallel_size": 2}),
     "ZeRO-1, EP 2": ("looped-moe", {"parallel__zero_stage": 1, "parallel__expert_parallel_size": 2}),
-    "ZeRO-2, EP 1": ("looped-moe", {"parallel__zero_stage": 2}),
+    "ZeRO-2, EP 1": ("looped-moe", {"parallel__zero_stage": 2, "parallel__expert_parallel_size": 1}),
     "ZeRO-2, EP 2": ("looped-moe", {"parallel__zero_stage": 2, "parallel__expert_parallel_size": 2}),
-    "ZeRO-3, EP 1": ("looped-moe", {}),
+    "ZeRO-3, EP 1": ("looped-moe", {"parallel__expert_parallel_size": 1}),
     "ZeRO-3, EP 2": ("looped-moe", {"parallel__expert_parallel_size": 2}),
     "accumulation 2": ("looped-moe", {"train__micro_batch_sequences": 2}),
     "all options, ZeRO-3, EP 2": ("mythos", {"parallel__expert_parallel_size": 2}),

@@ -129,7 +129,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_start_is_refu
     done = run([BIN / "mythos", "checkpoint", "verify", tmp_path / "run"], 60, env=clean_environment())
     assert done.returncode == 2
     assert done.stdout.count("its content does not match the hash in the manifest") == 3
-    evaluated = run([BIN / "mythos", "eval", tmp_path / "run", "parallel.expert_parallel_size=1"], 60)
+    evaluated = run([BIN / "mythos", "eval", tmp_path / "run"], 60)
     assert evaluated.returncode == 2
     assert f"{layout.tag(18)} is damaged: " in evaluated.stderr
     for step in SAVED:

@@ -13,7 +13,7 @@ from tests.cluster import REPO, clean_environment
 MODEL, RUN = "configs/model/tiny-dense.yaml", "configs/run/demo.yaml"
 COMMANDS = {
     "short": ["params", MODEL],
-    "longer than a buffer": ["config", MODEL, RUN, "parallel.expert_parallel_size=1", "--ranks", "1"],
+    "longer than a buffer": ["config", MODEL, RUN, "--ranks", "1"],
     "help": ["--help"],
 }
 

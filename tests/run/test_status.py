@@ -234,7 +234,7 @@ def test_lines_of_many_writers_do_not_mix(directory: Path) -> None:
 def test_the_environment_of_every_attempt_is_recorded(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     for rank in (0, 1):
-        Journal(directory, rank).start(environment(["here", "there"], "cpu", "fp32"))
+        Journal(directory, rank).start(environment(["here", "there"], "cpu", "fp32", 2))
     (attempt,) = read_attempts(directory)  # by rank 0 alone
     assert (attempt["hosts"], attempt["ranks"], attempt["slurm"]["SLURM_JOB_ID"]) == (["here", "there"], 2, "7")
     assert attempt["packages"]["torch"]

@@ -28,7 +28,7 @@ def pools(one_rank: RankPool, two_ranks: RankPool, four_ranks: RankPool) -> dict
     return {1: one_rank, 2: two_ranks, 4: four_ranks}
 
 
-def of(model: str, data: Path, run: Path, ranks: int, experts: int, stage: int, **options: Any) -> Config:
+def of(model: str, data: Path, run: Path, ranks: int, experts: int | None, stage: int, **options: Any) -> Config:
     sharding = {"parallel__expert_parallel_size": experts, "parallel__zero_stage": stage}
     return tiny_config(model, data, run, ranks=ranks, train__steps=STEPS, **sharding, **options)
 
@@ -120,6 +120,6 @@ def failure(config: Config, found: Path) -> str:
 def test_a_checkpoint_of_another_model_is_refused(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     two_ranks.run(run_some_steps, of("looped-moe", tiny_data, tmp_path / "run", 2, 2, 3), 1)
     found = layout.latest(RunDirectory(tmp_path / "run").checkpoints)
-    messages = two_ranks.run(failure, of("looped", tiny_data, tmp_path / "other", 2, 1, 3), found)
+    messages = two_ranks.run(failure, of("looped", tiny_data, tmp_path / "other", 2, None, 3), found)
     assert messages[0] == messages[1]
     assert "feed_forward.gate_up.weight is missing, this model's is (96, 32): give the run's own" in messages[0]
