@@ -29,6 +29,7 @@ from data_prep.shards import WriteShard
 from data_prep.verify_shard import VerifyShard
 from mythos.errors import DONE, FAILED, UserError
 from mythos.ranks.messages import PATIENT_KEEP_ALIVE, Channel, Listener, connect
+from mythos.ranks.ports import PortServer, describe, find_port
 from mythos.ranks.token import REMEDY, new_token, publish_token, read_token, remove_token
 from mythos.ranks.variables import set_data_variables
 from mythos.ranks.world import World
@@ -69,11 +70,15 @@ class Workers:
         self._processes = processes
         self._workers: list[_Worker] = []
         self._listener: Listener | None = None
+        self._port_server: PortServer | None = None
 
     def __enter__(self) -> Self:
         set_data_variables(os.environ)
         if self._world.world_size > 1:
-            self._listener = _listen(self._world)
+            self._listener = Listener(new_token(self._world), self._world.world_size - 1, keep_alive=PATIENT_KEEP_ALIVE)
+            secret = self._world.secret(self._listener.token)
+            self._port_server = PortServer(self._world.ports, secret, self._listener.port)
+            publish_token(self._world, self._listener.token)
         if self._world.world_size > 1 or self._processes > 1:
             for _ in range(self._processes):
                 self._start_process()
@@ -88,12 +93,13 @@ class Workers:
         """Send all workers the end of the job and its exit code."""
         exit_code = DONE if error is None else getattr(error, "exit_code", FAILED)
         until = time.monotonic() + (MEET_TIMEOUT_S if error is None else GRACE_S)
-        if self._listener is not None:
+        if self._listener is not None and self._port_server is not None:
             # Ranks that connect late must be informed, too: otherwise they would wait until they time out.
             while len(self._ranks()) < self._world.world_size - 1 and time.monotonic() < until:
                 self._accept(self._listener, timeout_s=RETRY_S)
+            self._port_server.close()
             self._listener.close()
-            self._listener = None
+            self._listener = self._port_server = None
             with contextlib.suppress(OSError):  # the next job with this address and port replaces the file
                 remove_token(self._world)
         ranks = self._ranks()
@@ -250,28 +256,18 @@ def _wait_until_informed(channel: Channel, until: float) -> None:
             continue
 
 
-def _listen(world: World) -> Listener:
-    try:
-        listener = Listener(new_token(world), world.world_size - 1, world.port, PATIENT_KEEP_ALIVE)
-    except OSError as error:
-        raise UserError(
-            f"port {world.port} cannot be opened ({error.strerror}): set MASTER_PORT to a free port"
-        ) from None
-    publish_token(world, listener.token)
-    return listener
-
-
 def _connect(world: World) -> Channel:
     until = time.monotonic() + MEET_TIMEOUT_S
     while True:
         try:
             # Without a timeout: rank 0 accepts connections only while it distributes items.
             token = read_token(world)
-            return connect(world.address, world.port, token, world.rank, None, PATIENT_KEEP_ALIVE)
+            port = find_port(world.address, world.ports, world.secret(token))
+            return connect(world.address, port, token, world.rank, None, PATIENT_KEEP_ALIVE)
         except OSError as error:
             if time.monotonic() > until:
                 raise WorkerLost(
-                    f"rank 0 does not respond at {world.address}:{world.port} ({error}): check that the other nodes "
-                    f"reach that address (MASTER_ADDR) and have the same home directory, or {REMEDY}"
+                    f"rank 0 does not respond at {world.address}:{describe(world.ports)} ({error}): check that the "
+                    f"other nodes reach that address (MASTER_ADDR) and have the same home directory, or {REMEDY}"
                 ) from error
             time.sleep(RETRY_S)

@@ -3,6 +3,8 @@
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import Accept, Configuration, split_configuration
@@ -50,10 +52,19 @@ def run(
         stop.exit_after(config.preemption.grace_s)
         return config
 
-    return run_ranks(configure, work)
+    def journal(config: "Config", rank: int) -> AbstractContextManager[object]:
+        from mythos.run.journal import Journal
+
+        return Journal(Path(config.run.directory), rank)
+
+    return run_ranks(configure, work, journal)
 
 
-def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, torch.device], int]") -> int:
+def run_ranks(
+    configure: "Callable[[int], Config]",
+    work: "Callable[[Config, torch.device], int]",
+    journal: "Callable[[Config, int], AbstractContextManager[object]]" = lambda config, rank: nullcontext(),
+) -> int:
     """Join the other ranks and do the work; returns the exit code.
 
     An error is reported once, by rank 0 or by the only rank that knows of it, and ends the process. ``World``
@@ -62,6 +73,7 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
     Args:
         configure: loads the configuration for the number of ranks.
         work: called with the configuration and this rank's device.
+        journal: called with the configuration and the rank; records an error before ``work`` is called.
     """
     from mythos.errors import FAILED, UserError
     from mythos.ranks.exits import exit_now
@@ -86,7 +98,9 @@ def run_ranks(configure: "Callable[[int], Config]", work: "Callable[[Config, tor
         try:
             # Longer than the watchdog's limit, because its report names the cause and a failed collective does not.
             timeout_s = group.COLLECTIVE_TIMEOUT_S + max(config.train.watchdog_s, SLOW_LIMIT_S)
-            exit_code = work(config, group.start(config.device, timeout_s))
+            with journal(config, world.rank):
+                device = group.start(config.device, timeout_s, world)
+            exit_code = work(config, device)
             group.finish()
             return exit_code
         except UserError as error:

@@ -4,7 +4,9 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,27 +16,33 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from mythos.errors import UserError
+from mythos.ranks.ports import PortServer, describe, find_port
 from mythos.ranks.variables import set_training_variables
+from mythos.ranks.world import World
 from mythos.run.console import log
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT_S = 600.0
-MEET_TIMEOUT_S = 600.0
+MEET_TIMEOUT = timedelta(seconds=600)
+RETRY_S = 0.1
 WAITING_NOTICE_S = 30.0
 _store: dist.Store | None = None
 _questions = itertools.count()
 
 
-def start(device_option: str, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> torch.device:
+def start(
+    device_option: str, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S, world: World | None = None
+) -> torch.device:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; returns this rank's device.
 
     Args:
+        world: this rank's place, if the ranks themselves agree on a port; torchrun has opened MASTER_PORT.
         collective_timeout_s: a collective that takes longer fails. Choose it longer than the watchdog's limit, because
             the watchdog's report names the cause.
 
     Raises:
-        UserError: there is no GPU for this rank, MASTER_ADDR does not resolve on this host, MASTER_PORT is in use, or
-            the ranks do not reach each other within MEET_TIMEOUT_S.
+        UserError: there is no GPU for this rank, MASTER_ADDR does not resolve on this host, no port is free, or the
+            ranks do not reach each other within MEET_TIMEOUT.
     """
     device = _choose_device(device_option)
     _check_address(os.environ["MASTER_ADDR"])
@@ -47,37 +55,92 @@ def start(device_option: str, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
         # The same configuration, seed and data must give the same losses, bit for bit, on GPUs, too.
         torch.use_deterministic_algorithms(True, warn_only=True)
     global _store
-    _store, rank, ranks = _meet()
+    if world is None or world.launcher == "torchrun":
+        _store = _meet_at_master_port()
+    else:
+        _store = _meet(world)
+        os.environ["MASTER_PORT"] = str(_store.port)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("ranks", _store),
-        rank=rank,
-        world_size=ranks,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=collective_timeout_s),
     )
     return device
 
 
-def _meet() -> tuple[dist.Store, int, int]:
-    """Wait for all ranks; returns the store that they share, this rank, and the number of ranks."""
+def _meet_at_master_port() -> dist.Store:
+    """Wait for all ranks; returns the store that they share."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    with _notice(address):
+        try:
+            return next(rendezvous("env://", timeout=MEET_TIMEOUT))[0]
+        except dist.DistError as error:
+            if "EADDRINUSE" in str(error):
+                raise UserError(
+                    f"MASTER_PORT = {os.environ['MASTER_PORT']}: in use on this host: set MASTER_PORT to a free port, "
+                    "the same for all ranks"
+                ) from None
+            raise _did_not_meet(address, error) from None
+
+
+def _meet(world: World) -> dist.TCPStore:
+    """Wait for all ranks, whose store is at any free port of rank 0's host; returns it."""
+    address, others = f"{world.address}:{describe(world.ports)}", range(1, world.world_size)
+    secret = world.secret(world.token or "")
+    with _notice(address):
+        try:
+            port = _find_store(world, secret) if world.rank else 0
+            store = dist.TCPStore(
+                world.address,
+                port,
+                world.world_size,
+                is_master=world.rank == 0,
+                timeout=MEET_TIMEOUT,
+                wait_for_workers=False,
+            )
+            if world.rank:
+                store.set(f"rank {world.rank} is here", "")
+            elif others:
+                with PortServer(world.ports, secret, store.port) as server:
+                    if server.port != world.port:
+                        log.info(f"port {world.port} is in use on this host: the ranks meet at port {server.port}")
+                    store.wait([f"rank {rank} is here" for rank in others], MEET_TIMEOUT)
+            return store
+        except (dist.DistError, OSError) as error:
+            raise _did_not_meet(address, error) from None
+
+
+def _find_store(world: World, secret: str) -> int:
+    """The port of rank 0's store. Raises OSError if rank 0 does not answer within MEET_TIMEOUT."""
+    until = time.monotonic() + MEET_TIMEOUT.total_seconds()
+    while True:
+        try:
+            return find_port(world.address, world.ports, secret)
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(RETRY_S)
+
+
+@contextmanager
+def _notice(address: str) -> Iterator[None]:
+    """Report after a while that this rank still waits."""
     notice = threading.Timer(WAITING_NOTICE_S, log.warning, (f"still waiting for the other ranks at {address}",))
     notice.daemon = True
     notice.start()
     try:
-        return next(rendezvous("env://", timeout=timedelta(seconds=MEET_TIMEOUT_S)))
-    except dist.DistError as error:
-        if "EADDRINUSE" in str(error):
-            raise UserError(
-                f"MASTER_PORT = {os.environ['MASTER_PORT']}: in use on this host: set MASTER_PORT to a free port, the "
-                "same for all ranks"
-            ) from None
-        raise UserError(
-            f"{address}: the ranks did not meet ({str(error).splitlines()[0]}): check that every node has started its "
-            "ranks and that they reach this address and port (MASTER_ADDR, MASTER_PORT)"
-        ) from None
+        yield
     finally:
         notice.cancel()
+
+
+def _did_not_meet(address: str, error: Exception) -> UserError:
+    return UserError(
+        f"{address}: the ranks did not meet ({str(error).splitlines()[0]}): check that every node has started its "
+        "ranks and that they reach this address and port (MASTER_ADDR, MASTER_PORT)"
+    )
 
 
 def ask_rank_0(own: str, answer: Callable[[list[str]], str]) -> str:
@@ -87,7 +150,7 @@ def ask_rank_0(own: str, answer: Callable[[list[str]], str]) -> str:
     run different code.
 
     Raises:
-        UserError: a rank sends nothing within MEET_TIMEOUT_S.
+        UserError: a rank sends nothing within MEET_TIMEOUT.
     """
     assert _store is not None
     store = dist.PrefixStore(f"question {next(_questions)}", _store)

@@ -117,19 +117,18 @@ class Listener:
 
     Args:
         peers: the number of processes that are expected.
-        port: 0 for any free one.
         keep_alive: TCP options of the connections, in seconds (TCP_USER_TIMEOUT in milliseconds).
 
     Raises:
         OSError: the port cannot be opened.
     """
 
-    def __init__(self, token: str, peers: int, port: int = 0, keep_alive: Mapping[str, int] = KEEP_ALIVE) -> None:
+    def __init__(self, token: str, peers: int, keep_alive: Mapping[str, int] = KEEP_ALIVE) -> None:
         self.token, self._keep_alive = token, keep_alive
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         backlog = peers + UNKNOWN_CONNECTIONS
-        self._server = socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=backlog)
+        self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=backlog)
         self._server.setblocking(False)
         self.port: int = self._server.getsockname()[1]
         self._unknown: dict[Channel, float] = {}

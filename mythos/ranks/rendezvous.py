@@ -18,6 +18,9 @@ from mythos.errors import UserError
 LOOPBACK = "127.0.0.1"
 # Below Linux's ephemeral range (32768 and above), so that no outgoing connection uses one of these ports.
 FIRST_PORT, PORTS = 20000, 10000
+SPARE_PORTS = 19
+"""How many ports after the first one are tried if that is in use."""
+JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
 SCONTROL_TIMEOUT_S = 30
 
 _opened_mpi = False
@@ -30,7 +33,15 @@ class Meeting:
     address: str
     port: int
     token: str | None = None
+    users_port: bool = False
+    job: str = ""
+    """What all ranks of this job know and those of other jobs do not, as far as the launcher says; not a secret."""
     """A secret of this job's ranks; None if they do not share one yet (see ``mythos.ranks.token``)."""
+
+    @property
+    def spare_ports(self) -> tuple[int, ...]:
+        """The next ports, unless the user has chosen the port, which a firewall may require."""
+        return () if self.users_port else tuple(range(self.port + 1, min(self.port + 1 + SPARE_PORTS, 1 << 16)))
 
 
 def meet(
@@ -38,10 +49,11 @@ def meet(
 ) -> Meeting:
     """Where the ranks of this launcher meet; variables that the user has set take precedence."""
     address, port, token = environ.get("MASTER_ADDR"), _users_port(environ), environ.get("MYTHOS_JOB_TOKEN") or None
+    job = " ".join(environ.get(name, "") for name in JOB_VARIABLES) if launcher == "srun" else ""
     if address and port:
         # MPI is not initialised, which helps if MPI_Init fails; MPICH's mpiexec then does not end the others of a dead
         # rank.
-        return Meeting(address, port, token)
+        return Meeting(address, port, token, users_port=True, job=job)
     if launcher == "torchrun":
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
         raise UserError(
@@ -54,7 +66,14 @@ def meet(
         found = _by_slurm(environ, rank, address)
     else:
         found = _by_mpi(launcher, world_size, local_world_size) or _by_parent(environ, world_size, local_world_size)
-    return replace(found, address=address or found.address, port=port or found.port, token=token or found.token)
+    return replace(
+        found,
+        address=address or found.address,
+        port=port or found.port,
+        token=token or found.token,
+        users_port=port is not None,
+        job=job or found.job,
+    )
 
 
 def _users_port(environ: Mapping[str, str]) -> int | None:
@@ -195,4 +214,4 @@ def _by_parent(environ: Mapping[str, str], world_size: int, local_world_size: in
         )
     job = environ.get("PMIX_NAMESPACE")
     shared = zlib.crc32(job.encode()) if job else os.getppid()
-    return Meeting(LOOPBACK, FIRST_PORT + shared % PORTS)
+    return Meeting(LOOPBACK, FIRST_PORT + shared % PORTS, job=str(shared))

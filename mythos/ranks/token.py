@@ -5,6 +5,8 @@
 3. Otherwise, under a plain srun for example, a file in the home directory, which only the user can read. Rank 0 writes
    it when it listens and removes it at the end; a file that a killed job has left is replaced.
 
+Training needs none: its ranks trust the network as torch does, and recognise each other by the numbers of their job.
+
 Other users can read neither an environment nor such a file. Processes that one process starts need no secret: they
 inherit their connection.
 """
@@ -47,9 +49,10 @@ def remove_token(world: World) -> None:
 
 
 def token_file(world: World) -> Path:
-    """Named after the place where the ranks meet, which is the same for all of them."""
+    """Named after the job and the place where its ranks meet, which are the same for all of them."""
     try:
         home = Path.home()
     except RuntimeError as error:
         raise UserError(f"this user has no home directory for the job's secret: {REMEDY}") from error
-    return home / ".cache" / "mythos" / f"job-{world.address}-{world.port}.token"
+    name = "-".join(["job", world.address, str(world.port), *world.job.split()])
+    return home / ".cache" / "mythos" / f"{name}.token"

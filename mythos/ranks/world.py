@@ -52,6 +52,19 @@ class World:
     port: int
     token: str | None = field(default=None, repr=False)
     """The secret of this job's ranks, if they share one already: see ``mythos.ranks.token``."""
+    spare_ports: tuple[int, ...] = field(default=(), repr=False)
+    """Where the ranks meet if ``port`` is in use, in this order: see ``mythos.ranks.ports``."""
+    job: str = field(default="", repr=False, compare=False)
+    """What all ranks of this job know and those of other jobs do not; not a secret."""
+
+    def secret(self, token: str) -> str:
+        """With the job's token, what only the ranks of this job know; the same token may serve several jobs."""
+        return f"{token} {self.job}"
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """Where the ranks may meet, in the order in which rank 0 tries to open the ports."""
+        return (self.port, *self.spare_ports)
 
     @property
     def place(self) -> str:
@@ -105,7 +118,15 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         places = (rank, world_size, local_rank, local_world_size)
         _check(names, places, launcher)
     meeting = rendezvous.meet(environ, launcher, *places)
-    return World(launcher, *places, meeting.address, meeting.port, meeting.token)
+    return World(
+        launcher,
+        *places,
+        meeting.address,
+        meeting.port,
+        meeting.token,
+        meeting.spare_ports,
+        f"{os.getuid()} {meeting.job}",
+    )
 
 
 def _launcher(environ: Mapping[str, str]) -> str:

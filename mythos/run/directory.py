@@ -131,7 +131,7 @@ def prepare(config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]
     with os_errors_as_user_errors(place, "choose a directory that can be written"):
         if directory.config.exists():
             changed = _check_same_run(directory.config, config, accept)
-        elif directory.path.exists() and any(path.name != LOG_DIRECTORY for path in directory.path.iterdir()):
+        elif directory.path.exists() and not is_place_for_run(directory.path):
             raise UserError(f"{place}: not empty and not a run ({CONFIG_FILE} is missing): choose another directory")
         else:
             directory.path.mkdir(parents=True, exist_ok=True)
@@ -139,6 +139,12 @@ def prepare(config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]
         for needed in (directory.checkpoints, directory.logs, directory.tensorboard):
             needed.mkdir(exist_ok=True)
     return changed
+
+
+def is_place_for_run(directory: Path) -> bool:
+    """Whether the directory holds a run, or nothing but what a batch script and starts that failed leave. OSError."""
+    run = RunDirectory(directory)
+    return run.config.exists() or all(path in (run.logs, run.events) for path in directory.iterdir())
 
 
 def write_config(config: Config) -> None:

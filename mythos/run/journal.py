@@ -2,7 +2,8 @@
 
     {"event": "started", "hosts": ["node1", ...], ...}                by rank 0, once it holds the directory's lock
     {"event": "ended", "exit_code": 0, ...}                           by rank 0: finished (0) or preempted (85)
-    {"event": "failed", "exit_code": 1, "rank": 3, "message": ...}    by the rank that knows the cause
+    {"event": "failed", "exit_code": 1, "rank": 3, "message": ...}    by the rank that knows the cause, or without
+                                                                      a rank by slurm/pretrain.sh, if none does
 
 Every event has its time, host and process; ``started`` also has the environment of the attempt. When several ranks
 report a failure of one attempt, the first one is the cause. An attempt without an end was killed or is still running.
@@ -29,7 +30,7 @@ from mythos.errors import FAILED as FAILED_CODE
 from mythos.errors import UserError
 from mythos.files import read_json_lines
 from mythos.run.console import log
-from mythos.run.directory import RunDirectory
+from mythos.run.directory import RunDirectory, is_place_for_run
 from mythos.run.lock import is_held
 
 STARTED, ENDED, FAILED = "started", "ended", "failed"
@@ -43,7 +44,7 @@ class Journal:
     """A context manager around an attempt that records its start, its end, and the cause if it fails.
 
     An attempt that fails before it holds the directory's lock (its data may be missing) is recorded, too, unless the
-    directory has no run yet or another process is training there.
+    directory does not exist yet, holds something else, or another process is training there.
 
     Args:
         directory: the run directory.
@@ -71,10 +72,9 @@ class Journal:
 
     def fail(self, message: str, exit_code: int) -> None:
         """Record that the run failed, with a cause that this rank knows."""
-        if self._file is None and (not RunDirectory(self.directory).config.exists() or is_held(self.directory)):
-            return
         with suppress(OSError):  # the disk may be full, and a second error must not hide the first one
-            self._append(FAILED, exit_code=exit_code, rank=self.rank, message=message[:MESSAGE_CHARACTERS])
+            if self._file is not None or (is_place_for_run(self.directory) and not is_held(self.directory)):
+                self._append(FAILED, exit_code=exit_code, rank=self.rank, message=message[:MESSAGE_CHARACTERS])
 
     def _append(self, event: str, **details: Any) -> None:
         if self._file is None:

@@ -34,7 +34,7 @@ class Status:
     seconds_since_last_write: float | None = None
     step: int = 0
     steps: int | None = None
-    """None only where the configuration cannot be read, see ``problem``."""
+    """None if no start has succeeded yet, or if the configuration cannot be read, see ``problem``."""
     tokens: int | None = None
     loss: float | None = None
     validation: dict[str, float] = field(default_factory=dict)
@@ -127,7 +127,7 @@ def describe(status: Status) -> dict[str, str]:
     lines = {
         "run": status.directory,
         "state": _describe_state(status),
-        "step": describe_step(status) + (f" ({status.step / status.steps:.1%})" if status.steps else ""),
+        "step": f"{describe_step(status)} ({status.step / status.steps:.1%})" if status.steps else None,
         "tokens": None if status.tokens is None else f"{status.tokens:,}",
         "loss": None if status.loss is None else f"{status.loss:.4f}",
         "validation": ", ".join(f"{name} {loss:.4f}" for name, loss in status.validation.items()) or None,
@@ -200,8 +200,11 @@ def _left(status: Status) -> str:
     return f"{text}, finished at about {done:%Y-%m-%d %H:%M}"
 
 
-def _steps(directory: Path) -> int:
+def _steps(directory: Path) -> int | None:
     path = RunDirectory(directory).config
+    events = [event["event"] for event in read_events(directory)]
+    if not path.exists() and FAILED in events and STARTED not in events:
+        return None
     try:
         return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["steps"])
     except (FileNotFoundError, NotADirectoryError):
@@ -228,7 +231,9 @@ def _state(directory: Path) -> tuple[str, str | None, str | None]:
         cause = _first_cause(events)
         if cause.get("exit_code") == PREEMPTED:  # a stop was requested, and there was no time to save
             return "preempted", str(cause.get("message")), host
-        place = f"rank {cause.get('rank')} on {cause.get('host')}, exit code {cause.get('exit_code')}"
+        place = f"{cause.get('host')}, exit code {cause.get('exit_code')}"
+        if "rank" in cause:
+            place = f"rank {cause['rank']} on {place}"
         return "failed", f"{cause.get('message')} ({place})", host
     if events[-1]["event"] == STARTED:
         return "killed", None, host
@@ -238,10 +243,13 @@ def _state(directory: Path) -> tuple[str, str | None, str | None]:
 
 def _first_cause(events: list[dict[str, Any]]) -> dict[str, Any]:
     """The first failure of the last attempt: the errors of other ranks only follow from it."""
-    first = len(events) - 1
-    while first > 0 and events[first - 1]["event"] == FAILED:
-        first -= 1
-    return events[first]
+    cause, ranks = events[-1], set()
+    for event in reversed(events):
+        if event["event"] != FAILED or event.get("rank") in ranks:  # a second failure of a rank: an earlier attempt
+            break
+        cause = event
+        ranks.add(event.get("rank"))
+    return cause
 
 
 def _last_validation(metrics: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Workers as processes and as ranks, and what happens when one fails or dies: all end in seconds, with one line."""
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import re
@@ -21,6 +22,7 @@ from data_prep.workers import WorkerLost, Workers, serve
 from mythos.errors import UserError
 from mythos.ranks import token
 from mythos.ranks.messages import Listener
+from mythos.ranks.ports import PortServer, find_port
 from mythos.ranks.world import World
 from tests.cluster import clean_environment
 
@@ -46,7 +48,7 @@ def rank_1_of(world: World) -> World:
 def start_rank_1(world: World) -> subprocess.Popen[str]:
     code = (
         "import sys; from data_prep.workers import serve; from mythos.ranks.world import World; "
-        f"sys.exit(serve(World('mpich', 1, 2, 1, 2, '127.0.0.1', {world.port}, {world.token!r})))"
+        f"sys.exit(serve(World('mpich', 1, 2, 1, 2, '127.0.0.1', {world.port}, {world.token!r}, {world.spare_ports})))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code], env=clean_environment(), stderr=subprocess.PIPE, encoding="utf-8"
@@ -64,8 +66,9 @@ def test_rank_1_does_the_work_and_strangers_get_none(world: World, several_sourc
     contents += [struct.pack(">I", len(text)) + text for text in (b'{"rank": 1}', hello)]
     with Workers(world, processes=0) as workers, contextlib.ExitStack() as cleanup:
         strangers = []
-        for content in contents:
-            strangers.append(cleanup.enter_context(socket.create_connection((world.address, world.port))))
+        service = find_port(world.address, world.ports, world.secret("secret"))
+        for content, port in itertools.product(contents, (world.port, service)):
+            strangers.append(cleanup.enter_context(socket.create_connection((world.address, port))))
             strangers[-1].sendall(content)
         rank_1 = start_rank_1(world)
         sizes = [size for size, _ in hash_all(workers, several_sources)]  # type: ignore[misc]
@@ -145,7 +148,10 @@ def test_a_dead_rank_1_ends_rank_0(world: World, several_sources: list[Path]):
 
 
 def test_a_dead_rank_0_ends_rank_1(world: World):
-    with Listener("secret", 1, world.port) as listener:
+    with (
+        Listener("secret", 1) as listener,
+        PortServer(world.ports, world.secret(listener.token), listener.port),
+    ):
         rank_1 = start_rank_1(world)
         peers = listener.accept(LIMIT_S)
         while not peers:
@@ -153,6 +159,19 @@ def test_a_dead_rank_0_ends_rank_1(world: World):
         peers[0].channel.close()
         assert rank_1.wait(LIMIT_S) == 1
     assert "rank 0 died" in rank_1.communicate()[1]
+
+
+def test_a_port_that_is_taken(world: World, several_sources: list[Path]):
+    """By services that accept connections and say nothing."""
+    world = replace(world, spare_ports=(world.port + 1, world.port + 2))
+    with contextlib.ExitStack() as cleanup:
+        for port in world.ports[:2]:
+            with contextlib.suppress(OSError):  # it is in use already
+                cleanup.enter_context(socket.create_server(("", port)))
+        rank_1 = start_rank_1(world)
+        with Workers(world, processes=0) as workers:
+            assert len(hash_all(workers, several_sources)) == len(several_sources)
+    assert rank_1.wait(LIMIT_S) == 0
 
 
 def test_a_rank_0_that_never_responds(world: World, monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -88,6 +87,19 @@ def test_a_running_run(directory: Path) -> None:
         ),
         (
             [
+                (FAILED, {"rank": 0, "host": "node1", "exit_code": 2, "message": "no such host"}),  # an attempt before
+                (FAILED, {"rank": 0, "host": "node1", "exit_code": 2, "message": "no data"}),
+            ],
+            "failed",
+            "no data (rank 0 on node1, exit code 2)",
+        ),
+        (
+            [(FAILED, {"host": "node1", "exit_code": 137, "message": "job 7 ended: see log/slurm-7.out"})],
+            "failed",
+            "job 7 ended: see log/slurm-7.out (node1, exit code 137)",
+        ),
+        (
+            [
                 (STARTED, {}),
                 (ENDED, {"exit_code": 85}),
                 (FAILED, {"rank": 0, "host": "node1", "exit_code": 2, "message": "no data"}),
@@ -120,34 +132,6 @@ def test_jobs_and_restarts_are_counted(written_by_version_0_1: int, directory: P
     status = read_status(directory)
     assert (status.attempts, status.slurm_jobs, status.slurm_restarts) == (5, ["7", "9"], 2)
     assert "slurm jobs  7, 9 (2 restarts)" in describe(status)
-
-
-def test_a_task_of_a_job_array_is_named_as_slurm_names_it(directory: Path) -> None:
-    """The last task has the array's number as its SLURM_JOB_ID."""
-    for task, job in (("0", "8"), ("1", "7")):
-        slurm = {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": task}
-        append_event(directory, STARTED, command="mythos train", slurm=slurm | {"SLURM_RESTART_COUNT": "1"})
-    append_event(directory, ENDED, exit_code=85)
-    status = read_status(directory)
-    assert (status.slurm_jobs, status.slurm_job, status.slurm_restarts) == (["7_0", "7_1"], "7_1", 2)
-    assert "`squeue --job=7_1` shows whether" in describe(status)
-
-
-def test_no_second_job_is_suggested_while_slurm_may_restart_the_first(directory: Path) -> None:
-    started: dict[str, Any] = {"event": STARTED, "command": "mythos train"}
-    append_event(directory, **started, slurm={})
-    append_event(directory, ENDED, exit_code=85)
-    assert "preempted, saved: start it again to resume" in describe(read_status(directory))
-    append_event(directory, **started, slurm={"SLURM_JOB_ID": "7"})
-    append_event(directory, ENDED, exit_code=85)
-    squeue = "`squeue --job=7` shows whether Slurm will restart it"
-    assert f"preempted, saved: {squeue}; if not, start it again to resume" in describe(read_status(directory))
-    append_event(directory, FAILED, rank=0, host="node1", exit_code=1, message="rank 1 died")
-    assert f"rank 1 died (rank 0 on node1, exit code 1); {squeue}" in describe(read_status(directory))
-    append_event(directory, **started, slurm={"SLURM_JOB_ID": "7"})
-    assert re.search(rf"killed on .*: {squeue}; if not", describe(read_status(directory)))
-    append_event(directory, **started, slurm={})
-    assert "squeue" not in describe(read_status(directory)), "the last attempt was started outside Slurm"
 
 
 def test_only_the_end_of_long_metrics_is_read(directory: Path) -> None:

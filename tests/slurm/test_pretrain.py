@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -103,9 +104,14 @@ def test_two_nodes_give_the_curve_of_one_machine_and_the_checkpoints_are_evaluat
 def test_usr1_saves_requeues_and_the_curve_is_the_undisturbed_one_bit_for_bit(
     undisturbed: list[tuple[int, float]], tiny_data: Path, tmp_path: Path, slurm_cluster: dict[str, str]
 ) -> None:
+    """Also while another service is at the port that follows from the job's number."""
     directory = tmp_path / "run"
-    job = pretrain(slurm_cluster, tmp_path, TWO_BY_ONE, *options(tiny_data, directory))
-    job.wait_for_step(directory, 4)
+    job = pretrain(slurm_cluster, tmp_path, (*TWO_BY_ONE, "--hold"), *options(tiny_data, directory))
+    port = 20000 + int(job.number) % 10000
+    with socket.create_server(("", port)):
+        scontrol(slurm_cluster, "release", job.number)
+        job.wait_for_step(directory, 4)
+    assert f"port {port} is in use on this host: the ranks meet at port " in job.log()
     assert read_status(directory).state == "running"
     job.scancel("--batch", "--signal=USR1")
     job.wait_until("the requeue", lambda: "requeued" in job.log())
@@ -191,16 +197,28 @@ def test_a_bad_configuration_fails_at_once_and_is_not_requeued(
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_data_and_an_address_that_does_not_resolve_end_the_job_with_code_2(
+def test_starts_that_fail_end_with_code_2_and_status_reports_the_cause(
     tiny_data: Path, tmp_path: Path, slurm_cluster: dict[str, str]
 ) -> None:
-    nowhere = {"MASTER_ADDR": "no-such-host.invalid"}
-    words = options(tiny_data, tmp_path / "run")
-    unresolved = submit(slurm_cluster | nowhere, tmp_path / "address.out", *TWO_BY_ONE, "slurm/pretrain.sh", *words)
-    no_data = options(Path("/nowhere"), tmp_path / "other")
-    missing = submit(slurm_cluster, tmp_path / "data.out", *TWO_BY_ONE, "slurm/pretrain.sh", *no_data)
-    assert unresolved.end(60) == "FAILED"
+    def start(name: str, data: Path, **variables: str) -> Job:
+        words = ("slurm/pretrain.sh", *options(data, tmp_path / name))
+        return submit(slurm_cluster | variables, tmp_path / f"{name}.out", *TWO_BY_ONE, *words)
+
+    with socket.create_server(("", 0)) as service:
+        port = str(service.getsockname()[1])
+        taken = start("taken", tiny_data, MASTER_PORT=port)
+        unresolved = start("unresolved", tiny_data, MASTER_ADDR="no-such-host.invalid")
+        missing = start("missing", Path("/nowhere"))
+        assert [job.end(60) for job in (taken, unresolved, missing)] == ["FAILED"] * 3
     assert re.search(r"rank \d on node\d: MASTER_ADDR = 'no-such-host.invalid' does not resolve here", unresolved.log())
-    assert missing.end(60) == "FAILED"
     assert missing.log().count("/nowhere/manifest.json: no such file") == 1
-    assert (unresolved.show("ExitCode"), missing.show("ExitCode")) == ("2:0", "2:0")
+    assert [job.show("ExitCode") for job in (taken, unresolved, missing)] == ["2:0"] * 3
+    causes = {
+        "taken": f"MASTER_PORT = {port}: cannot be opened on this host (Address already in use)",
+        "unresolved": "MASTER_ADDR = 'no-such-host.invalid' does not resolve here",
+        "missing": "/nowhere/manifest.json: no such file",
+    }
+    for name, cause in causes.items():
+        status = read_status(tmp_path / name)
+        assert status.state == "failed"
+        assert cause in str(status.cause)

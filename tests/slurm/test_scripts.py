@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mythos.run.status import read_status
 from tests.cluster import REPO, SCRIPT, run
 from tests.require import require
 from tests.slurm.jobs import TWO_BY_ONE, Job, submit, submit_pretrain
@@ -75,16 +76,19 @@ def test_a_step_that_cannot_start_is_not_a_lost_node(stand_in: dict[str, str], t
     assert job.show("Restarts") == "0"
 
 
-@pytest.mark.parametrize("code", ["1", "7"])
+@pytest.mark.parametrize(("words", "code"), [(["1"], "1"), (["unbegun", "7"], "7")])
 def test_a_crash_is_not_requeued_and_its_exit_code_is_the_jobs(
-    code: str, stand_in: dict[str, str], tmp_path: Path
+    words: list[str], code: str, stand_in: dict[str, str], tmp_path: Path
 ) -> None:
-    job = submit_pretrain(stand_in, tmp_path / "out", code)
+    job = submit_pretrain(stand_in, tmp_path / "out", *words)
     assert job.end(60) == "FAILED"
     assert (job.show("Restarts"), job.show("ExitCode")) == ("0", f"{code}:0")
     assert "does not respond" not in job.log()
     log = next((tmp_path / "run" / "log").glob("slurm-*.out"))
     assert log.samefile(tmp_path / "out"), "the same file under the run directory"
+    if "unbegun" in words:  # no rank can have recorded the cause
+        cause = f"job {job.number} ended before the run had begun: see log/{log.name} ("
+        assert str(read_status(tmp_path / "run").cause).startswith(cause)
 
 
 def test_a_chain_continues_after_a_save_and_stops_after_a_crash(stand_in: dict[str, str], tmp_path: Path) -> None:
