@@ -100,15 +100,24 @@ def find(run: Path, step: int | None) -> Path:
     raise UserError(f"step {step}: {run} has checkpoints of steps {steps}")
 
 
-def damaged_files(checkpoint: Path, manifest: Manifest, only: Iterable[str] | None = None) -> dict[str, str]:
-    """Read the listed files, or only some of them; returns a message for each file that is missing or damaged."""
+def damaged_files(
+    checkpoint: Path,
+    manifest: Manifest,
+    only: Iterable[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """Read the listed files, or only some of them; returns a message for each file that is missing or damaged.
+
+    Args:
+        progress: is called with the number of bytes of each chunk that was read.
+    """
     messages = {}
     for name in sorted(manifest.files if only is None else only):
         path = checkpoint / name
         try:
             if message := _wrong_size(checkpoint, manifest, name):
                 messages[name] = message
-            elif hash_file(path) != manifest.files[name].xxh3_64:
+            elif hash_file(path, progress) != manifest.files[name].xxh3_64:
                 messages[name] = f"{path}: damaged, its content does not match the hash in the manifest"
         except OSError as error:
             messages[name] = f"{path}: {error.strerror}"

@@ -19,14 +19,21 @@ from mythos.checkpoint.snapshot import world_shape
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
 from mythos.ranks.group import agree, from_rank_0
-from mythos.run.console import log
+from mythos.run.console import Notices, log
 from mythos.run.directory import LATEST_FILE, MANIFEST_FILE
 
+Progress = Callable[[str], None]
+"""Called now and then during long work with what the run is doing: ``Watchdog.progress``."""
+MB = 10**6
 CHECK_AGAIN_AFTER_S = 2.0
 """The pause before a bad file is checked again: a network file system may have shown an outdated state."""
 
 
-def newest_valid(directory: Path) -> Path | None:
+def unwatched(activity: str) -> None:
+    """The ``Progress`` of a process without a watchdog."""
+
+
+def newest_valid(directory: Path, progress: Progress = unwatched) -> Path | None:
     """The newest checkpoint whose files are all valid; None for a run without checkpoints. Collective.
 
     Partial and damaged checkpoints are logged and set aside, and so are those newer than the chosen one, whose steps
@@ -37,7 +44,7 @@ def newest_valid(directory: Path) -> Path | None:
     """
     damaged: dict[Path, str] = {}
     for candidate in from_rank_0(lambda: _set_partial_ones_aside(directory)):
-        problem = _find_damage(candidate)
+        problem = _find_damage(candidate, progress)
         if problem is None:
             from_rank_0(lambda: _make_current(directory, candidate, damaged))  # noqa: B023
             return candidate
@@ -48,17 +55,17 @@ def newest_valid(directory: Path) -> Path | None:
     return None
 
 
-def check(found: Path) -> None:
+def check(found: Path, progress: Progress = unwatched) -> None:
     """Check all files of a checkpoint. Collective.
 
     Raises:
         UserError: a file is damaged or missing.
     """
-    if problem := _find_damage(found):
+    if problem := _find_damage(found, progress):
         raise UserError(f"{found.name} is damaged: {problem}: choose another one", agreed=True)
 
 
-def load(engine: TrainingEngine, found: Path) -> dict[str, Any]:
+def load(engine: TrainingEngine, found: Path, progress: Progress = unwatched) -> dict[str, Any]:
     """Fill the engine from a checkpoint that any number of ranks has written; returns the saved state. Collective.
 
     Raises:
@@ -70,16 +77,17 @@ def load(engine: TrainingEngine, found: Path) -> dict[str, Any]:
         changes = ", ".join(f"{key} {then[key]} -> {now[key]}" for key in now if then.get(key) != now[key])
         log.info(f"{found.name} was written with another layout ({changes}): every rank reads the parts it needs")
     agree(lambda: _check_same_model(engine, reader))
-    agree(lambda: _read_shards(engine, reader))
+    agree(lambda: _read_shards(engine, reader, progress))
     engine.refresh_weights()
     return state
 
 
-def _read_shards(engine: TrainingEngine, reader: CheckpointReader) -> None:
+def _read_shards(engine: TrainingEngine, reader: CheckpointReader, progress: Progress) -> None:
     engine.optimizer.state.clear()  # a run that goes back to a checkpoint has the state of later updates
     converted = 0
     try:
         for shard in engine.shards():
+            progress(f"reading {reader.checkpoint.name}")
             reader.weights(shard.name, shard.start, shard.stop, shard.weights(shard.start, shard.stop))
             saved = reader.optimizer_state(shard.name, shard.start, shard.stop)
             shard.set_optimizer_state(saved, reader.optimizer_steps(shard.name))
@@ -104,13 +112,13 @@ def _check_same_model(engine: TrainingEngine, reader: CheckpointReader) -> None:
             )
 
 
-def _find_damage(checkpoint: Path) -> str | None:
+def _find_damage(checkpoint: Path, progress: Progress) -> str | None:
     """A message about the damaged files of a checkpoint; each rank checks some of the files. Collective.
 
     Rank 0 checks again, some seconds later, what a rank could not read: it may have been an outdated view.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    messages = agree(lambda: _damaged_files(checkpoint, lambda names: names[rank::ranks]))
+    messages = agree(lambda: _damaged_files(checkpoint, lambda names: names[rank::ranks], progress))
     by_rank: list[Any] = [None] * ranks
     dist.all_gather_object(by_rank, (socket.gethostname(), messages))
     found = {name: (rank, host, text) for rank, (host, each) in enumerate(by_rank) for name, text in each.items()}
@@ -119,7 +127,8 @@ def _find_damage(checkpoint: Path) -> str | None:
 
     def check_again() -> list[str]:
         time.sleep(CHECK_AGAIN_AFTER_S)
-        return list(_damaged_files(checkpoint, lambda names: [name for name in names if name in found]).values())
+        bad = _damaged_files(checkpoint, lambda names: [name for name in names if name in found], progress)
+        return list(bad.values())
 
     if again := from_rank_0(check_again):
         return again[0] + (f" and {len(again) - 1} more" if again[1:] else "")
@@ -129,7 +138,7 @@ def _find_damage(checkpoint: Path) -> str | None:
     )
 
 
-def _damaged_files(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -> dict[str, str]:
+def _damaged_files(checkpoint: Path, choose: Callable[[list[str]], list[str]], progress: Progress) -> dict[str, str]:
     """A message for each of the chosen files that is damaged; for the manifest if that is damaged."""
     try:
         manifest = Manifest.load(checkpoint)
@@ -137,7 +146,16 @@ def _damaged_files(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -
         raise
     except UserError as error:
         return {MANIFEST_FILE: str(error)}
-    return layout.damaged_files(checkpoint, manifest, choose(sorted(manifest.files)))
+    names, activity, done_bytes = choose(sorted(manifest.files)), f"checking {checkpoint.name}", 0
+    notices = Notices(activity, sum(manifest.files[name].bytes for name in names) // MB, "MB on this rank")
+
+    def count(chunk_bytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes += chunk_bytes
+        progress(activity)
+        notices.report(done_bytes // MB)
+
+    return layout.damaged_files(checkpoint, manifest, names, count)
 
 
 def _set_partial_ones_aside(directory: Path) -> list[Path]:

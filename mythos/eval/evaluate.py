@@ -38,12 +38,10 @@ def evaluate_checkpoint(config: Config, device: torch.device, found: Path) -> di
     preflight.check_ranks(config, device)
     with Watchdog(config.train.watchdog_s) as watchdog:
         data = preflight.open_data_everywhere(config)
-        watchdog.progress("checking the checkpoint")
-        restore.check(found)
+        restore.check(found, watchdog.progress)
         watchdog.progress("building the model")
         engine = TrainingEngine(config, device)
-        watchdog.progress("reading the checkpoint")
-        step = restore.load(engine, found)["step"]
+        step = restore.load(engine, found, watchdog.progress)["step"]
         losses = validate(
             engine,
             data.validation,

@@ -33,6 +33,8 @@ from mythos.run.journal import Journal
 POLL_S = 0.5
 SLOW_LIMIT_S = 1800.0
 """The least limit while a large model is built, kernels are compiled, or a slow disk is written."""
+SHARES_PER_LIMIT = 8
+"""How often within the limit a rank that makes progress informs the others."""
 CONNECT_TIMEOUT_S = 60.0
 RESPONSE_S = 5.0
 """How long rank 0 waits for the other ranks to write their stacks; the others wait twice as long for rank 0."""
@@ -47,7 +49,7 @@ class Watchdog:
     """Watches the run inside a ``with`` block. Creating it is collective.
 
     Args:
-        limit_s: the longest time without a call of ``progress``; at least SLOW_LIMIT_S until ``started``.
+        limit_s: the longest time without a call of ``progress`` on any rank; at least SLOW_LIMIT_S until ``started``.
         journal: where the rank that ends the run records the cause.
 
     Raises:
@@ -58,7 +60,9 @@ class Watchdog:
         self.rank = dist.get_rank()
         self._journal = journal
         self._limit_s, self._limit_after_start_s = max(limit_s, SLOW_LIMIT_S), limit_s
-        self._last_progress, self._activity = time.monotonic(), "starting"
+        self._own_progress, self._activity = time.monotonic(), "starting"
+        self._last_progress = self._shared_progress = self._own_progress
+        """The last progress of any rank, as far as known here, and what this rank has told the others."""
         self._closed = False
         self._hangs = False
         self._peers = {peer.rank: peer for peer in _connect_to_rank_0()}
@@ -72,7 +76,8 @@ class Watchdog:
 
     def progress(self, activity: str) -> None:
         """Report progress; ``activity`` says what the run does next, for the report in case it hangs."""
-        self._last_progress, self._activity = time.monotonic(), activity
+        self._own_progress, self._activity = time.monotonic(), activity
+        self._last_progress = self._own_progress
 
     def started(self) -> None:
         """The first step is done: from now on the run's own limit applies."""
@@ -120,16 +125,24 @@ class Watchdog:
             while not self._closed:
                 stacks.write_stacks_and_exit_later(self._limit_s + FROZEN_S)
                 self._receive(POLL_S)
+                self._share_progress()
                 if time.monotonic() - self._last_progress > self._limit_s:
                     self._end_hanging_run()
         except Exception as error:  # of any kind: without this thread the run would be unwatched
             self._exit(f"the watchdog of rank {self.rank} failed: {error!r}", FAILED, logging.ERROR)
 
-    def _send_all(self, kind: str, text: str = "", exit_code: int = FAILED) -> None:
+    def _share_progress(self) -> None:
+        """Inform the other ranks of progress, so that those that wait for this rank do not take it for a hang."""
+        known = self._last_progress if self.rank == 0 else self._own_progress  # rank 0 passes on that of the others
+        if known - self._shared_progress >= self._limit_s / SHARES_PER_LIMIT:
+            self._shared_progress = known
+            self._send_all("progress", age_s=time.monotonic() - known)
+
+    def _send_all(self, kind: str, text: str = "", exit_code: int = FAILED, age_s: float = 0.0) -> None:
         for peer in self._peers.values():
             if peer.rank not in self._finished:
                 try:
-                    peer.channel.send({"kind": kind, "text": text, "exit_code": exit_code})
+                    peer.channel.send({"kind": kind, "text": text, "exit_code": exit_code, "age_s": age_s})
                 except OSError:  # `_receive` handles a dead peer; after "finished" a peer may end
                     if kind == "finished":
                         self._finished.add(peer.rank)
@@ -152,6 +165,8 @@ class Watchdog:
                 continue
             for message in messages:
                 match message["kind"]:
+                    case "progress":
+                        self._last_progress = max(self._last_progress, time.monotonic() - message["age_s"])
                     case "finished":
                         self._finished.add(peer.rank)
                     case "failed":

@@ -27,7 +27,7 @@ def recover(
     if not (spiked and options.spike_rewind):
         return None
     with watchdog.patience(f"going back after step {state.step}"):
-        return _rewind(options, engine, saver, state)
+        return _rewind(options, engine, saver, watchdog, state)
 
 
 def _report_bad_step(options: Train, saver: Saver, state: RunState) -> None:
@@ -42,12 +42,14 @@ def _report_bad_step(options: Train, saver: Saver, state: RunState) -> None:
         )
 
 
-def _rewind(options: Train, engine: TrainingEngine, saver: Saver, state: RunState) -> RunState | None:
+def _rewind(
+    options: Train, engine: TrainingEngine, saver: Saver, watchdog: Watchdog, state: RunState
+) -> RunState | None:
     """Go back to the newest checkpoint and leave out the data read since; None if there is no checkpoint yet."""
     saver.finish()
     if missing := saver.missing_directory():
         raise TrainingError(f"step {state.step}: cannot go back after a loss spike: {missing}")
-    found = restore.newest_valid(saver.directory)
+    found = restore.newest_valid(saver.directory, watchdog.progress)
     if found is None:
         log.warning("there is no checkpoint yet to go back to: training continues")
         return None
@@ -56,7 +58,7 @@ def _rewind(options: Train, engine: TrainingEngine, saver: Saver, state: RunStat
             f"step {state.step}: the loss has spiked again after {state.rewinds} rewinds (train.max_rewinds); last "
             f"checkpoint: {found}: lower optim.learning_rate or check the data"
         )
-    saved = RunState.from_dict(restore.load(engine, found))
+    saved = RunState.from_dict(restore.load(engine, found, watchdog.progress))
     left_out = state.samples - saved.samples
     log.warning(f"going back to {found} at step {saved.step}; the next {left_out} sequences are left out")
     return state.rewound_to(saved)

@@ -62,8 +62,7 @@ class OpenRun:
         """
         if self.found is None:
             return RunState(self.data.identity, self.run_id)
-        self.watchdog.progress("reading the checkpoint")
-        state = RunState.from_dict(restore.load(engine, self.found))
+        state = RunState.from_dict(restore.load(engine, self.found, self.watchdog.progress))
         if state.run_id not in ("", self.run_id):
             raise UserError(
                 f"{self.found}: of another run ({state.run_id}, this directory's run_id is {self.run_id}): move it out "
@@ -177,7 +176,7 @@ def open_run(config: Config, device: torch.device, stop: StopRequest, accept: Se
         # Only rank 0 records the environment, whose commit is looked up on a file system that all ranks may share.
         started = (str(device), precision(config, device), expert_parallel_size(config, hosts))
         journal.start(environment(hosts, *started) if dist.get_rank() == 0 else {})
-        found = restore.newest_valid(directory.checkpoints)
+        found = restore.newest_valid(directory.checkpoints, watchdog.progress)
         watchdog.progress("building the model")
         yield OpenRun(config, stop, directory, data, changed, accept, found, watchdog, journal, run_id, lock)
 

@@ -11,6 +11,7 @@ from mythos.checkpoint.layout import find
 from mythos.config.schema import Config
 from mythos.data.dataset import TokenDataset
 from mythos.eval.evaluate import evaluate_checkpoint
+from mythos.ranks.watchdog import Watchdog
 from mythos.run.directory import RunDirectory
 from mythos.run.metrics import read_metrics
 from tests.data.conftest import write_data_set
@@ -74,6 +75,25 @@ def test_every_evaluation_has_a_file_of_its_own(
     otherwise = tiny_config("looped", tiny_data, run, ranks=2, train__steps=STEPS, seed=9)
     first, second = two_ranks.run(evaluate, otherwise)
     assert first == second == pytest.approx(trained, rel=1e-5), "neither ranks nor seed change the rows"
+
+
+def activities(config: Config) -> list[str]:
+    """What the watchdog is told during an evaluation, in order."""
+    with pytest.MonkeyPatch.context() as patch:
+        told: list[str] = []
+        patch.setattr(Watchdog, "progress", lambda _, activity: told.append(activity))
+        evaluate(config)
+    return list(dict.fromkeys(told))
+
+
+def test_every_long_phase_is_progress_for_the_watchdog(run: Path, one_rank: RankPool, tiny_data: Path) -> None:
+    config = tiny_config("looped", tiny_data, run, train__steps=STEPS)
+    assert one_rank.run(activities, config)[0] == [
+        "checking step_00000004",
+        "building the model",
+        "reading step_00000004",
+        "validation after step 4",
+    ]
 
 
 def losses_in(result: dict[str, Any]) -> dict[str, float]:

@@ -5,10 +5,16 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
+import pytest
+import torch.distributed as dist
+
+from mythos.ranks.watchdog import Watchdog
 from tests.cluster import REPO, clean_environment
 from tests.require import missing
+from tests.spawn import RankPool
 
 STUCK_DISK = """
     import logging, time
@@ -92,6 +98,22 @@ def test_a_process_with_a_blocked_interpreter_writes_its_stacks_and_exits(tmp_pa
         done = python(FROZEN, stderr=errors)
     assert done.returncode == 1
     assert "in library_that_holds_the_lock" in (tmp_path / "errors").read_text(encoding="utf-8")
+
+
+def work_while_the_others_wait(busy_rank: int) -> bool:
+    """One rank makes progress for twice the limit, the others wait for it."""
+    with Watchdog(2.0) as watchdog:
+        watchdog.started()
+        for _ in range(20 if dist.get_rank() == busy_rank else 0):
+            time.sleep(0.2)
+            watchdog.progress("reading a large file")
+        dist.barrier()
+    return True
+
+
+@pytest.mark.parametrize("busy_rank", [0, 3])
+def test_ranks_that_wait_for_one_that_makes_progress_do_not_hang(busy_rank: int, four_ranks: RankPool) -> None:
+    assert four_ranks.run(work_while_the_others_wait, busy_rank) == [True] * 4
 
 
 START = """
