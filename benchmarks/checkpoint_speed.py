@@ -21,7 +21,7 @@ from mythos.checkpoint.snapshot import world_shape
 from mythos.config.load import validate
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
-from mythos.engine.schedule import schedule
+from mythos.plan.schedule import schedule
 from mythos.ranks import group
 from mythos.ranks.world import read_world
 from mythos.run.directory import RunDirectory

@@ -68,14 +68,21 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str
     return found
 
 
-def refusal(changed: Differences, accept: Sequence[str]) -> str | None:
-    """Why a run cannot be resumed with these changes, and the remedy; None if it can be."""
+def refusal(changed: Differences, accept: Sequence[str], rates: Differences, rate_jumps: bool) -> str | None:
+    """Why a run cannot be resumed with these changes, and the remedy; None if it can be.
+
+    Args:
+        rates: the learning rate that follows from the changes, for the message.
+        rate_jumps: options whose change is ``rate`` change it too much.
+    """
     rules = {path: _rule(path, changed) for path in changed}
     never = [path for path, rule in rules.items() if rule == "never"]
-    ask = [path for path, rule in rules.items() if rule == "ask" and not is_accepted(path, accept)]
+    asking = ("ask", "rate") if rate_jumps else ("ask",)
+    ask = [path for path, rule in rules.items() if rule in asking and not is_accepted(path, accept)]
     if not never and not ask:
         return None
-    lines = [f"  {path}: {changed[path][0]!r} -> {changed[path][1]!r}" for path in changed if path in (*never, *ask)]
+    shown = {path: values for path, values in changed.items() if path in (*never, *ask)} | dict(rates)
+    lines = [f"  {path}: {before!r} -> {after!r}" for path, (before, after) in shown.items()]
     if never:
         lines.append(f"Choose another run.directory: a run keeps its {', '.join(never)}")
     else:

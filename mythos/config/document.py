@@ -30,6 +30,7 @@ what would be right.
 | | |
 |---|---|
 | free | accepted and logged |
+| rate | as free, or as ask if the learning rate at the step where the run resumes would change by more than 1% |
 | ask | refused with the difference, unless `--accept OPTION` names it, as the message shows |
 | never | refused: the weights or the position in the data would have no meaning |
 

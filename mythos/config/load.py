@@ -11,11 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 from mythos.config.check import Finding, check
 from mythos.config.layers import merge
 from mythos.config.model_schema import Dense, Looped
+from mythos.config.optim_schema import Optim
 from mythos.config.schema import Config
 from mythos.config.tree import default_kind, dotted, find, get, kinds_with, options, sections_in, similar, unions
 from mythos.errors import UserError
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+_OPTIM: TypeAdapter[Optim] = TypeAdapter(Optim)
 
 ONE_SEQUENCE = {"global_batch_sequences": 1, "micro_batch_sequences": 1}
 OUTSIDE_A_RUN: dict[str, Any] = {
@@ -115,6 +117,17 @@ def validate(raw: dict[str, Any], world_size: int = 1) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """The tree as plain values, ready for YAML and JSON."""
     return _ADAPTER.dump_python(config, mode="json")
+
+
+def saved_optim(section: Any) -> Optim | None:
+    """The optimizer's options in a run's own file; None where this version does not know them."""
+    if not isinstance(section, dict):
+        return None
+    known = {name: value for name, value in section.items() if find(f"optim.{name}") is not None}
+    try:
+        return _OPTIM.validate_json(json.dumps({"kind": default_kind("optim")} | known))
+    except ValidationError:
+        return None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

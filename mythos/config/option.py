@@ -10,8 +10,11 @@ from pydantic.fields import FieldInfo
 
 section = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
-Change = Literal["free", "ask", "never"]
-"""How an option may change when a run is resumed: freely, with ``--accept``, or not at all."""
+Change = Literal["free", "rate", "ask", "never"]
+"""How an option may change when a run is resumed: freely, with ``--accept``, or not at all.
+
+``rate``: freely, unless that changes the learning rate at the step where the run resumes; then with ``--accept``.
+"""
 
 
 class Needs(NamedTuple):

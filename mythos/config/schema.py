@@ -63,7 +63,7 @@ class Loop:
 class Train:
     """Length and batch of the training run."""
 
-    steps: int = option("optimizer steps of the whole run", change="free", gt=0, lt=2**62)
+    steps: int = option("optimizer steps of the whole run", change="rate", gt=0, lt=2**62)
     global_batch_sequences: int | None = option(
         "sequences in one optimizer step, over all ranks", None, gt=0, change="ask"
     )

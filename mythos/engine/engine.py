@@ -104,7 +104,7 @@ class TrainingEngine:
     def step(self, hyperparameters: Mapping[str, Mapping[str, float]]) -> Update:
         """After the last micro batch: clip and update, or skip the update if the gradient norm is not finite.
 
-        ``hyperparameters`` are those of ``mythos.engine.schedule.schedule``, by parameter group.
+        ``hyperparameters`` are those of ``mythos.plan.schedule.schedule``, by parameter group.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group |= hyperparameters[group["role"]]

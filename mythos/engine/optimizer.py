@@ -1,6 +1,6 @@
 """The optimizer of the configuration over the parameter groups of a model: AdamW, or Muon and AdamW.
 
-An optimizer is built by one function here and has one case in ``mythos.engine.schedule``: both use the same names of
+An optimizer is built by one function here and has one case in ``mythos.plan.schedule``: both use the same names of
 parameter groups.
 """
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mythos.config.optim_schema import AdamW, Muon, Optim
 from mythos.engine.muon import MuonAdamW
-from mythos.engine.schedule import EXPERTS, MATRICES, OTHERS
 from mythos.model.parameters import Role, parameter_roles
+from mythos.plan.schedule import EXPERTS, MATRICES, OTHERS
 
 
 def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:

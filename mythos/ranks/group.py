@@ -52,6 +52,7 @@ def start(
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses the GPU
         # The same configuration, seed and data must give the same losses, bit for bit, on GPUs, too.
         torch.use_deterministic_algorithms(True, warn_only=True)
     global _store

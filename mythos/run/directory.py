@@ -12,7 +12,8 @@ environment.json             of version 0.1: the environments that are in events
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ import yaml
 
 from mythos.config import consent
 from mythos.config.layers import CHECKPOINT_DIRECTORY, CONFIG_FILE, without_other_kinds
-from mythos.config.load import to_dict
+from mythos.config.load import saved_optim, to_dict
 from mythos.config.schema import Config
+from mythos.config.tree import get
 from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import read_json_lines, write_atomically
+from mythos.plan.schedule import RateChange, rate_change
 from mythos.run.console import log
 
 LOG_DIRECTORY = "log"
@@ -119,7 +122,8 @@ def prepare(config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]
         accept: options that may differ from the run's configuration although they are not free to change.
 
     Returns:
-        The options that changed since the run's last start and may change, with the old and the new value.
+        The options that changed since the run's last start and may change, with the old and the new value, and the
+        learning rate where the run resumes, if that changes.
         ``config.yaml`` still holds the old values: the caller calls ``write_config`` once all other checks passed.
 
     Raises:
@@ -175,12 +179,26 @@ def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[
         raise UserError(f"{saved}: damaged: {' '.join(str(error).split())}") from error
     if not isinstance(before, dict) or not isinstance(before.get("model"), dict):
         raise UserError(f"{saved}: damaged, not a configuration: restore it, or choose another run.directory")
-    changed = consent.differences(without_other_kinds(before), to_dict(config))
-    if refusal := consent.refusal(changed, accept):
+    before = without_other_kinds(before)
+    changed = consent.differences(before, to_dict(config))
+    rate = _rate_change(saved.parent, before, config)
+    rates = {}
+    if rate is not None and not math.isclose(rate.before, rate.after):
+        rates = {f"learning rate at step {rate.step}": (rate.before, rate.after)}
+    if refusal := consent.refusal(changed, accept, rates, rate is not None and rate.jumps):
         if _has_trained(saved.parent):
             raise UserError(f"{saved.parent} holds a run with another configuration:\n{refusal}")
         log.info(f"{saved.parent}: no checkpoint and no metrics yet: the run starts with another configuration")
-    return changed
+    return changed | rates
+
+
+def _rate_change(directory: Path, before: Mapping[str, Any], config: Config) -> RateChange | None:
+    """How the learning rate changes at the newest checkpoint; None without one, or where it is not known."""
+    _, done = newest_checkpoint(directory)
+    optim, steps = saved_optim(before.get("optim")), get(before, "train.steps")
+    if done is None or optim is None or not isinstance(steps, int):
+        return None
+    return rate_change(optim, steps, config.optim, config.train.steps, done)
 
 
 def _has_trained(directory: Path) -> bool:

@@ -12,8 +12,8 @@ from mythos.checkpoint.snapshot import world_shape
 from mythos.config.derive import global_batch_sequences, tokens_per_step
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
-from mythos.engine.schedule import learning_rate, schedule
 from mythos.errors import DONE, PREEMPTED
+from mythos.plan.schedule import learning_rate, schedule
 from mythos.ranks import group
 from mythos.ranks.preemption import StopRequest
 from mythos.run.console import log

@@ -38,10 +38,10 @@ def test_another_optimizer_is_one_question_and_its_own_options_are_none() -> Non
     changed = differences(tree(), tree("optim.kind=muon", "optim.muon_momentum=0.9"))
     assert {path.split(".")[0] for path in changed} == {"optim"}
     assert changed["optim.weight_decay"] == (0.1, ABSENT)
-    message = refusal(changed, ())
+    message = refusal(changed, (), {}, False)
     assert message is not None
     assert message.endswith("accept the changes: --accept optim.kind")
-    assert refusal(changed, ["optim.kind"]) is None
+    assert refusal(changed, ["optim.kind"], {}, False) is None
 
 
 def test_options_that_only_one_of_two_versions_has_are_not_asked_about() -> None:
@@ -49,9 +49,11 @@ def test_options_that_only_one_of_two_versions_has_are_not_asked_about() -> None
     before = tree()
     del before["optim"]["beta2"], before["eval"], before["model"]["norm_epsilon"]
     before["optim"]["of_another_version"] = before["future"] = 1
-    assert refusal(differences(before, now), ()) is None
+    assert refusal(differences(before, now), (), {}, False) is None
     now["optim"]["beta2"] = 0.5
-    assert "optim.beta2: absent -> 0.5" in str(refusal(differences(before, now), ())), "the option did not exist before"
+    assert "optim.beta2: absent -> 0.5" in str(refusal(differences(before, now), (), {}, False)), (
+        "the option did not exist before"
+    )
 
 
 def test_only_what_is_named_is_accepted() -> None:

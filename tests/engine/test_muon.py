@@ -12,9 +12,9 @@ from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.engine.muon import FlatSlice, _matrices, _owners, orthogonalise
 from mythos.engine.optimizer import build_optimizer
-from mythos.engine.schedule import EXPERTS, MATRICES, OTHERS, learning_rate, schedule
 from mythos.model import build_model
 from mythos.model.depth import fixed
+from mythos.plan.schedule import EXPERTS, MATRICES, OTHERS, learning_rate, schedule
 from tests.reference.muon import newton_schulz
 from tests.reference.plain_training import train_plainly
 from tests.spawn import RankPool

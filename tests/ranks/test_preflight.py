@@ -220,7 +220,14 @@ def test_gpus_communicate_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyP
     device = group.start("auto")
     assert chosen == {"device": torch.device("cuda", 2), "backend": "nccl"}
     assert os.environ["DS_ACCELERATOR"] == "cuda"
+    assert os.environ["LOCAL_RANK"] == "2"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+    # srun --gpus-per-task=1 shows each process one GPU: DeepSpeed must choose number 0 as well.
+    eight_gpus.setattr(torch.cuda, "device_count", lambda: 1)
+    place |= {"LOCAL_RANK": "2", "SLURM_STEP_ID": "0", "LOCAL_WORLD_SIZE": "8"}
+    assert group.start("auto") == chosen["device"] == torch.device("cuda", 0)
+    assert os.environ["LOCAL_RANK"] == "0"
 
     config = tiny_config("looped-moe", tmp_path, tmp_path / "run")
     assert precision(config, device) == "bf16"

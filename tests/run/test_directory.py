@@ -1,10 +1,11 @@
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mythos.errors import UserError
-from mythos.run.directory import prepare, write_config
+from mythos.run.directory import STATE_FILE, RunDirectory, prepare, write_config
 from tests.tiny import tiny_config
 
 
@@ -74,6 +75,62 @@ def test_options_that_change_the_run_need_consent(tmp_path: Path, overrides: dic
     with pytest.raises(UserError, match=f"{line}\n.*accept the changes: --accept {option}$"):
         prepare(changed, accept=())
     assert option in prepare(changed, accept=[option])
+
+
+def saved_at(step: int, data: Path, run: Path, **options: Any) -> None:
+    """The directory of a run with a checkpoint of this step."""
+    prepare(tiny_config("dense", data, run, **options), accept=())
+    checkpoint = RunDirectory(run).checkpoints / f"step_{step:08d}"
+    checkpoint.mkdir()
+    (checkpoint / STATE_FILE).write_text(f'{{"step": {step}}}', encoding="utf-8")
+    RunDirectory(run).latest.write_text(checkpoint.name, encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_longer_run_that_raises_the_learning_rate_again_needs_consent(tmp_path: Path, kind: str) -> None:
+    data, run, of_kind = tmp_path / "data", tmp_path / "run", {"optim__kind": kind}
+    saved_at(20, data, run, **of_kind)  # finished: the rate fell over the last 10 steps
+    longer = tiny_config("dense", data, run, train__steps=40, **of_kind)
+    with pytest.raises(UserError) as error:
+        prepare(longer, accept=())
+    line, rate = "train.steps: 20 -> 40", r"learning rate at step 20: 0.000\d+ -> 0.003"
+    assert re.search(rf"\n  {line}\n  {rate}\n.*accept the changes: --accept train.steps$", str(error.value))
+    assert list(prepare(longer, accept=["train.steps"])) == ["train.steps", "learning rate at step 20"]
+
+
+@pytest.mark.parametrize(
+    ("done", "options"),
+    [
+        (5, {"train__steps": 40}),  # constant under both
+        (15, {"train__steps": 10}),  # no step is left
+        (20, {"train__steps": 40, "optim__cooldown": "constant"}),
+    ],
+)
+def test_another_length_with_the_same_learning_rate_is_free(tmp_path: Path, done: int, options: dict[str, Any]) -> None:
+    cooldown = {name: value for name, value in options.items() if name != "train__steps"}
+    saved_at(done, tmp_path / "data", tmp_path / "run", **cooldown)
+    changed = prepare(tiny_config("dense", tmp_path / "data", tmp_path / "run", **options), accept=())
+    assert list(changed) == ["train.steps"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rate"),
+    [
+        ("cooldown_fraction", 0.25, 0.003),
+        ("final_learning_rate_fraction", 0.5, 0.00225),
+        ("learning_rate", 1e-3, 0.0005),
+        ("warmup_steps", 32, 0.00075),
+        ("cooldown", "constant", 0.003),
+    ],
+)
+def test_a_change_of_the_schedule_shows_the_learning_rate_that_follows(
+    tmp_path: Path, option: str, value: Any, rate: float
+) -> None:
+    saved_at(15, tmp_path / "data", tmp_path / "run")
+    changed = tiny_config("dense", tmp_path / "data", tmp_path / "run", **{f"optim__{option}": value})
+    with pytest.raises(UserError, match="learning rate at step 16: 0.0015 -> "):
+        prepare(changed, accept=())
+    assert prepare(changed, accept=["optim"])["learning rate at step 16"] == (0.0015, pytest.approx(rate))
 
 
 @pytest.mark.parametrize("trace", ["nothing", "metrics", "checkpoint"])

@@ -10,9 +10,9 @@ import torch
 
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
-from mythos.engine.schedule import schedule
 from mythos.model import build_model
 from mythos.model.depth import plan
+from mythos.plan.schedule import schedule
 from tests.spawn import RankPool
 from tests.tiny import SEQUENCE_LENGTH, VOCABULARY, tiny_config
 

@@ -174,4 +174,7 @@ def test_other_data_than_the_checkpoints_is_refused(two_ranks: RankPool, tiny_da
     longer = MOE | {"train__steps": 6}
     elsewhere = write_data_set(tmp_path / "data", VOCABULARY, seed=1)
     other_data = tiny_config("looped-moe", elsewhere, run, ranks=2, **longer)
-    assert "the run was started with other data (sources.data.fingerprint: " in two_ranks.run(failure, other_data)[0]
+    assert (
+        "the run was started with other data (sources.data.fingerprint: "
+        in two_ranks.run(failure, other_data, ("train.steps",))[0]
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mythos.engine.schedule import learning_rate
+from mythos.plan.schedule import learning_rate
 from tests.tiny import tiny_config
 
 

@@ -1,11 +1,15 @@
 """Hyperparameters of every update: learning rates, momentum and weight decay as functions of the step."""
 
 import math
+from typing import NamedTuple
 
 from mythos.config.optim_schema import AdamW, Muon, Optim
 
 MATRICES, EXPERTS, OTHERS = "matrices", "experts", "others"
 """Names of the parameter groups (``group["role"]``): the optimizer's builder and ``schedule`` agree on them."""
+
+
+RATE_TOLERANCE = 0.01
 
 
 def schedule(config: Optim, step: int, steps: int) -> dict[str, dict[str, float]]:
@@ -34,6 +38,27 @@ def learning_rate(config: Optim, step: int, steps: int) -> float:
     Linear warm-up from 0 to the peak, constant, then the cooldown over the last ``cooldown_fraction`` of the steps.
     """
     return _scheduled(config.learning_rate, config, step, steps)
+
+
+class RateChange(NamedTuple):
+    """AdamW's learning rate at one step under a run's previous options and under the present ones."""
+
+    step: int
+    """From 1: the next step, or the last one of a run that was finished."""
+    before: float
+    after: float
+    jumps: bool
+    """The other number of steps alone changes it by more than RATE_TOLERANCE."""
+
+
+def rate_change(before: Optim, steps_before: int, after: Optim, steps: int, done: int) -> RateChange | None:
+    """How the learning rate changes where a run resumes after ``done`` steps; None if no step is left."""
+    if done >= steps:
+        return None
+    step = min(done, steps_before - 1)
+    old, new = learning_rate(before, step, steps_before), learning_rate(after, step, steps)
+    of_old_steps = learning_rate(after, step, steps_before)
+    return RateChange(step + 1, old, new, not math.isclose(of_old_steps, new, rel_tol=RATE_TOLERANCE))
 
 
 def _scheduled(peak: float, config: Optim, step: int, steps: int) -> float:
