@@ -184,7 +184,7 @@ def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[
     rate = _rate_change(saved.parent, before, config)
     rates = {}
     if rate is not None and not math.isclose(rate.before, rate.after):
-        rates = {f"learning rate at step {rate.step}": (rate.before, rate.after)}
+        rates = {f"learning rate at step {rate.step}": (float(f"{rate.before:.4g}"), float(f"{rate.after:.4g}"))}
     if refusal := consent.refusal(changed, accept, rates, rate is not None and rate.jumps):
         if _has_trained(saved.parent):
             raise UserError(f"{saved.parent} holds a run with another configuration:\n{refusal}")

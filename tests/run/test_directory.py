@@ -93,7 +93,7 @@ def test_a_longer_run_that_raises_the_learning_rate_again_needs_consent(tmp_path
     longer = tiny_config("dense", data, run, train__steps=40, **of_kind)
     with pytest.raises(UserError) as error:
         prepare(longer, accept=())
-    line, rate = "train.steps: 20 -> 40", r"learning rate at step 20: 0.000\d+ -> 0.003"
+    line, rate = "train.steps: 20 -> 40", r"learning rate at step 20: 0.0003 -> 0.003"
     assert re.search(rf"\n  {line}\n  {rate}\n.*accept the changes: --accept train.steps$", str(error.value))
     assert list(prepare(longer, accept=["train.steps"])) == ["train.steps", "learning rate at step 20"]
 
