@@ -16,14 +16,16 @@ tests may be in the queue, so a test looks only at the ids of its own jobs.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -93,21 +95,40 @@ def _free_ports(count: int) -> int:
     raise AssertionError("no free ports between 10000 and 19000")
 
 
+@contextmanager
+def local_slurm(directory: Path) -> Iterator[dict[str, str]]:
+    """The environment of a running Slurm of four nodes in a short directory; taken down at the end of the block."""
+    environ = clean_environment()
+    environ["SLURM_LOCAL_DIR"] = str(directory)
+    environ["SLURM_LOCAL_PORT"] = str(_free_ports(NODES + 1))
+    environ["SLURM_CONF"] = f"{directory}/slurm.conf"
+    try:
+        up = run([SCRIPT, "up", str(NODES)], limit_s=60, env=environ)
+        assert up.returncode == 0, f"slurm/local_cluster.sh up failed:\n{up.stdout}{up.stderr}"
+        yield environ
+    finally:
+        run([SCRIPT, "down"], limit_s=60, env=environ)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def bring_nodes_back(environ: dict[str, str]) -> None:
+    """Start the nodes of the cluster that are down."""
+    until = time.monotonic() + 60
+    while run([SCRIPT, "status"], 20, environ).returncode:
+        assert time.monotonic() < until, "the nodes are not up again"
+        for number in range(1, NODES + 1):
+            shown = run(["scontrol", "show", "node", f"node{number}", "-o"], 20, environ).stdout
+            if re.search(r"State=\S*(DOWN|NOT_RESPONDING|\*)", shown):
+                run([SCRIPT, "start-node", f"node{number}"], 20, environ)
+                run(["scontrol", "update", f"NodeName=node{number}", "State=RESUME"], 20, environ)
+        time.sleep(1)
+
+
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[dict[str, str]]:
     """The environment of a running Slurm of four nodes, which is taken down when the session ends."""
     for command in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol"):
         require(command)
-    directory = tempfile.mkdtemp(prefix="mythos-slurm-", dir="/tmp")  # short: at most 107 characters in a socket's path
-    environ = clean_environment()
-    environ["SLURM_LOCAL_DIR"] = directory
-    environ["SLURM_LOCAL_PORT"] = str(_free_ports(NODES + 1))
-    environ["SLURM_CONF"] = f"{directory}/slurm.conf"
-    try:
-        up = run([SCRIPT, "up", str(NODES)], limit_s=60, env=environ)
-        if up.returncode:
-            pytest.fail(f"slurm/local_cluster.sh up failed:\n{up.stdout}{up.stderr}", pytrace=False)
+    # short: at most 107 characters in a socket's path
+    with local_slurm(Path(tempfile.mkdtemp(prefix="mythos-slurm-", dir="/tmp"))) as environ:
         yield environ
-    finally:
-        run([SCRIPT, "down"], limit_s=60, env=environ)
-        shutil.rmtree(directory, ignore_errors=True)

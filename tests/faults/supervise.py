@@ -140,3 +140,11 @@ def losses(config: Config) -> list[float]:
 
 def consumed(config: Config) -> dict[int, list[str]]:
     return victim.sequences(Path(config.run.directory).parent)
+
+
+def rank_log(run: Path, rank: int) -> str:
+    return (run / "log" / f"rank_{rank:05d}.log").read_text(encoding="utf-8")
+
+
+def process_of(run: Path, rank: int) -> int:
+    return int(re.findall(r"process (\d+)", rank_log(run, rank))[-1])

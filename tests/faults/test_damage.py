@@ -1,11 +1,10 @@
 """Damaged, truncated and missing files, full, read-only and missing disks."""
 
-import os
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -22,9 +21,10 @@ from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import FAILED_TO_SAVE
 from mythos.run.console import log
-from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, STATE_FILE, RunDirectory
+from mythos.run.directory import LATEST_FILE, RunDirectory
 from mythos.run.metrics import read_metrics
 from tests.cluster import clean_environment, run
+from tests.faults.damage import DAMAGE, flip, full_disk, read_only, small_disk, vanished
 from tests.faults.supervise import BIN, SAVE_EVERY, STEPS, TABLE, Row, configuration, consumed, losses
 from tests.faults.victim import recording, sequences
 from tests.require import missing
@@ -33,24 +33,6 @@ from tests.train.runs import failure, record_training, run_training
 
 pytestmark = pytest.mark.slow
 FIRST, SAVED = 18, (6, 12, 18)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGE: dict[str, Callable[[Path], None]] = {
-    "a flipped byte in a weights file": lambda newest: flip(newest / layout.weights_file(1)),
-    "a flipped byte in an optimizer file": lambda newest: flip(newest / layout.optimizer_file(0)),
-    "a flipped byte in the manifest": lambda newest: flip(newest / MANIFEST_FILE),
-    "a flipped byte in the state": lambda newest: flip(newest / STATE_FILE),
-    "a truncated file": lambda newest: os.truncate(newest / layout.weights_file(0), 1000),
-    "a missing file of a rank": lambda newest: (newest / layout.optimizer_file(1)).unlink(),
-    "a pointer to a missing directory": lambda newest: shutil.rmtree(newest),
-    "a truncated pointer": lambda newest: (newest.parent / LATEST_FILE).write_text("step_00", encoding="utf-8"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -140,72 +122,33 @@ def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_start_is_refu
     assert losses(config), "the metrics of the run are unchanged"
 
 
-def mount(*arguments: str) -> None:
-    try:
-        done = subprocess.run(["mount", *arguments], capture_output=True, encoding="utf-8")
-    except OSError as error:
-        missing(f"no mount command ({error})")
-    if done.returncode:
-        missing(f"mount is not allowed here: {done.stderr.strip()}")
-
-
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 8 MB, which holds the checkpoints of a run."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", str(directory))
-    yield directory
-    subprocess.run(["umount", "--lazy", str(directory)], check=True)
-
-
-def full_disk(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
-    ballast = run.parent / "ballast"
-
-    def break_it() -> None:
-        with ballast.open("wb", buffering=0) as file:
-            while True:
-                try:
-                    file.write(b"x" * 4096)
-                except OSError:
-                    return
-
-    return break_it, ballast.unlink
-
-
-def read_only(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
-    directory = str(RunDirectory(run).checkpoints)
-
-    def break_it() -> None:
-        mount("--bind", directory, directory)
-        mount("-o", "remount,bind,ro", directory)
-
-    return break_it, lambda: subprocess.run(["umount", "--lazy", directory], check=True) and None
-
-
-def vanished(run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
-    away = run.with_name("away")
-    return lambda: run.rename(away), lambda: away.rename(run) and None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(small_disk(tmp_path / "disk", 8))
+        except OSError as error:
+            missing(str(error))
+        yield tmp_path / "disk"
 
 
 @pytest.mark.parametrize(
     ("fault", "mode"), [(full_disk, "sync"), (full_disk, "async"), (read_only, "async"), (vanished, "async")]
 )
 def test_training_continues_while_checkpoints_cannot_be_written(
-    fault: Any, mode: str, straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
+    fault: Any, mode: str, straight: tuple[Config, Path], two_ranks: RankPool, disk: Path
 ) -> None:
     """The fault begins after the first checkpoint and ends after the second has failed; no step is lost."""
-    config, message, detected_s = run_with_fault(fault, straight[0], two_ranks, small_disk, SAVE_EVERY, mode)
+    config, message, detected_s = run_with_fault(fault, straight[0], two_ranks, disk, SAVE_EVERY, mode)
     assert "checkpoint of step 12 not saved (rank " in message
     assert f"last complete one: {config.run.directory}/checkpoints/step_00000006" in message
     TABLE.append(Row(f"{fault.__name__.replace('_', ' ')} during a save ({mode})", detected_s, 0, True))
 
 
-def test_a_last_save_that_fails_is_repeated(
-    straight: tuple[Config, Path], two_ranks: RankPool, small_disk: Path
-) -> None:
+def test_a_last_save_that_fails_is_repeated(straight: tuple[Config, Path], two_ranks: RankPool, disk: Path) -> None:
     """No later save is due that could replace it."""
-    _, message, _ = run_with_fault(full_disk, straight[0], two_ranks, small_disk, STEPS - 1, "async")
+    _, message, _ = run_with_fault(full_disk, straight[0], two_ranks, disk, STEPS - 1, "async")
     assert f"checkpoint of step {STEPS} not saved (rank " in message
 
 
@@ -274,12 +217,12 @@ def wait_for(condition: Callable[[], bool], limit_s: float = 60) -> None:
         time.sleep(0.01)
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_code_74(tiny_data: Path, small_disk: Path) -> None:
+def test_a_disk_that_stays_full_ends_the_run_with_code_74(tiny_data: Path, disk: Path) -> None:
     options = {"train__steps": 2000, "checkpoint__every": 20, "checkpoint__max_failures": 2}
-    config = configuration(tiny_data, small_disk, ranks=1, **options)
-    run_directory, file = small_disk / "run", small_disk.parent / "c.yaml"
+    config = configuration(tiny_data, disk, ranks=1, **options)
+    run_directory, file = disk / "run", disk.parent / "c.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
-    job = Job(1, main, ["train", str(file)], output=small_disk.parent / "output")
+    job = Job(1, main, ["train", str(file)], output=disk.parent / "output")
     try:
         wait_for(lambda: layout.latest(RunDirectory(run_directory).checkpoints) is not None)
         full_disk(run_directory)[0]()

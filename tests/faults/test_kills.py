@@ -17,14 +17,24 @@ import pytest
 from mythos.errors import PREEMPTED
 from mythos.run.metrics import read_metrics
 from tests.faults.conftest import NO_FAULT
-from tests.faults.supervise import STEPS, TABLE, Row, attempt, configuration, consumed, losses, lost_steps
+from tests.faults.supervise import (
+    STEPS,
+    TABLE,
+    Row,
+    attempt,
+    configuration,
+    consumed,
+    losses,
+    lost_steps,
+    process_of,
+    rank_log,
+)
+from tests.faults.victim import CALLS_A_SAVE, CALLS_A_STEP
 
 pytestmark = pytest.mark.slow
 Undisturbed = tuple[list[float], dict[int, list[str]]]
 
 RANDOM = random.Random(20261123)
-CALLS_A_STEP = {"forward": 1, "backward": 1, "optimizer": 3}
-CALLS_A_SAVE = {"write": 2, "commit": 3, "snapshot": 1}
 
 
 def moment(where: str, rank: int | None = None, **more: Any) -> dict[str, Any]:
@@ -179,7 +189,7 @@ def test_a_save_that_hangs_is_abandoned_when_the_grace_is_over(
 ) -> None:
     """Under mpiexec, which must pass on the exit code of ranks that leave without finalising MPI."""
     config = configuration(tiny_data, tmp_path, preemption__grace_s=3.0)
-    fault = {"where": "stuck write", "rank": 1, "call": CALLS_A_SAVE["write"] + 1}
+    fault = {"where": "write", "rank": 1, "call": CALLS_A_SAVE["write"] + 1, "signal": "HANG"}
     asked_at = 0.0
 
     def ask_twice(run: Path) -> None:
@@ -234,10 +244,6 @@ def fired_at(directory: Path) -> float:
     return float((directory / "fault.fired").read_text(encoding="utf-8"))
 
 
-def rank_log(run: Path, rank: int) -> str:
-    return (run / "log" / f"rank_{rank:05d}.log").read_text(encoding="utf-8")
-
-
 def logged_at(run: Path, text: str) -> float:
     """When rank 0 first logged a text, in seconds since the epoch."""
     stamp = next(line[:23] for line in rank_log(run, 0).splitlines() if text in line)
@@ -248,7 +254,3 @@ def host_of(run: Path, rank: int) -> str:
     found = re.search(rf"rank {rank} of 2 on (\S+),", rank_log(run, rank))
     assert found
     return found[1]
-
-
-def process_of(run: Path, rank: int) -> int:
-    return int(re.findall(r"process (\d+)", rank_log(run, rank))[-1])

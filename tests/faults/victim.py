@@ -1,8 +1,15 @@
-"""`mythos` with a fault in it: ``python -m tests.faults.victim FAULT.json train CONFIG.yaml ...``
+"""`mythos` with faults in it: ``python -m tests.faults.victim FAULT.json train CONFIG.yaml ...``
 
 With ``{"where": "backward", "rank": 1, "call": 7}`` in FAULT.json, rank 1 kills itself in its seventh backward pass,
-once in all attempts of the run. The ranks also record which sequences each step consumed, so that a test can check
-that none was lost or used twice.
+once in all attempts of the run; FAULT.json may also be a directory of such files. Further keys:
+
+    "signal": "SIGTERM"     sends this signal instead of SIGKILL; "HANG" blocks the thread for ever
+    "from_step": 30         counts the calls from this step on
+    "after": "04"           only after the fault of the file 04.json of the same directory has occurred
+    "step": 30              instead of "call": at every call in this step, in every attempt that comes to it
+
+The ranks also record which sequences each step consumed, so that a test can check that none was lost or used twice,
+and rank 0 records when each step began and ended.
 """
 
 import json
@@ -21,29 +28,69 @@ import xxhash
 
 from launch.cli import main
 
+FIRED = ".fired"
+"""The end of the name of the file beside FAULT.json that holds the time at which the fault occurred."""
+STEPS_FILE = "steps.jsonl"
+HANG_S = 3600.0
+
+CALLS_A_STEP = {"forward": 1, "backward": 1, "optimizer": 3}
+CALLS_A_SAVE = {"write": 2, "commit": 3, "snapshot": 1}
+"""How often each place is passed, on each rank that passes it: only rank 0 commits."""
+
 
 class Fault:
-    """Sends the signal once, at the place and call that the file names."""
+    """Sends the signal at the place and call that the file names."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.plan = json.loads(path.read_text(encoding="utf-8"))
         self.calls = 0
 
-    def reached(self, where: str) -> bool:
+    def reached(self, where: str, step: int) -> bool:
         """Count a call of a place; True if the fault is due at this call."""
         if where != self.plan["where"] or int(os.environ.get("RANK", "0")) != self.plan["rank"]:
             return False
-        self.calls += 1
-        fired = self.path.with_suffix(".fired")
-        if self.calls != self.plan["call"] or fired.exists():
+        fired = self.path.with_suffix(FIRED)
+        if "step" in self.plan:
+            due = step == self.plan["step"]
+        else:
+            self.calls += step >= self.plan.get("from_step", 0)
+            due = self.calls == self.plan["call"] and not fired.exists()
+        if not due or ("after" in self.plan and not self.path.with_name(self.plan["after"] + FIRED).exists()):
             return False
-        fired.write_text(repr(time.time()), encoding="utf-8")
+        if not fired.exists():
+            fired.write_text(repr(time.time()), encoding="utf-8")
         return True
 
     def strike(self) -> None:
         """Send the signal to this process."""
-        os.kill(os.getpid(), getattr(signal, self.plan.get("signal", "SIGKILL")))
+        name = self.plan.get("signal", "SIGKILL")
+        if name == "HANG":
+            time.sleep(HANG_S)
+        else:
+            os.kill(os.getpid(), getattr(signal, name))
+
+
+class Faults:
+    """All faults of a run, and the step that this rank is at (0 before the first)."""
+
+    def __init__(self, path: Path) -> None:
+        self._faults = [Fault(file) for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+        self.step = 0
+
+    def due(self, where: str) -> Fault | None:
+        """Count a call of a place in all faults; returns one that is due at this call."""
+        due = [fault for fault in self._faults if fault.reached(where, self.step)]
+        return due[0] if due else None
+
+    def strike_at(self, where: str) -> Callable[[], None]:
+        """What to call at a place."""
+
+        def strike() -> None:
+            if fault := self.due(where):
+                fault.strike()
+
+        return strike
 
 
 def before(function: Callable[..., Any], action: Callable[[], None]) -> Callable[..., Any]:
@@ -56,31 +103,36 @@ def before(function: Callable[..., Any], action: Callable[[], None]) -> Callable
     return changed
 
 
-def arm(fault: Fault) -> None:
-    """Patch the place where the fault occurs."""
+def arm(faults: Faults) -> None:
+    """Patch the places where faults occur."""
     import safetensors.torch
     import torch
 
     from mythos.checkpoint import layout, reader, saver, tensors
     from mythos.engine.engine import TrainingEngine
     from mythos.model.loop import Loop
+    from mythos.train import loop
 
-    def strike_at(where: str) -> Callable[[], None]:
-        return lambda: fault.strike() if fault.reached(where) else None
-
-    Loop.forward = before(Loop.forward, strike_at("forward"))  # type: ignore[method-assign]
-    torch.optim.AdamW.step = before(torch.optim.AdamW.step, strike_at("optimizer"))  # type: ignore[method-assign]
+    Loop.forward = before(Loop.forward, faults.strike_at("forward"))  # type: ignore[method-assign]
+    torch.optim.AdamW.step = before(torch.optim.AdamW.step, faults.strike_at("optimizer"))  # type: ignore[method-assign]
     weights = reader.CheckpointReader.weights
-    reader.CheckpointReader.weights = before(weights, strike_at("load"))  # type: ignore[method-assign]
-    layout.flush_directory = before(layout.flush_directory, strike_at("commit"))
-    saver.snapshot = before(saver.snapshot, strike_at("snapshot"))
+    reader.CheckpointReader.weights = before(weights, faults.strike_at("load"))  # type: ignore[method-assign]
+    layout.flush_directory = before(layout.flush_directory, faults.strike_at("commit"))
+    saver.snapshot = before(saver.snapshot, faults.strike_at("snapshot"))
 
+    train_step = loop.train_step
+
+    def note_step(engine: TrainingEngine, batch: Any, *rest: Any) -> Any:
+        faults.step = batch.step
+        return train_step(engine, batch, *rest)
+
+    loop.train_step = note_step
     backward = TrainingEngine.backward
 
     def backward_with_hook(engine: TrainingEngine, loss: torch.Tensor) -> None:
-        if fault.reached("backward"):
+        if fault := faults.due("backward"):
             loss.register_hook(lambda gradient: fault.strike())
-        if fault.reached("nan gradient"):
+        if faults.due("nan gradient"):
             loss.register_hook(lambda gradient: gradient * math.nan)
         backward(engine, loss)
 
@@ -88,12 +140,10 @@ def arm(fault: Fault) -> None:
     save_file = tensors.save_file
 
     def write_half(content: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        if fault.reached("write"):
+        if fault := faults.due("write"):
             data = safetensors.torch.save(content)
             path.write_bytes(data[: len(data) // 2])
             fault.strike()
-        if fault.plan["where"] == "stuck write" and fault.reached("stuck write"):
-            time.sleep(3600)
         save_file(content, path, metadata)
 
     tensors.save_file = write_half
@@ -101,7 +151,10 @@ def arm(fault: Fault) -> None:
 
 @contextmanager
 def recording(directory: Path) -> Iterator[None]:
-    """At each step append a hash of each sequence that this rank trains on to sequences_RANK.jsonl."""
+    """At each step append a hash of each sequence that this rank trains on to sequences_RANK.jsonl.
+
+    Rank 0 appends to STEPS_FILE when each step began and ended, in seconds since the epoch.
+    """
     from mythos.engine.engine import TrainingEngine
     from mythos.train import loop
 
@@ -110,14 +163,21 @@ def recording(directory: Path) -> Iterator[None]:
 
     def note_step(engine: TrainingEngine, batch: Any, *rest: Any) -> Any:
         nonlocal step
-        step = batch.step
-        return train_step(engine, batch, *rest)
+        step, began = batch.step, time.time()
+        result = train_step(engine, batch, *rest)
+        if os.environ["RANK"] == "0":
+            append(STEPS_FILE, {"step": step, "attempt": attempt, "began": began, "ended": time.time()})
+        return result
+
+    def append(name: str, line: dict[str, Any]) -> None:
+        with (directory / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def train_on(engine: TrainingEngine, tokens: Any, targets: Any, plan: Any, *rest: Any) -> Any:
         if engine.module.training:
             hashes = [xxhash.xxh3_64_hexdigest(row.numpy().tobytes()) for row in tokens]
-            with (directory / f"sequences_{os.environ['RANK']}.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "attempt": attempt, "sequences": hashes}) + "\n")
+            line = {"step": step, "attempt": attempt, "sequences": hashes}
+            append(f"sequences_{os.environ['RANK']}.jsonl", line)
         return call(engine, tokens, targets, plan, *rest)
 
     loop.train_step, TrainingEngine.__call__ = note_step, train_on  # type: ignore[method-assign]
@@ -140,11 +200,11 @@ def sequences(directory: Path) -> dict[int, list[str]]:
 
 
 def run(arguments: list[str]) -> int:
-    """As `mythos`, with the fault armed; the first argument is FAULT.json."""
+    """As `mythos`, with the faults armed; the first argument is FAULT.json or a directory of such files."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
-    fault = Fault(Path(arguments[0]))
-    arm(fault)
-    with recording(fault.path.parent):
+    path = Path(arguments[0])
+    arm(Faults(path))
+    with recording(path.parent):
         return main(arguments[1:])
 
 
