@@ -22,7 +22,13 @@ for i in $(seq "$count"); do
   # All but the last leave the remaining steps to the next job.
   if [ "$i" -lt "$count" ]; then export MYTHOS_CHAINED=yes; else unset MYTHOS_CHAINED; fi
   job=$(sbatch --parsable "${after[@]+"${after[@]}"}" "$@")
+  job=${job##*$'\n'} # a site's wrapper may print notices first
   job=${job%%;*} # a federation adds the cluster's name
+  if [[ ! $job =~ ^[0-9]+$ ]]; then
+    echo "chain.sh: sbatch --parsable: the last line of its output is not the number of a job, but $(printf %q "$job"):" \
+      "cancel this job if squeue shows it; the ones printed above were submitted" >&2
+    exit 1
+  fi
   after=("--dependency=aftercorr:$job" --kill-on-invalid-dep=yes)
   echo "$job"
 done

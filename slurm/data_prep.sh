@@ -19,7 +19,7 @@ if [ $# -eq 0 ]; then
 fi
 [ -f slurm/env.sh ] || { echo "data_prep.sh: no slurm/env.sh in $PWD: submit from the repository's root" >&2; exit 2; }
 . slurm/env.sh || exit 2
-. slurm/tasks.sh
+. slurm/tasks.sh || exit 2
 set -uo pipefail # not before: modules may use unset variables
 
 # The secret by which the job's processes recognise each other: other users cannot read an environment.

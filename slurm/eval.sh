@@ -19,25 +19,28 @@ say() { echo "eval.sh: $*" >&2; }
 
 [ -f slurm/env.sh ] || { say "no slurm/env.sh in $PWD: submit from the repository's root"; exit 2; }
 . slurm/env.sh || exit 2
-. slurm/tasks.sh
+. slurm/tasks.sh || exit 2
 set -uo pipefail # not before: modules may use unset variables
 [ $# -gt 0 ] || { say "give a run directory"; exit 2; }
 run=$1
 shift
 [ -d "$run/checkpoints" ] || { say "$run: no run with checkpoints there"; exit 2; }
 
+# step_of NAME: print the step of a checkpoint; fails for another name, which must not be evaluated as an expression.
+step_of() { [[ $1 =~ ^step_([0-9]{1,18})$ ]] && echo "$((10#${BASH_REMATCH[1]}))"; }
+
 steps=() overrides=()
 while [ $# -gt 0 ]; do
   case $1 in
     --step)
-      [[ ${2:-} =~ ^[0-9]+$ ]] || { say "--step ${2:-}: give the step of a checkpoint"; exit 2; }
+      [[ ${2:-} =~ ^[0-9]{1,18}$ ]] || { say "--step ${2:-}: give the step of a checkpoint"; exit 2; }
       steps+=("$2")
       shift
       ;;
     all)
-      for path in "$run"/checkpoints/step_*[0-9]/state.json; do
-        name=$(basename "${path%/*}")
-        steps+=("$((10#${name#step_}))")
+      for path in "$run"/checkpoints/step_*/state.json; do
+        path=${path%/state.json}
+        if step=$(step_of "${path##*/}"); then steps+=("$step"); fi
       done
       ;;
     *=*) overrides+=("$1") ;;
@@ -46,8 +49,10 @@ while [ $# -gt 0 ]; do
   shift
 done
 if [ ${#steps[@]} -eq 0 ]; then
-  newest=$(cat "$run/checkpoints/latest") || { say "$run: no complete checkpoint yet"; exit 2; }
-  steps=("$((10#${newest#step_}))")
+  latest=$run/checkpoints/latest
+  [ -f "$latest" ] || { say "$run: no complete checkpoint yet"; exit 2; }
+  step=$(step_of "$(cat "$latest")") || { say "$latest: not the name of a checkpoint: give --step N or all"; exit 2; }
+  steps=("$step")
 fi
 index=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))
 if [ "$index" -ge ${#steps[@]} ]; then

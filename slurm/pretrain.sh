@@ -36,7 +36,7 @@ say() { echo "pretrain.sh: $*" >&2; }
 
 [ -f slurm/env.sh ] || { say "no slurm/env.sh in $PWD: submit from the repository's root"; exit "$BAD_INPUT"; }
 . slurm/env.sh || exit "$BAD_INPUT"
-. slurm/tasks.sh
+. slurm/tasks.sh || exit "$BAD_INPUT"
 set -uo pipefail # not before: modules may use unset variables
 [ $# -gt 0 ] || set -- configs/model/looped-moe-770m.yaml configs/run/pretrain.yaml
 
@@ -51,7 +51,14 @@ while answer=$("${MYTHOS[@]}" job --nodes "$SLURM_JOB_NUM_NODES" --tasks-per-nod
   [ "$code" -eq "$KILLED_BY_USR1" ]
 do :; done
 [ "$code" -eq 0 ] || exit "$code"
-nodes=${answer%% *} run=${answer#* }
+answer=${answer##*$'\n'} # a container or a site's wrapper may print notices first
+if [[ ! $answer =~ ^([1-9][0-9]{0,5})\ ([^[:cntrl:]]+)$ ]] || [ "${BASH_REMATCH[1]}" -gt "$SLURM_JOB_NUM_NODES" ]; then
+  say "${MYTHOS[*]} job: the last line of its output is not the number of nodes and the run directory, but" \
+    "$(quoted "$answer"): see MYTHOS in slurm/env.sh"
+  exit "$BAD_INPUT"
+fi
+nodes=${BASH_REMATCH[1]} run=${BASH_REMATCH[2]}
+names=$(first_nodes "$nodes") || exit "$BAD_INPUT"
 if [ "$nodes" -lt "$SLURM_JOB_NUM_NODES" ]; then
   say "uses $nodes of $SLURM_JOB_NUM_NODES nodes: the global batch cannot be divided over more"
 fi
@@ -144,7 +151,7 @@ starts_before=$(count started) failures_before=$(count failed) printed_before=$(
 # others have ended: its node may have lost it.
 srun --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" --nodes="$nodes" --ntasks="$((nodes * per_node))" \
   --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
-  --nodelist="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$nodes" | paste -sd ,)" \
+  --nodelist="$(paste -sd , <<<"$names")" \
   "${MYTHOS[@]}" train "$@" &
 step=$! forwarder=''
 trap forward URG USR1 USR2

@@ -5,6 +5,21 @@
 # not request tasks themselves: Slurm 22.05 keeps the number of tasks of the first start, so that with --ntasks-per-node
 # a job with a range of nodes would wait for ever for a lost node.
 
+# first_nodes COUNT: print the names of the job's first nodes, one a line. A site's wrapper may print notices before them.
+first_nodes() {
+  local names
+  names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$SLURM_JOB_NUM_NODES")
+  if [ "$(grep -cxE '[[:alnum:]][[:alnum:]._-]*' <<<"$names")" -ne "$SLURM_JOB_NUM_NODES" ]; then
+    echo "slurm/tasks.sh: scontrol show hostnames $SLURM_JOB_NODELIST: the last $SLURM_JOB_NUM_NODES lines of its output" \
+      "are not the names of $SLURM_JOB_NUM_NODES nodes, but $(quoted "$names"): see what scontrol runs on this cluster" >&2
+    return 1
+  fi
+  head -n "$1" <<<"$names"
+}
+
+# quoted TEXT: print the beginning of any text on one line, without control characters.
+quoted() { printf '%q' "${1:0:200}"; }
+
 # The GPUs that were requested: --exclusive gives all of a node, --gres fewer than the header's --gpus-per-node.
 gpus=${SLURM_GPUS_ON_NODE:-}
 if [[ ${SLURM_GPUS_PER_NODE:-} =~ ^([^,]*:)?([0-9]+)$ ]]; then # 3 or a100:3
@@ -30,9 +45,15 @@ export SLURM_EXPORT_ENV=ALL
 # All ranks meet on the first node. They could ask Slurm themselves, but not in a container without Slurm. They compute
 # the port from the numbers of the job, the start and the step, so that no two steps use the same one.
 if [ -z "${MASTER_ADDR:-}" ]; then
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_ADDR=$(first_nodes 1) || return
   if ! getent hosts "$MASTER_ADDR" >/dev/null; then # the address that Slurm itself uses; torch would retry the name
-    MASTER_ADDR=$(scontrol show node "$MASTER_ADDR" -o | tr ' ' '\n' | sed -n 's/^NodeAddr=//p')
+    address=$(scontrol show node "$MASTER_ADDR" -o | tr ' ' '\n' | sed -n 's/^NodeAddr=//p')
+    if [[ ! $address =~ ^[[:alnum:]._:-]+$ ]]; then
+      echo "slurm/tasks.sh: the name $MASTER_ADDR of the first node does not resolve, and Slurm knows no NodeAddr:" \
+        "set MASTER_ADDR" >&2
+      return 1
+    fi
+    MASTER_ADDR=$address
   fi
   export MASTER_ADDR
 fi

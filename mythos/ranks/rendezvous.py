@@ -6,6 +6,7 @@ the launcher. The batch scripts set MASTER_ADDR (slurm/tasks.sh), because a cont
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -22,6 +23,7 @@ SPARE_PORTS = 19
 """How many ports after the first one are tried if that is in use."""
 JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
 SCONTROL_TIMEOUT_S = 30
+HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 _opened_mpi = False
 
@@ -113,11 +115,25 @@ def _by_slurm(environ: Mapping[str, str], rank: int, users_address: str | None) 
             f"SLURM_NODEID={environ['SLURM_NODEID']} for rank 0, which is not on the step's first node: "
             "set MASTER_ADDR to its host, or drop --distribution=arbitrary"
         )
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
+    first = _first_node(environ)
+    return Meeting(first if _resolves(first) else _node_address(first), port)
+
+
+def _first_node(environ: Mapping[str, str]) -> str:
+    kind = "STEP" if environ.get("SLURM_STEP_NODELIST") else "JOB"
+    nodes, count = environ.get(f"SLURM_{kind}_NODELIST"), environ.get(f"SLURM_{kind}_NUM_NODES", "")
     if not nodes:
         raise UserError("SLURM_STEP_NODELIST is not set: start with srun, or set MASTER_ADDR to the host of rank 0")
-    first = _scontrol("show", "hostnames", nodes).split()[0]
-    return Meeting(first if _resolves(first) else _node_address(first), port)
+    lines = _scontrol("show", "hostnames", nodes).splitlines()
+    if count.isdecimal():
+        lines = lines[-int(count) :]  # a site's wrapper may print notices first
+    for line in lines:
+        if not HOST_NAME.fullmatch(line):
+            raise UserError(
+                f"scontrol show hostnames {nodes}: {line[:200]!r} is not the name of a node: set MASTER_ADDR to the "
+                "host of rank 0"
+            )
+    return lines[0]
 
 
 def _node_address(node: str) -> str:

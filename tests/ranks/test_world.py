@@ -169,6 +169,15 @@ def test_srun_uses_the_node_address_if_the_name_does_not_resolve(scontrol: list[
     _fails({**SRUN, "SLURM_STEP_NODELIST": "node2"}, "^the name node2 of the first node does not resolve")
 
 
+def test_notices_before_the_names_of_the_nodes_are_passed_over(
+    scontrol: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = rendezvous._scontrol
+    monkeypatch.setattr(rendezvous, "_scontrol", lambda *words: f"Welcome to node9\n\n{names(*words)}")
+    assert read_world({**SRUN, "SLURM_STEP_NUM_NODES": "2"}).address == "10.0.0.1"
+    _fails(SRUN, r"^scontrol show hostnames node\[1-2\]: 'Welcome to node9' is not the name of a node: set MASTER_ADDR")
+
+
 def test_srun_with_rank_0_on_another_node(scontrol: list[tuple[str, ...]]) -> None:
     _fails({**SRUN, "SLURM_PROCID": "0"}, "^SLURM_NODEID=1 for rank 0, which is not on the step's first node")
 

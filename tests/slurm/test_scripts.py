@@ -12,6 +12,7 @@ from mythos.run.status import read_status
 from tests.cluster import REPO, SCRIPT, run
 from tests.require import require
 from tests.slurm.jobs import TWO_BY_ONE, Job, submit, submit_pretrain
+from tests.slurm.stand_ins import job_environment
 
 
 def test_requeues_end_at_the_limit(stand_in: dict[str, str], tmp_path: Path) -> None:
@@ -55,12 +56,7 @@ def test_a_node_that_responds_again_while_the_script_waits_for_slurm(tmp_path: P
             *) echo "$@" >{asked} ;;
             esac""",
     }
-    for name, script in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-        (tmp_path / name).chmod(0o755)
-    job = {"JOB_ID": "7", "JOB_NUM_NODES": "2", "JOB_NODELIST": "node[1-2]", "JOB_CPUS_PER_NODE": "1(x2)"}
-    environ = {f"SLURM_{name}": value for name, value in {**job, "CPUS_ON_NODE": "1"}.items()}
-    environ |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "MASTER_ADDR": "node1"}
+    environ = job_environment(tmp_path / "bin", stand_ins) | {"MASTER_ADDR": "node1"}
     done = run(["bash", "slurm/pretrain.sh", "MODEL.yaml", "0"], 30, environ, REPO)
     assert done.returncode == 0, done.stderr
     assert "exit code 1, and a node does not respond: waiting for Slurm to requeue the job" in done.stderr

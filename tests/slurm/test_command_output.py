@@ -1,0 +1,100 @@
+"""Notices of containers and site wrappers in the output that the batch scripts read: before it they are passed over."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import REPO, run
+from tests.slurm.stand_ins import job_environment
+
+NOTICE = "echo '3 packages can be updated'; echo 'Welcome to node9'"
+NAMES = "printf 'node1\\nnode2\\n'"
+
+
+def scontrol(hostnames: str) -> str:
+    return f'case "$2" in hostnames) {hostnames} ;; *) echo State=IDLE NodeAddr=127.0.0.1 ;; esac'
+
+
+def test_notices_before_the_answers_are_passed_over(tmp_path: Path) -> None:
+    programs = {
+        "mythos": f"{NOTICE}; echo 2 '{tmp_path}/my run'",
+        "srun": f'echo "$MASTER_ADDR $*" >{tmp_path}/started',
+        "scontrol": scontrol(f"{NOTICE}; {NAMES}"),
+        "getent": "exit 0",
+    }
+    done = run(["bash", "slurm/pretrain.sh", "MODEL.yaml"], 30, job_environment(tmp_path / "bin", programs), REPO)
+    assert done.returncode == 0, done.stderr
+    assert f"2 nodes x 1 tasks, run directory {tmp_path}/my run\n" in done.stderr
+    started = (tmp_path / "started").read_text(encoding="utf-8")
+    assert started.startswith("node1 --kill-on-bad-exit=1 ")
+    assert "--nodes=2" in started
+    assert "--nodelist=node1,node2 mythos train MODEL.yaml" in started
+    assert (tmp_path / "my run" / "log").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        (f"echo 2 runs/a; {NOTICE}", "Welcome\\ to\\ node9"),
+        ("echo 3 updates", "3\\ updates"),
+        ("echo 99999999999999999999 updates", "99999999999999999999\\ updates"),
+        ("printf '2 runs/\\033[2J'", "$'2 runs/\\E[2J'"),
+        ("echo 2", "2"),
+        ("true", "''"),
+    ],
+)
+def test_another_answer_of_mythos_job_ends_the_job_with_one_line(answer: str, shown: str, tmp_path: Path) -> None:
+    programs = {"mythos": answer, "srun": f"touch {tmp_path}/started", "scontrol": scontrol(NAMES), "getent": "exit 0"}
+    done = run(["bash", "slurm/pretrain.sh", "MODEL.yaml"], 30, job_environment(tmp_path / "bin", programs), REPO)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "pretrain.sh: mythos job: the last line of its output is not the number of nodes and the run directory, but "
+        f"{shown}: see MYTHOS in slurm/env.sh\n",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"], "no directory is made, nothing is started"
+
+
+@pytest.mark.parametrize("script", ["pretrain.sh", "data_prep.sh"])
+@pytest.mark.parametrize("hostnames", [f"{NAMES}; {NOTICE}", "exit 1", "printf 'node1\\nnode2; reboot\\n'"])
+def test_another_answer_of_scontrol_ends_the_job_with_one_line(script: str, hostnames: str, tmp_path: Path) -> None:
+    programs = {"srun": f"touch {tmp_path}/started", "scontrol": scontrol(hostnames)}
+    done = run(["bash", f"slurm/{script}", "verify"], 30, job_environment(tmp_path / "bin", programs), REPO)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "scontrol show hostnames node[1-2]: the last 2 lines of its output are not the names of 2" in done.stderr
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_chain_passes_notices_over_and_ends_at_another_answer(tmp_path: Path) -> None:
+    sbatch = f'{NOTICE}; echo "$@" >>{tmp_path}/submitted; wc -l <{tmp_path}/submitted'
+    environ = job_environment(tmp_path / "bin", {"sbatch": sbatch})
+    done = run(["bash", "slurm/chain.sh", "2", "slurm/pretrain.sh"], 30, environ, REPO)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["1", "2"], "")
+    assert "--dependency=aftercorr:1 " in (tmp_path / "submitted").read_text(encoding="utf-8")
+    environ = job_environment(tmp_path / "bin", {"sbatch": f"echo 8; {NOTICE}"})
+    done = run(["bash", "slurm/chain.sh", "2", "slurm/pretrain.sh"], 30, environ, REPO)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("chain.sh: sbatch --parsable: the last line of its output is not the number of a job")
+
+
+def test_the_name_in_latest_is_not_evaluated(tmp_path: Path) -> None:
+    run_directory = tmp_path / "run"
+    for name in ("step_00000008", "step_x[$(touch evaluated)]9"):
+        (run_directory / "checkpoints" / name).mkdir(parents=True)
+        (run_directory / "checkpoints" / name / "state.json").touch()
+    latest = run_directory / "checkpoints" / "latest"
+    environ = job_environment(tmp_path / "bin", {"srun": 'echo "$@"'}) | {"MASTER_ADDR": "node1"}
+
+    def evaluate(*words: str) -> tuple[int, str, str]:
+        script = ["bash", "slurm/eval.sh", run_directory, *words]
+        done = run(script, 30, environ, REPO)
+        return done.returncode, done.stdout, done.stderr
+
+    latest.write_text(f"step_x[$(touch {tmp_path}/evaluated)]", encoding="utf-8")
+    assert evaluate() == (2, "", f"eval.sh: {latest}: not the name of a checkpoint: give --step N or all\n")
+    latest.write_text("step_00000008\n", encoding="utf-8")
+    for words in ((), ("all",)):
+        assert evaluate(*words)[1].endswith(f"mythos eval {run_directory} --step 8\n")
+    latest.unlink()
+    assert evaluate() == (2, "", f"eval.sh: {run_directory}: no complete checkpoint yet\n")
+    assert not (tmp_path / "evaluated").exists()
