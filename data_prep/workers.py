@@ -28,8 +28,8 @@ from data_prep.parts import HashSource, InspectSource, MakePart
 from data_prep.shards import WriteShard
 from data_prep.verify_shard import VerifyShard
 from mythos.errors import DONE, FAILED, UserError
-from mythos.ranks.messages import PATIENT_KEEP_ALIVE, Channel, Listener, connect
-from mythos.ranks.ports import PortServer, describe, find_port
+from mythos.network.messages import PATIENT_KEEP_ALIVE, Channel, Listener, connect, interface
+from mythos.network.ports import PortServer, describe, find_port
 from mythos.ranks.token import REMEDY, new_token, publish_token, read_token, remove_token
 from mythos.ranks.variables import set_data_variables
 from mythos.ranks.world import World
@@ -75,7 +75,11 @@ class Workers:
     def __enter__(self) -> Self:
         set_data_variables(os.environ)
         if self._world.world_size > 1:
-            self._listener = Listener(new_token(self._world), self._world.world_size - 1, keep_alive=PATIENT_KEEP_ALIVE)
+            one_host = self._world.local_world_size == self._world.world_size
+            # Other hosts may resolve the name of this one to another of its interfaces.
+            address = interface(self._world.address, one_host) if one_host else None
+            others = self._world.world_size - 1
+            self._listener = Listener(new_token(self._world), others, address, PATIENT_KEEP_ALIVE)
             secret = self._world.secret(self._listener.token)
             self._port_server = PortServer(self._world.ports, secret, self._listener.port)
             publish_token(self._world, self._listener.token)

@@ -93,13 +93,10 @@ def run_ranks(
         log.info(world.describe())
         world.export()
         from mythos.ranks import group
-        from mythos.ranks.watchdog import SLOW_LIMIT_S
 
         try:
-            # Longer than the watchdog's limit, because its report names the cause and a failed collective does not.
-            timeout_s = group.COLLECTIVE_TIMEOUT_S + max(config.train.watchdog_s, SLOW_LIMIT_S)
             with journal(config, world.rank):
-                device = group.start(config.device, timeout_s, world)
+                device = group.start(config.device, world)
             exit_code = work(config, device)
             group.finish()
             return exit_code

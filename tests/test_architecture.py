@@ -19,6 +19,7 @@ LAYERS = [
     ("mythos.data",),
     ("mythos.plan",),
     ("mythos.run",),
+    ("mythos.network",),
     ("mythos.ranks",),
     ("mythos.engine",),
     ("mythos.checkpoint",),
@@ -29,7 +30,15 @@ LAYERS = [
     ("launch",),
 ]
 """From the bottom up: a module imports from its own layer and those below."""
-WITHOUT_TORCH = ("mythos/errors.py", "mythos/files.py", "mythos/config", "mythos/plan", "mythos/run", "launch")
+WITHOUT_TORCH = (
+    "mythos/errors.py",
+    "mythos/files.py",
+    "mythos/config",
+    "mythos/plan",
+    "mythos/run",
+    "mythos/network",
+    "launch",
+)
 """Files and packages that do not import torch when they are imported; a function may still import it."""
 FILE_LINES, FUNCTION_LINES, ROOM_PERCENT, TRAIN_FILES = 300, 60, 16, 8
 READING_LIST = (

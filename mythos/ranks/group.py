@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from mythos.errors import UserError
-from mythos.ranks.ports import PortServer, describe, find_port
+from mythos.network.ports import PortServer, describe, find_port
 from mythos.ranks.variables import set_training_variables
 from mythos.ranks.world import World
 from mythos.run.console import log
 
 T = TypeVar("T")
-COLLECTIVE_TIMEOUT_S = 600.0
+COLLECTIVE_TIMEOUT = timedelta(days=1)
+"""Longer than the watchdog's limit, whose report names the cause, and than a job is usually suspended."""
 MEET_TIMEOUT = timedelta(seconds=600)
 RETRY_S = 0.1
 WAITING_NOTICE_S = 30.0
@@ -30,15 +31,11 @@ _store: dist.Store | None = None
 _questions = itertools.count()
 
 
-def start(
-    device_option: str, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S, world: World | None = None
-) -> torch.device:
+def start(device_option: str, world: World | None = None) -> torch.device:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; returns this rank's device.
 
     Args:
         world: this rank's place, if the ranks themselves agree on a port; torchrun has opened MASTER_PORT.
-        collective_timeout_s: a collective that takes longer fails. Choose it longer than the watchdog's limit, because
-            the watchdog's report names the cause.
 
     Raises:
         UserError: there is no GPU for this rank, MASTER_ADDR does not resolve on this host, no port is free, or the
@@ -66,7 +63,7 @@ def start(
         store=dist.PrefixStore("ranks", _store),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=collective_timeout_s),
+        timeout=COLLECTIVE_TIMEOUT,
     )
     return device
 

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from mythos.errors import PREEMPTED
-from mythos.ranks.exits import exit_now, exit_within
+from mythos.ranks.exits import exit_now, exit_within, prepare_exit
 from mythos.run.console import log
 
 if TYPE_CHECKING:  # it imports torch, which must not delay the installation of the signal handlers
@@ -69,6 +69,7 @@ class StopRequest:
         Python runs signal handlers only between two instructions of the main thread, which may be blocked in a
         collective or a slow write. So a thread waits instead, and learns of the signal through a pipe.
         """
+        prepare_exit()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -3,8 +3,8 @@
 Every rank keeps a connection to rank 0. The end of a process closes its connection, whatever ended it, so rank 0
 notices at once and informs the others. A run that makes no progress for ``limit_s`` hangs: every rank writes the stacks
 of its threads to its log, rank 0 names the ranks that do not respond, and all exit. This happens in a separate thread,
-which a blocked collective does not block. If a library holds the interpreter's lock, that thread is blocked, too; then
-faulthandler's own thread writes the stacks and ends the process.
+which a blocked collective does not block. If a library holds the interpreter's lock, that thread is blocked, too; see
+``mythos.ranks.frozen``. The time in which the whole job is suspended, as by `scontrol suspend`, does not count.
 """
 
 import logging
@@ -23,10 +23,11 @@ from typing import Any, NoReturn, Self
 import torch.distributed as dist
 
 from mythos.errors import FAILED, UserError
+from mythos.network.messages import Channel, Listener, Peer, connect, interface
 from mythos.ranks import stacks
-from mythos.ranks.exits import exit_now, exit_within
+from mythos.ranks.exits import exit_now, exit_within, prepare_exit
+from mythos.ranks.frozen import FrozenWatch
 from mythos.ranks.group import agree
-from mythos.ranks.messages import Channel, Listener, Peer, connect
 from mythos.run.console import log
 from mythos.run.journal import Journal
 
@@ -40,6 +41,8 @@ RESPONSE_S = 5.0
 """How long rank 0 waits for the other ranks to write their stacks; the others wait twice as long for rank 0."""
 FROZEN_S = 2.5
 """How long after the limit a process with a blocked interpreter is ended: while the others still wait for it."""
+SUSPENDED_S = 5.0
+"""Between two looks of the watchdog's thread, which are POLL_S apart in a process that runs."""
 DIAGNOSIS_S = 2.0
 """How long a failed rank waits to learn whether the death of another rank was the cause."""
 ERROR_CHARACTERS = 500
@@ -71,6 +74,8 @@ class Watchdog:
         self._selector = selectors.DefaultSelector()
         for peer in self._peers.values():
             self._selector.register(peer.channel, selectors.EVENT_READ, peer)
+        self._frozen = FrozenWatch()
+        prepare_exit()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -115,18 +120,24 @@ class Watchdog:
         self._send_all("finished")
         self._closed = True
         self._thread.join()
-        stacks.cancel_exit()
+        self._frozen.close()
         for peer in self._peers.values():
             peer.channel.close()
         self._selector.close()
 
     def _watch(self) -> None:
         try:
+            looked = time.monotonic()
             while not self._closed:
-                stacks.write_stacks_and_exit_later(self._limit_s + FROZEN_S)
+                self._frozen.beat(self._limit_s + FROZEN_S, stacks.stacks_stream())
                 self._receive(POLL_S)
                 self._share_progress()
-                if time.monotonic() - self._last_progress > self._limit_s:
+                now = time.monotonic()
+                if (gap_s := now - looked) > SUSPENDED_S:
+                    self._last_progress += gap_s
+                    log.warning(f"this process did not run for {gap_s:.0f} s (suspended?): training continues")
+                looked = now
+                if now - self._last_progress > self._limit_s:
                     self._end_hanging_run()
         except Exception as error:  # of any kind: without this thread the run would be unwatched
             self._exit(f"the watchdog of rank {self.rank} failed: {error!r}", FAILED, logging.ERROR)
@@ -221,18 +232,21 @@ def _connect_to_rank_0() -> list[Peer]:
     if rank == 0:
         _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # 1,024 is usual, and each rank needs one
-        listener = Listener(secrets.token_hex(16), ranks - 1)
-        offer = [(listener.port, listener.token, socket.gethostname(), os.getpid())]
+        one_host = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+        address = interface(os.environ["MASTER_ADDR"], one_host)
+        listener = Listener(secrets.token_hex(16), ranks - 1, address)
+        offer = [
+            (address or os.environ["MASTER_ADDR"], listener.port, listener.token, socket.gethostname(), os.getpid())
+        ]
     dist.broadcast_object_list(offer, src=0)
-    port, token, host, process = offer[0]
+    address, port, token, host, process = offer[0]
     if rank == 0:
         with listener:
             return agree(lambda: _accept(listener, ranks - 1))
-    return agree(lambda: [Peer(_connect(port, token, rank), 0, host, process)])
+    return agree(lambda: [Peer(_connect(address, port, token, rank), 0, host, process)])
 
 
-def _connect(port: int, token: str, rank: int) -> Channel:
-    address = os.environ["MASTER_ADDR"]
+def _connect(address: str, port: int, token: str, rank: int) -> Channel:
     try:
         return connect(address, port, token, rank, CONNECT_TIMEOUT_S)
     except OSError as error:

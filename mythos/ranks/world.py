@@ -53,7 +53,7 @@ class World:
     token: str | None = field(default=None, repr=False)
     """The secret of this job's ranks, if they share one already: see ``mythos.ranks.token``."""
     spare_ports: tuple[int, ...] = field(default=(), repr=False)
-    """Where the ranks meet if ``port`` is in use, in this order: see ``mythos.ranks.ports``."""
+    """Where the ranks meet if ``port`` is in use, in this order: see ``mythos.network.ports``."""
     job: str = field(default="", repr=False, compare=False)
     """What all ranks of this job know and those of other jobs do not; not a secret."""
 

@@ -60,8 +60,9 @@ class RunLock:
 
     def keep(self, when_taken: Callable[[str], object]) -> None:
         """Renew the lock in a thread from now on, which calls ``when_taken`` if another attempt has taken it over."""
-        self._thread = threading.Thread(target=self._beat, args=(when_taken,), name="lock", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._beat, args=(when_taken,), name="lock", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def check(self) -> None:
         """Check that the directory is still this attempt's. A missing ``.lock`` is replaced, such as after a purge.

@@ -20,9 +20,9 @@ import pytest
 from data_prep.parts import HashSource
 from data_prep.workers import WorkerLost, Workers, serve
 from mythos.errors import UserError
+from mythos.network.messages import Listener
+from mythos.network.ports import PortServer, find_port
 from mythos.ranks import token
-from mythos.ranks.messages import Listener
-from mythos.ranks.ports import PortServer, find_port
 from mythos.ranks.world import World
 from tests.cluster import clean_environment
 

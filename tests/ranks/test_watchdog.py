@@ -1,6 +1,7 @@
 """The watchdog and the log when the disk or the network fails, too."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -84,7 +85,9 @@ FROZEN = """
     start_logging(None, 0)
 
     def library_that_holds_the_lock():
-        ctypes.PyDLL(None).sleep(600)
+        mutex = (ctypes.c_char * 64)()
+        for _ in range(2):  # the second call waits for ever, without releasing the interpreter's lock
+            ctypes.PyDLL(None).pthread_mutex_lock(mutex)
 
     with Watchdog(1.0) as watchdog:
         watchdog.started()
@@ -96,7 +99,7 @@ FROZEN = """
 def test_a_process_with_a_blocked_interpreter_writes_its_stacks_and_exits(tmp_path: Path) -> None:
     with open(tmp_path / "errors", "w", encoding="utf-8") as errors:
         done = python(FROZEN, stderr=errors)
-    assert done.returncode == 1
+    assert done.returncode == -signal.SIGKILL
     assert "in library_that_holds_the_lock" in (tmp_path / "errors").read_text(encoding="utf-8")
 
 
@@ -136,3 +139,70 @@ def test_a_port_in_use_is_reported_in_one_line() -> None:
     assert done.stdout == (
         f"MASTER_PORT = {port}: in use on this host: set MASTER_PORT to a free port, the same for all ranks\n"
     )
+
+
+SUSPENDED = """
+    import os, sys, time
+    from mythos.run.console import start_logging
+    from mythos.ranks import group
+    from mythos.ranks.watchdog import Watchdog
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    group.start("cpu")
+    start_logging(None, 0)
+    with Watchdog(4.0) as watchdog:
+        watchdog.started()
+        watchdog.progress("a step")
+        time.sleep(1)  # so that the watchdog has polled with the new limit
+        print("ready", flush=True)
+        sys.stdin.readline()
+        time.sleep(2)
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("children", ["with its child", "alone"])
+def test_a_process_that_was_suspended_for_longer_than_the_limit_continues(children: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SUSPENDED)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=clean_environment(),
+        cwd=REPO,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        send = os.killpg if children == "with its child" else os.kill
+        send(process.pid, signal.SIGSTOP)
+        time.sleep(9)
+        send(process.pid, signal.SIGCONT)
+        output, errors = process.communicate("\n", timeout=60)
+    assert (process.returncode, output) == (0, "done\n"), errors
+    assert "this process did not run for" in errors
+
+
+EXIT_WITHOUT_THREADS = """
+    import threading, time
+    from mythos.ranks.exits import exit_within, prepare_exit
+
+    prepare_exit()
+    threading.Thread.start = None  # as if none could be started any more
+    exit_within(85, after_s=1.0)
+    time.sleep(600)
+"""
+EXIT_WITH_A_BLOCKED_INTERPRETER = """
+    import ctypes
+    from mythos.ranks import exits
+
+    exits.KERNEL_GRACE_S = 1.0
+    exits.exit_within(85, after_s=0.5)
+    ctypes.PyDLL(None).sleep(600)
+"""
+
+
+def test_an_exit_needs_no_new_thread_and_no_interpreter() -> None:
+    assert python(EXIT_WITHOUT_THREADS).returncode == 85
+    assert python(EXIT_WITH_A_BLOCKED_INTERPRETER).returncode == -signal.SIGALRM

@@ -9,6 +9,7 @@ kept. The processes of a job trust each other, and nothing is encrypted: a clust
 """
 
 import hmac
+import ipaddress
 import json
 import os
 import select
@@ -117,18 +118,25 @@ class Listener:
 
     Args:
         peers: the number of processes that are expected.
+        address: of the interface to listen at; None for all.
         keep_alive: TCP options of the connections, in seconds (TCP_USER_TIMEOUT in milliseconds).
 
     Raises:
         OSError: the port cannot be opened.
     """
 
-    def __init__(self, token: str, peers: int, keep_alive: Mapping[str, int] = KEEP_ALIVE) -> None:
+    def __init__(
+        self, token: str, peers: int, address: str | None = None, keep_alive: Mapping[str, int] = KEEP_ALIVE
+    ) -> None:
         self.token, self._keep_alive = token, keep_alive
-        dual = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
         backlog = peers + UNKNOWN_CONNECTIONS
-        self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=backlog)
+        if address is None:
+            dual = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+            self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=backlog)
+        else:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            self._server = socket.create_server((address, 0), family=family, backlog=backlog)
         self._server.setblocking(False)
         self.port: int = self._server.getsockname()[1]
         self._unknown: dict[Channel, float] = {}
@@ -213,6 +221,20 @@ class Listener:
     def _forget(self, channel: Channel) -> None:
         del self._unknown[channel]
         self._selector.unregister(channel)
+
+
+def interface(name: str, one_host: bool) -> str | None:
+    """The address of this host to which ``name`` resolves, to listen only there; None for all interfaces.
+
+    All interfaces are needed where the name means the loopback interface here but other hosts connect, which is how
+    some distributions write their own name into /etc/hosts, and where the address is not one of this host (NAT).
+    """
+    try:
+        address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+        socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
+    except OSError:
+        return None
+    return None if ipaddress.ip_address(address.partition("%")[0]).is_loopback and not one_host else address
 
 
 def connect(

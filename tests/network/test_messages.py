@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from mythos.errors import UserError
-from mythos.ranks import messages, token
-from mythos.ranks.messages import HELLO_BYTES, Channel, Listener, Peer, connect
+from mythos.network import messages
+from mythos.network.messages import HELLO_BYTES, Channel, Listener, Peer, connect, interface
+from mythos.ranks import token
 from mythos.ranks.world import World
 
 LIMIT_S = 20.0
@@ -254,3 +255,24 @@ def test_a_connection_that_makes_room_for_a_new_one_in_the_same_moment_does_not_
         thread = connect_in_thread(listener.port, found)
         assert accept_until(listener, lambda peers: bool(peers))[0].rank == 3
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "one_host", "expected"),
+    [
+        ("127.0.0.1", True, "127.0.0.1"),
+        ("localhost", False, None),
+        ("192.0.2.1", True, None),
+        ("no-such-host.invalid", True, None),
+    ],
+)
+def test_a_listener_uses_only_the_interface_of_its_job(name: str, one_host: bool, expected: str | None) -> None:
+    address = interface(name, one_host)
+    assert address == expected
+    with Listener("token", 1, address) as listener:
+        other_interface = ("127.0.0.2", listener.port)
+        if address is None:
+            socket.create_connection(other_interface).close()
+        else:
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(other_interface)

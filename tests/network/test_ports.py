@@ -9,8 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from mythos.errors import UserError
-from mythos.ranks import group, ports
-from mythos.ranks.ports import PortServer, find_port
+from mythos.network import ports
+from mythos.network.ports import PortServer, find_port
+from mythos.ranks import group
 from mythos.ranks.world import World
 
 HERE = "127.0.0.1"
