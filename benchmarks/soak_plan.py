@@ -9,6 +9,7 @@ from tests.faults.damage import DAMAGE
 from tests.faults.victim import CALLS_A_SAVE, CALLS_A_STEP
 
 STEPS_A_FAULT = 16
+OVER = "_over"
 SAVE_EVERY = 5
 RANKS = 2
 
@@ -72,6 +73,11 @@ class PlannedFault:
         """Of its files."""
         return f"{self.number:03d}"
 
+    @property
+    def over(self) -> str:
+        """Of the file that says that the next step was done, before which the next fault does not occur."""
+        return f"{self.name}{OVER}"
+
 
 def plan(seed: int, faults: int, kinds: Sequence[str] = KINDS) -> list[PlannedFault]:
     """Faults in the order of their steps. No kind occurs again before every other kind has occurred as often."""
@@ -110,4 +116,6 @@ def rank_faults(fault: PlannedFault) -> dict[str, dict[str, Any]]:
 def _at(fault: PlannedFault, where: str, **more: Any) -> dict[str, Any]:
     calls = (CALLS_A_STEP | CALLS_A_SAVE)[where]
     rank = 0 if where == "commit" else fault.rank
-    return {"where": where, "rank": rank, "call": 1 + fault.call % calls, "from_step": fault.step} | more
+    # Not in the first step of an attempt, for which the watchdog has a limit of its own, of half an hour.
+    after = {"after": f"{fault.number - 1:03d}{OVER}"} if fault.number > 1 else {}
+    return {"where": where, "rank": rank, "call": 1 + fault.call % calls, "from_step": fault.step} | after | more

@@ -44,6 +44,12 @@ def test_every_kind_is_caused_in_one_way() -> None:
     assert not in_ranks & set(STRIKES)
 
 
+def test_a_fault_in_a_rank_waits_until_the_one_before_is_over() -> None:
+    """Otherwise a rank could hang in the first step of an attempt, where the watchdog waits for half an hour."""
+    before, fault = next(pair for pair in pairwise(plan(1, 40)) if pair[1].kind == "a rank that hangs")
+    assert rank_faults(fault)[fault.name]["after"] == before.over
+
+
 def test_the_judge_accepts_the_same_outcome() -> None:
     assert judge(OUTCOME, replace(OUTCOME, counted_s=9.0)) == []
 

@@ -5,7 +5,7 @@ once in all attempts of the run; FAULT.json may also be a directory of such file
 
     "signal": "SIGTERM"     sends this signal instead of SIGKILL; "HANG" blocks the thread for ever
     "from_step": 30         counts the calls from this step on
-    "after": "04"           only after the fault of the file 04.json of the same directory has occurred
+    "after": "04"           counts them only when the file 04.fired exists, which 04.json leaves when it has occurred
     "step": 30              instead of "call": at every call in this step, in every attempt that comes to it
 
 The ranks also record which sequences each step consumed, so that a test can check that none was lost or used twice,
@@ -54,13 +54,20 @@ class Fault:
         if "step" in self.plan:
             due = step == self.plan["step"]
         else:
-            self.calls += step >= self.plan.get("from_step", 0)
+            self.calls += self._armed(step)
             due = self.calls == self.plan["call"] and not fired.exists()
-        if not due or ("after" in self.plan and not self.path.with_name(self.plan["after"] + FIRED).exists()):
+        if not due:
             return False
         if not fired.exists():
             fired.write_text(repr(time.time()), encoding="utf-8")
         return True
+
+    def _armed(self, step: int) -> bool:
+        """Whether calls count already."""
+        earlier = self.plan.get("after")
+        return step >= self.plan.get("from_step", 0) and (
+            earlier is None or self.path.with_name(earlier + FIRED).exists()
+        )
 
     def strike(self) -> None:
         """Send the signal to this process."""
