@@ -30,6 +30,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if argv is None:
             _use_utf8()
             _prepare_streams()
+            _check_working_directory()
             argv = sys.argv[1:]
             _check_utf8(argv)
         from launch.commands import invoke
@@ -65,12 +66,32 @@ def _use_utf8() -> None:
 
 
 def _prepare_streams() -> None:
-    """Print any text in any environment; a closed stream discards it."""
-    for name in ("stdout", "stderr"):
+    """Print any text in any environment; a closed stream discards it, here and in child processes.
+
+    The descriptors are opened in place of the closed ones. Otherwise the next file that is opened, such as a shard or a
+    checkpoint, would have number 1 or 2, and libraries would print into it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free is this one
+            os.set_inheritable(descriptor, True)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+            setattr(sys, name, open(descriptor, "w", encoding="utf-8", closefd=False))  # noqa: SIM115 - until the process ends
         # PYTHONIOENCODING may have set another encoding.
         getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _check_working_directory() -> None:
+    """A process in a directory that has been removed cannot use relative paths, nor load MKL. Raises UserError."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the working directory cannot be used ({error.strerror}): it may have been removed: change to another one"
+        ) from None
 
 
 def _check_utf8(arguments: Sequence[str]) -> None:

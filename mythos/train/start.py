@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ class OpenRun:
     def end(self, exit_code: int) -> int:
         """Record the end of the attempt, and print where its results are; returns the exit code."""
         tensorboard = Path(sys.executable).with_name("tensorboard")
-        if tensorboard.is_relative_to(Path.cwd()):
+        with suppress(ValueError, OSError):  # it is elsewhere, or the working directory has been removed
             tensorboard = tensorboard.relative_to(Path.cwd())
         log.info(f"run directory: {self.directory.path}")
         log.info(f"watch it: {tensorboard} --logdir {self.directory.path}")
