@@ -18,6 +18,7 @@ import torch.distributed as dist
 from mythos.checkpoint import restore as checkpoint
 from mythos.checkpoint.saver import Saver
 from mythos.checkpoint.snapshot import world_shape
+from mythos.config.derive import global_batch_sequences
 from mythos.config.load import validate
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
@@ -73,11 +74,11 @@ class Training:
             dist.barrier()
             begun = time.perf_counter()
             self.step += 1
-            depths = draw_depths(self.config, self.step)
+            sample = (self.step - 1) * global_batch_sequences(self.config)
+            depths = draw_depths(self.config, self.step, sample)
             tokens = torch.randint(32768, (2, SEQUENCE_LENGTH + 1), device=self.engine.device)
-            plan = micro_batch_plan(self.config, depths, self.step, 0)
-            loss, _ = self.engine(tokens[:, :-1], tokens[:, 1:], plan)
-            self.engine.backward(loss)
+            plan = micro_batch_plan(self.config, depths, sample, 0)
+            self.engine.backward(self.engine(tokens[:, :-1], tokens[:, 1:], plan).total)
             self.engine.step(schedule(self.config.optim, 0, self.config.train.steps))
             pending = bool(self.saver and self.saver.pending)
             rows = group.gather(torch.tensor([float(pending)], device=self.engine.device))

@@ -4,6 +4,7 @@ Fenced blocks of a document by their info string:
 
     bash      commands; run here, unless RUN_BY names the file that runs them, or the first line is "# on a cluster"
     console   commands after "$ ", each followed by exactly what it prints; run here
+    python    a program; run here, after the document's commands
     yaml      valid YAML
     (none)    pictures and listings, no commands
 """
@@ -126,6 +127,9 @@ def test_the_commands_run(document: Path, workspace: Path) -> None:
     for script in filter(None, map(here, blocks(document))):
         done = run(["bash", "-exc", "\n".join(script)], LIMIT_S, cwd=workspace)
         assert done.returncode == 0, done.stderr
+    for program in [block.text for block in blocks(document) if block.info == "python"]:
+        done = run([sys.executable, "-c", program], LIMIT_S, cwd=workspace)
+        assert done.returncode == 0, done.stderr
     documented = re.compile("|".join(f"(?:{name})" for name in documented_metrics()))
     for path in (workspace / "runs").glob("*/metrics.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -150,7 +154,7 @@ def test_the_other_commands_are_run_where_it_says(command: str, by: RunBy) -> No
 def test_every_block_is_of_a_known_kind(document: Path) -> None:
     starts_command = re.compile(r"^(\$ |mythos |make |python|pip |srun |sbatch |mpiexec |torchrun |slurm/\w+\.sh )")
     for block in blocks(document):
-        assert block.info in ("bash", "console", "yaml", "")
+        assert block.info in ("bash", "console", "python", "yaml", "")
         if block.info == "yaml":
             assert yaml.safe_load(block.text)
         if not block.info:

@@ -17,7 +17,6 @@ from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
 from mythos.export import INDEX_FILE, export, load_exported
 from mythos.model import build_model
-from mythos.model.depth import fixed
 from mythos.run.directory import RunDirectory
 from tests.cluster import clean_environment, run
 from tests.spawn import RankPool
@@ -32,7 +31,7 @@ def logits_of_the_engine(config: Config, found: Path, tokens: torch.Tensor) -> t
     engine = TrainingEngine(config, torch.device("cpu"))
     checkpoint.load(engine, found)
     with engine.evaluation():
-        return engine(tokens, None, fixed(3, len(tokens)) if config.loop else None)[0]
+        return engine(tokens)
 
 
 def plain_state(config: Config, found: Path) -> dict[str, torch.Tensor]:
@@ -46,9 +45,9 @@ def plain_state(config: Config, found: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state.items() if "tokens_per_expert" not in name}
 
 
-def logits(model: torch.nn.Module, config: Config, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(tokens, None, fixed(3, len(tokens)))[0] if config.loop else model(tokens, None)[0]
+@torch.no_grad()
+def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens)
 
 
 @pytest.mark.parametrize(
@@ -73,17 +72,63 @@ def test_logits_equal_those_of_the_trained_model(
     alone = tiny_config(model, tiny_data, tmp_path / "other")
     trained = one_rank.run(logits_of_the_engine, alone, found, tokens)[0]
     if config.model.kind == "dense" or config.model.core_experts is None:
-        assert torch.equal(logits(loaded, config, tokens), trained)
+        assert torch.equal(logits(loaded, tokens), trained)
     else:  # AutoEP sums over experts in another order; the plain model with the same weights gives the same bits
-        torch.testing.assert_close(logits(loaded, config, tokens), trained, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(loaded, tokens), trained, rtol=1e-5, atol=1e-5)
         plain = build_model(config).eval()
         plain.load_state_dict(one_rank.run(plain_state, alone, found)[0])
-        assert torch.equal(logits(loaded, config, tokens), logits(plain, config, tokens))
+        assert torch.equal(logits(loaded, tokens), logits(plain, tokens))
     fresh = build_model(config).eval()
-    assert not torch.equal(logits(fresh, config, tokens), trained), "training has changed the weights"
+    assert not torch.equal(logits(fresh, tokens), trained), "training has changed the weights"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tiny_data / "tokenizer.json").read_bytes()
     buffers = [name for name in loaded.state_dict() if name.endswith("e_score_correction_bias")]
     assert all(loaded.state_dict()[name].any() for name in buffers)
+
+
+IN_PLAIN_PYTORCH = """
+import sys
+sys.modules["deepspeed"] = None  # importing it fails
+from pathlib import Path
+import torch
+from mythos.export import load_exported
+model = load_exported(Path(sys.argv[1]))
+ids = torch.arange(10).view(2, 5)
+arguments = [{}, {"depth": 3}, {"depth": 7}] if sys.argv[2] == "looped" else [{}]
+with torch.no_grad():
+    outputs = [model(ids, **each) for each in arguments]
+assert not model.training and all(logits.shape == (2, 5, 96) for logits in outputs)
+if sys.argv[2] == "looped":
+    mean, three, seven = outputs
+    assert torch.equal(mean, three), (mean - three).abs().max()
+    assert not torch.equal(mean, seven)
+    refused = {"depth": 0}
+else:
+    refused = {"depth": 3}
+losses = model.train()(ids[:, :-1], ids[:, 1:])
+losses.total.backward()
+assert torch.isfinite(losses.cross_entropy) and model.embedding.weight.grad is not None
+try:
+    model(ids, **refused)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "refusal"),
+    [
+        ("looped-moe", "looped", "depth 0: must be at least 1"),
+        ("dense", "dense", "a dense model has no loop: leave out depth and exit_rule"),
+    ],
+)
+def test_an_exported_model_is_called_alike_in_a_process_without_deepspeed(
+    model: str, kind: str, refusal: str, one_rank: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    one_rank.run(run_some_steps, tiny_config(model, tiny_data, tmp_path / "run"), 2)
+    export(tmp_path / "run", tmp_path / "out")
+    done = run([sys.executable, "-c", IN_PLAIN_PYTORCH, tmp_path / "out", kind], 60, env=clean_environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{refusal}\n"
 
 
 @pytest.fixture(scope="module")

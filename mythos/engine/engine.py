@@ -85,12 +85,14 @@ class TrainingEngine:
         return self.deepspeed.module
 
     def __call__(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None, plan: DepthPlan | None, exit_rule: ExitRule | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The model's forward pass: loss or logits, and diagnostics. ``plan`` is None for a dense model."""
-        if plan is None:
-            return self.deepspeed(tokens_BS, targets_BS)
-        return self.deepspeed(tokens_BS, targets_BS, plan, exit_rule)
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        depth: DepthPlan | int | None = None,
+        exit_rule: ExitRule | None = None,
+    ) -> Any:
+        """The model's forward pass: logits, or ``Losses`` when there are targets."""
+        return self.deepspeed(tokens_BS, targets_BS, depth, exit_rule)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this micro batch.

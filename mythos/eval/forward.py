@@ -1,5 +1,7 @@
 """The forward pass of an evaluation: watched, interruptible, and with early exit from the loop."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,7 +33,7 @@ def evaluation_forward(
     """
     rule = exit_rule(options)
 
-    def forward(tokens: Tensor, targets: Tensor | None, plan: DepthPlan | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(tokens: Tensor, targets: Tensor | None, plan: DepthPlan | None) -> Any:
         watchdog.progress(activity)
         if stop is not None and group.on_any_rank(stop.asked, engine.device):
             raise Stopped

@@ -68,7 +68,7 @@ def sample_tokens(
     notices = Notices("sample", tokens, "tokens")
     for number in range(tokens):
         notices.report(number)
-        logits, _ = forward(torch.tensor([ids[-longest:]], device=device), None, plan)
+        logits = forward(torch.tensor([ids[-longest:]], device=device), None, plan)
         last_V = logits[0, -1].float().cpu()
         if temperature == 0:
             ids.append(int(last_V.argmax()))

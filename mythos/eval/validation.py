@@ -120,7 +120,7 @@ def _losses(
         for steps, losses_R in zip(depths, losses_TR, strict=True):
             # The initial state of a row comes from its number, so that it does not depend on the set or the ranks.
             plan = None if steps is None else depth.fixed(steps, micro_batch, numbers.tolist())
-            losses_B, _ = forward(tokens[:, :-1], tokens[:, 1:], plan)
+            losses_B = forward(tokens[:, :-1], tokens[:, 1:], plan).by_sequence_B
             own_B = losses_R[place]
             own_B.copy_(losses_B[: len(own_B)])
     dist.all_reduce(losses_TR)  # each element is zero on all ranks but one, so nothing is rounded

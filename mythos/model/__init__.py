@@ -1,6 +1,7 @@
 """The model, which does not know about ranks, process groups, environment variables or DeepSpeed."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,8 +11,8 @@ from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
 from mythos.model.transformer import DenseTransformer, LoopedTransformer
 
-Forward = Callable[[Tensor, Tensor | None, DepthPlan | None], tuple[Tensor, dict[str, Tensor]]]
-"""(tokens (B, S), targets (B, S) or None, plan) -> (loss or logits, diagnostics)."""
+Forward = Callable[[Tensor, Tensor | None, DepthPlan | None], Any]
+"""(tokens (B, S), targets (B, S) or None, plan) -> ``Losses``, or logits (B, S, V) without targets."""
 
 
 def build_model(config: Config) -> nn.Module:
@@ -26,6 +27,6 @@ def build_structure(config: Config) -> nn.Module:
     match config.model:
         case Looped():
             assert config.loop is not None
-            return LoopedTransformer(config.model, config.loop.recompute, config.train.z_loss)
+            return LoopedTransformer(config.model, config.loop, config.train.z_loss)
         case Dense():
             return DenseTransformer(config.model, config.train.z_loss)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mythos.config.model_schema import Dense, Looped
 from mythos.model.attention import build_attention
 from mythos.model.layers import feed_forward
-from mythos.model.moe import MoE, Routing, observe_routing, routing_penalty
+from mythos.model.moe import MoE, Routing, observe_routing, routing_penalties
 from mythos.model.parameters import Role, Rule
 
 
@@ -52,10 +52,10 @@ class Adapter(nn.Module):
 
 
 class CoreOutput(NamedTuple):
-    """Output of a core block: the residual stream, its routing penalty and, if requested, its routing."""
+    """Output of a core block: the residual stream, its routing penalties and, if requested, its routing."""
 
     x_BSD: Tensor
-    penalty_B: Tensor | None
+    penalties_BP: Tensor | None
     routing: Routing | None
 
 
@@ -87,9 +87,10 @@ class CoreBlock(Block):
         x_BSD = x_BSD + self.feed_forward(normed_BSD)
         if self.adapter is not None:
             x_BSD = x_BSD + self.adapter(normed_BSD, loop_step_B)
-        if self.expert_config is None or not (self.penalised or observe):
+        penalise = self.penalised and torch.is_grad_enabled()  # a penalty matters only by its gradient
+        if self.expert_config is None or not (penalise or observe):
             return CoreOutput(x_BSD, None, None)
-        with torch.set_grad_enabled(self.penalised and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(penalise):
             routing = observe_routing(self.feed_forward, normed_BSD, self.expert_config)
-            penalty_B = routing_penalty(routing, self.expert_config) if self.penalised else None
-        return CoreOutput(x_BSD, penalty_B, routing if observe else None)
+            penalties_BP = routing_penalties(routing, self.expert_config) if penalise else None
+        return CoreOutput(x_BSD, penalties_BP, routing if observe else None)

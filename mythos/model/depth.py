@@ -15,6 +15,9 @@ from mythos.config.schema import Loop
 from mythos.random_streams import Purpose, philox
 
 QUADRATURE_POINTS = 64
+BLOCK_BITS = 6
+BLOCK = 1 << BLOCK_BITS
+"""So many neighbouring samples draw their depths together. Must never change: it defines the depths of old runs."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +34,30 @@ class DepthPlan:
     state_seeds: tuple[int, ...]
 
 
-def draw_depths(config: Loop, seed: int, step: int, sequences: int) -> np.ndarray:
+def draw_depths(config: Loop, seed: int, step: int, samples: range) -> np.ndarray:
     """Loop steps of every sequence of the global batch, (sequences,): a pure function of its arguments.
 
     T = F^-1(u): the inverse of the depth's distribution function F, at a uniform number u for each sequence. The u are
-    either independent or stratified: each is uniform, but of any 2^k neighbours (from a multiple of 2^k) one is in each
-    of the 2^k equal parts of [0, 1), so that every micro batch has nearly the same total.
+    either independent or stratified: each is uniform, but of any 2^k <= ``BLOCK`` neighbours (from a multiple of 2^k)
+    one is in each of the 2^k equal parts of [0, 1), so that every micro batch has nearly the same total.
+
+    A sequence's u comes from its sample's number: not from the step, which a run repeats after a rewind with other
+    samples, and not from its place in the batch, whose size may change.
 
     Args:
         step: number of the update, from 1; the curriculum's mean depends on it.
+        samples: numbers of the batch's samples.
     """
     mean = mean_depth(config, step)
     if config.depth == "fixed":
-        return np.full(sequences, round(mean))
-    generator = np.random.Generator(philox(Purpose.DEPTHS, seed, step))
+        return np.full(len(samples), round(mean))
     if config.depth == "poisson_per_batch":
-        uniform = np.full(sequences, generator.random())
-    elif config.stratified:
-        uniform = _stratified(generator, sequences)
+        uniform = np.full(len(samples), _generator(seed, samples.start).random())
     else:
-        uniform = generator.random(sequences)
+        first, end = samples.start // BLOCK, -(-samples.stop // BLOCK)
+        generators = [_generator(seed, block) for block in range(first, end)]
+        blocks = [_stratified(each) if config.stratified else each.random(BLOCK) for each in generators]
+        uniform = np.concatenate(blocks)[samples.start - first * BLOCK :][: len(samples)]
     return np.searchsorted(_cumulative(config, mean), uniform, side="right")
 
 
@@ -81,12 +88,14 @@ def plan(depths: np.ndarray, backprop_depth: int, own: slice, state_seeds: Seque
 
 
 def fixed(depth: int, sequences: int, state_seeds: Sequence[int] | None = None) -> DepthPlan:
-    """``depth`` loop steps for every sequence; for evaluation, where no step carries gradient."""
+    """``depth`` loop steps for every sequence, all of them with gradient unless it is switched off."""
+    if depth < 1:
+        raise ValueError(f"depth {depth}: must be at least 1")
     return DepthPlan((0,) * sequences, (depth,) * sequences, 0, depth, tuple(state_seeds or range(sequences)))
 
 
 def state_seed(seed: int, sample: int) -> int:
-    """Seed of a sample's initial state. Samples are numbered over the entire run, whatever the number of ranks."""
+    """Seed of a sample's initial state. Samples are numbered by their position in the data stream."""
     return (seed * 0x9E3779B97F4A7C15 + sample) % 2**63
 
 
@@ -95,21 +104,25 @@ def due(steps: Sequence[int], steps_left: int) -> list[int]:
     return [i for i, own_steps in enumerate(steps) if own_steps >= steps_left]
 
 
-def _stratified(generator: np.random.Generator, count: int) -> np.ndarray:
-    """Bit-reversed indices (van der Corput) with Owen's scrambling, plus jitter: (scrambled + jitter) / 2^bits.
+def _generator(seed: int, number: int) -> np.random.Generator:
+    """Of a block of samples, or of a batch that begins with the sample ``number``."""
+    return np.random.Generator(philox(Purpose.DEPTHS, seed, number))
+
+
+def _stratified(generator: np.random.Generator) -> np.ndarray:
+    """Bit-reversed indices (van der Corput) with Owen's scrambling, plus jitter: (scrambled + jitter) / BLOCK.
 
     Every binary digit is flipped at random, with one flip for each value of the preceding digits. Neighbours stay in
     different parts of [0, 1) and are placed independently within their parts.
     """
-    bits = max(1, math.ceil(math.log2(count)))
-    scrambled = np.zeros(count, dtype=np.int64)
-    prefix = np.zeros(count, dtype=np.int64)
-    for level in range(bits):
-        digit = np.arange(count) >> level & 1
+    scrambled = np.zeros(BLOCK, dtype=np.int64)
+    prefix = np.zeros(BLOCK, dtype=np.int64)
+    for level in range(BLOCK_BITS):
+        digit = np.arange(BLOCK) >> level & 1
         flips = generator.integers(2, size=1 << level)
-        scrambled |= (digit ^ flips[prefix]) << (bits - 1 - level)
+        scrambled |= (digit ^ flips[prefix]) << (BLOCK_BITS - 1 - level)
         prefix = prefix << 1 | digit
-    return (scrambled + generator.random(count)) / (1 << bits)
+    return (scrambled + generator.random(BLOCK)) / BLOCK
 
 
 def _cumulative(config: Loop, mean: float) -> np.ndarray:

@@ -11,7 +11,7 @@ from mythos.model.parameters import Rule
 
 
 class HaltingState(NamedTuple):
-    """Per token, over the steps so far: sum of weighted states, sum of the weights (fp32), ponder cost (fp32)."""
+    """Per token, over the steps so far, in fp32: sum of weighted states, sum of the weights, ponder cost."""
 
     output_BSD: Tensor
     weight_BS: Tensor
@@ -19,8 +19,7 @@ class HaltingState(NamedTuple):
 
     def weighted_mean(self, h_BSD: Tensor) -> Tensor:
         """The output; the weight that an early exit has left of a token goes to its last state ``h_BSD``."""
-        rest_BS = (1 - self.weight_BS)[..., None].type_as(h_BSD)
-        return self.output_BSD + rest_BS * h_BSD
+        return (self.output_BSD + (1 - self.weight_BS)[..., None] * h_BSD).type_as(h_BSD)
 
 
 class ACTHalting(nn.Module):
@@ -50,7 +49,7 @@ class ACTHalting(nn.Module):
     def start(self, h_BSD: Tensor) -> HaltingState:
         """The state before the first step: all zero."""
         zeros_BS = torch.zeros(h_BSD.shape[:2], device=h_BSD.device, dtype=torch.float32)
-        return HaltingState(torch.zeros_like(h_BSD), zeros_BS, zeros_BS.clone())
+        return HaltingState(torch.zeros_like(h_BSD, dtype=torch.float32), zeros_BS, zeros_BS.clone())
 
     def forward(self, h_BSD: Tensor, before: HaltingState, last: bool) -> HaltingState:
         """Add the state ``h_BSD`` after a loop step."""
@@ -61,7 +60,7 @@ class ACTHalting(nn.Module):
         remainder_BS = 1 - weight_BS
         step_BS = torch.where(halts, remainder_BS, torch.where(running, probability_BS, 0.0))
         return HaltingState(
-            before.output_BSD + step_BS[..., None].type_as(h_BSD) * h_BSD,
+            before.output_BSD + step_BS[..., None] * h_BSD,
             torch.where(halts, 1.0, weight_BS + step_BS),
             before.ponder_BS + running + torch.where(halts, remainder_BS, 0.0),
         )

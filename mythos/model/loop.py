@@ -1,7 +1,7 @@
 """The recurrent core: one set of weights, run as often as the depth plan requires."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mythos.config.model_schema import Looped
+from mythos.loss import Mean
 from mythos.model.attention import has_value_embedding
 from mythos.model.block import CoreBlock
 from mythos.model.depth import DepthPlan, due
@@ -49,14 +50,14 @@ class ObservedRouting(NamedTuple):
 class LoopState:
     """What each sequence carries from loop step to loop step; the first dimension of every tensor is the batch.
 
-    ``loop_step_B`` counts a sequence's own loop steps; ``penalty_B`` sums the routing penalties, in fp32, over the
-    steps with gradient and the core's layers; ``routing`` has an entry for each core layer with experts, from the last
-    observed step, and none before.
+    ``loop_step_B`` counts a sequence's own loop steps; ``penalties_BP`` sums the two routing penalties (balance, z),
+    in fp32, over the steps with gradient and the core's layers; ``routing`` has an entry for each core layer with
+    experts, from the last observed step, and none before.
     """
 
     h_BSD: Tensor
     loop_step_B: Tensor
-    penalty_B: Tensor
+    penalties_BP: Tensor
     halting: HaltingState | None = None
     routing: tuple[ObservedRouting, ...] = ()
 
@@ -65,7 +66,7 @@ class LoopState:
         return LoopState(
             self.h_BSD[index],
             self.loop_step_B[index],
-            self.penalty_B[index],
+            self.penalties_BP[index],
             None if self.halting is None else HaltingState(*(tensor[index] for tensor in self.halting)),
             tuple(ObservedRouting(*(tensor[index] for tensor in layer)) for layer in self.routing),
         )
@@ -82,13 +83,13 @@ class LoopState:
         routing = self.routing or tuple(
             ObservedRouting(*(tensor.new_zeros(batch, *tensor.shape[1:]) for tensor in layer)) for layer in part.routing
         )
-        h_BSD, loop_step_B, penalty_B = _put(
-            (self.h_BSD, self.loop_step_B, self.penalty_B), index, (part.h_BSD, part.loop_step_B, part.penalty_B)
+        h_BSD, loop_step_B, penalties_BP = _put(
+            (self.h_BSD, self.loop_step_B, self.penalties_BP), index, (part.h_BSD, part.loop_step_B, part.penalties_BP)
         )
         routing = tuple(
             ObservedRouting(*_put(before, index, layer)) for before, layer in zip(routing, part.routing, strict=True)
         )
-        return LoopState(h_BSD, loop_step_B, penalty_B, halting, routing)
+        return LoopState(h_BSD, loop_step_B, penalties_BP, halting, routing)
 
 
 class Loop(nn.Module):
@@ -103,6 +104,12 @@ class Loop(nn.Module):
 
     def __init__(self, config: Looped, recompute: bool) -> None:
         super().__init__()
+        experts, halting = config.core_experts, config.halting
+        self.penalty_weights = {
+            "train/balance_loss": experts.balance_loss if experts else 0.0,
+            "train/router_z_loss": experts.router_z_loss if experts else 0.0,
+            "train/ponder_loss": halting.ponder_weight if halting else 0.0,
+        }
         self.recompute = recompute
         self.noise_deviation = initial_deviation(config.width) if config.initial_state == "noise" else 0.0
         self.injection = build_injection(config)
@@ -120,18 +127,18 @@ class Loop(nn.Module):
         if self.step_embedding is not None:
             row_B = state.loop_step_B.clamp(max=self.step_embedding.num_embeddings - 1)
             h_BSD = h_BSD + self.step_embedding(row_B)[:, None]
-        penalty_B, routing = state.penalty_B, []
+        penalties_BP, routing = state.penalties_BP, []
         for block, value in zip(self.core, inputs.value_embeddings, strict=True):
             output = block(h_BSD, inputs.rotary, value, state.loop_step_B, observe)
             h_BSD = output.x_BSD
-            if output.penalty_B is not None:
-                penalty_B = penalty_B + output.penalty_B
+            if output.penalties_BP is not None:
+                penalties_BP = penalties_BP + output.penalties_BP
             if output.routing is not None:
                 routing.append(ObservedRouting(output.routing.chosen_BSE, output.routing.scores_BSE.detach()))
         halting = state.halting
         if self.halting is not None and halting is not None:
             halting = self.halting(h_BSD, halting, last)
-        return LoopState(h_BSD, state.loop_step_B + 1, penalty_B, halting, tuple(routing) or state.routing)
+        return LoopState(h_BSD, state.loop_step_B + 1, penalties_BP, halting, tuple(routing) or state.routing)
 
     def forward(
         self,
@@ -140,11 +147,10 @@ class Loop(nn.Module):
         rotary: tuple[Tensor, Tensor],
         plan: DepthPlan,
         exit_rule: ExitRule | None = None,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The final state, or its halting-weighted mean, (B, S, D); the penalties to add to the loss (2,); diagnostics.
+    ) -> tuple[Tensor, Tensor, dict[str, Mean]]:
+        """The final state, or its halting-weighted mean, (B, S, D); the penalties to add to the loss (3,); diagnostics.
 
-        The penalties are the routing penalty, averaged over sequences, their steps with gradient and the core's layers,
-        and the ponder cost, which the caller weighs. ``exit_rule`` may end the loop early, in evaluation.
+        ``exit_rule`` may end the loop early, in evaluation.
         """
         inputs = LoopInputs(e_BSD, value_embeddings, rotary)
         state = self._initial_state(e_BSD, plan)
@@ -152,16 +158,11 @@ class Loop(nn.Module):
             state, _, done_before = self._advance(state, inputs, plan.without_grad, plan.most_without_grad, False, None)
         # From here on the counters hold only the load of the steps with gradient; recomputation happens later.
         forget_load(moe_layers(self))
-        state = replace(state, penalty_B=torch.zeros_like(state.penalty_B))
         state, previous, done = self._advance(state, inputs, plan.with_grad, plan.most_with_grad, True, exit_rule)
-        steps_B = torch.tensor(plan.with_grad, device=e_BSD.device)
-        routing_penalty = (state.penalty_B / steps_B).mean() / len(self.core)
-        ponder = torch.zeros_like(routing_penalty) if state.halting is None else state.halting.ponder_BS.mean()
         output_BSD = state.h_BSD if state.halting is None else state.halting.weighted_mean(state.h_BSD)
         health = self._health(state, previous, plan)
-        due_steps = sum(plan.without_grad) + sum(plan.with_grad)
-        health["depth/done_over_due"] = torch.tensor((done_before + done) / due_steps)
-        return output_BSD, torch.stack((routing_penalty, ponder)), health
+        health["depth/done_over_due"] = Mean(done_before + done, sum(plan.without_grad) + sum(plan.with_grad))
+        return output_BSD, self._penalties(state, plan), health
 
     def _initial_state(self, e_BSD: Tensor, plan: DepthPlan) -> LoopState:
         """h_0: zero, or normal noise like the embedding's, truncated at 3 deviations, from each sequence's own seed."""
@@ -176,7 +177,7 @@ class Loop(nn.Module):
         return LoopState(
             h_BSD,
             loop_step_B=torch.zeros(len(e_BSD), dtype=torch.long, device=e_BSD.device),
-            penalty_B=torch.zeros(len(e_BSD), device=e_BSD.device),
+            penalties_BP=torch.zeros(len(e_BSD), 2, device=e_BSD.device),
             halting=None if self.halting is None else self.halting.start(e_BSD),
         )
 
@@ -222,34 +223,56 @@ class Loop(nn.Module):
             return None
         return self.halting.halted(state.halting)
 
+    def _penalties(self, state: LoopState, plan: DepthPlan) -> Tensor:
+        """The penalties in the order of ``penalty_weights``, (3,), their weights included; 0 for one that is not used.
+
+        Those of routing are averaged over sequences, their steps with gradient and the core's layers.
+        """
+        steps_B1 = torch.tensor(plan.with_grad, device=state.h_BSD.device)[:, None]
+        routing_P = (state.penalties_BP / steps_B1).mean(dim=0) / len(self.core)
+        ponder = routing_P.new_zeros(1)
+        if state.halting is not None:
+            ponder = (
+                self.penalty_weights["train/ponder_loss"] * state.halting.ponder_BS.mean(dim=(0, 1), keepdim=True)[0]
+            )
+        penalties_P = torch.cat((routing_P, ponder))
+        if torch.is_grad_enabled() and not penalties_P.requires_grad:
+            # The ponder cost has no gradient where all sequences of a rank have only one step with gradient. Then
+            # ZeRO-3 would call this module's backward hooks less often than on other ranks.
+            penalties_P.requires_grad_()
+        return penalties_P
+
     @torch.no_grad()
-    def _health(self, state: LoopState, previous: LoopState, plan: DepthPlan) -> dict[str, Tensor]:
+    def _health(self, state: LoopState, previous: LoopState, plan: DepthPlan) -> dict[str, Mean]:
         norm = state.h_BSD.float().norm()
         health = {
-            "loop/spectral_radius": self.injection.spectral_radius(),
-            "loop/state_norm": norm / state.h_BSD[..., 0].numel() ** 0.5,
-            "loop/state_change": (state.h_BSD - previous.h_BSD).float().norm() / norm,
+            "loop/spectral_radius": Mean(self.injection.spectral_radius()),
+            "loop/state_norm": Mean(norm / state.h_BSD[..., 0].numel() ** 0.5),
+            "loop/state_change": Mean((state.h_BSD - previous.h_BSD).float().norm() / norm),
         }
         if state.halting is not None:
-            health["loop/ponder"] = state.halting.ponder_BS.mean()
+            health["loop/ponder"] = Mean(state.halting.ponder_BS.mean())
         if state.routing:
             shares = torch.stack(
                 [layer.scores_BSE / layer.scores_BSE.sum(dim=-1, keepdim=True) for layer in state.routing]
             )
-            health["moe/router_entropy"] = -(shares * shares.clamp(min=1e-20).log()).sum(dim=-1).mean()
+            health["moe/router_entropy"] = Mean(-(shares * shares.clamp(min=1e-20).log()).sum(dim=-1).mean())
             health["moe/choice_changed"] = _choice_changed(state, previous, plan)
         return health
 
 
-def _choice_changed(state: LoopState, previous: LoopState, plan: DepthPlan) -> Tensor:
-    """Share of tokens that went to other experts at the last step than at the one before."""
+def _choice_changed(state: LoopState, previous: LoopState, plan: DepthPlan) -> Mean:
+    """Share of tokens that went to other experts at the last step than at the one before.
+
+    Only sequences with two steps with gradient are compared.
+    """
     deep_enough = torch.tensor(plan.with_grad, device=state.h_BSD.device) >= 2
     changed = [
         (now.chosen_BSE != before.chosen_BSE).any(dim=-1)[deep_enough].float().flatten()
         for now, before in zip(state.routing, previous.routing, strict=False)  # no step before: nothing was observed
     ]
     together = torch.cat(changed) if changed else state.h_BSD.new_zeros(0)
-    return together.sum() / max(1, together.numel())
+    return Mean(together.sum(), together.numel())
 
 
 def _put(before: Sequence[Tensor], index: Tensor, part: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -136,8 +136,8 @@ def observe_routing(layer: Any, x_BSD: Tensor, config: MixtureOfExperts) -> Rout
     return Routing(scores_BSE, logits_BSE, chosen_TE.view_as(scores_BSE))
 
 
-def routing_penalty(routing: Routing, config: MixtureOfExperts) -> Tensor:
-    """For each sequence (B,): balance_loss * sum_e f_e P_e + router_z_loss * mean of logsumexp(logits)^2.
+def routing_penalties(routing: Routing, config: MixtureOfExperts) -> Tensor:
+    """For each sequence (B, 2): balance_loss * sum_e f_e P_e and router_z_loss * mean of logsumexp(logits)^2.
 
     f_e = share of the sequence's choices that are e, times E; P_e = mean normalised score of e
     (DeepSeek-V3's sequence-wise auxiliary loss, arXiv 2412.19437; router z-loss: ST-MoE, arXiv 2202.08906).
@@ -147,7 +147,7 @@ def routing_penalty(routing: Routing, config: MixtureOfExperts) -> Tensor:
     mean_score_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).mean(dim=1)
     balance_B = (share_BE * mean_score_BE).sum(dim=-1)
     z_B = routing.logits_BSE.logsumexp(dim=-1).square().mean(dim=1)
-    return config.balance_loss * balance_B + config.router_z_loss * z_B
+    return torch.stack((config.balance_loss * balance_B, config.router_z_loss * z_B), dim=1)
 
 
 def moe_layers(model: nn.Module) -> list[Any]:

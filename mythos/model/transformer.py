@@ -1,13 +1,19 @@
-"""The two kinds of model: the looped transformer (prelude, recurrent core, coda) and its baseline, the standard one."""
+"""The two kinds of model: the looped transformer (prelude, recurrent core, coda) and its baseline, the standard one.
+
+Both are called alike, and return logits (B, S, V), or ``Losses`` when they are given targets:
+
+    model(tokens_BS)        model(tokens_BS, depth=8)        model(tokens_BS, targets_BS, plan)
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.model_schema import Dense, Looped
-from mythos.loss import cross_entropy, sequence_losses
+from mythos.config.schema import Loop as LoopOptions
+from mythos.loss import Losses, cross_entropy_and_z_loss, sequence_losses
 from mythos.model.attention import ValueEmbeddings, has_value_embedding
 from mythos.model.block import Block
-from mythos.model.depth import DepthPlan
+from mythos.model.depth import DepthPlan, fixed
 from mythos.model.layers import feed_forward
 from mythos.model.loop import ExitRule, Loop
 
@@ -18,48 +24,46 @@ class LoopedTransformer(nn.Module):
     The norm after the prelude prevents divergence in long runs, although the loop itself is stable.
     """
 
-    def __init__(self, config: Looped, recompute: bool, z_loss: float) -> None:
+    def __init__(self, config: Looped, options: LoopOptions, z_loss: float) -> None:
         super().__init__()
         self.config = config
+        self.mean_depth = round(options.mean_depth)
         before_coda = config.prelude_layers + config.core_layers
         layers = before_coda + config.coda_layers
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.value_embeddings = ValueEmbeddings(config, layers)
         self.prelude = _blocks(config, range(config.prelude_layers), layers)
         self.prelude_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
-        self.loop = Loop(config, recompute)
+        self.loop = Loop(config, options.recompute)
         self.readout = nn.Linear(config.width, config.width, bias=False)
         self.coda = _blocks(config, range(before_coda, layers), layers)
         self.head = TiedHead(config, self.embedding, z_loss)
-        self.ponder_weight = config.halting.ponder_weight if config.halting else 0.0
 
     def forward(
         self,
         tokens_BS: Tensor,
-        targets_BS: Tensor | None,
-        plan: DepthPlan,
+        targets_BS: Tensor | None = None,
+        depth: DepthPlan | int | None = None,
         exit_rule: ExitRule | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (see ``TiedHead``), or logits (B, S, V) when ``targets_BS`` is None; and diagnostics.
-
-        In training the loss includes the routing penalty and the ponder cost; their sum is in the diagnostics
-        (``train/penalty``).
-        """
+    ) -> Tensor | Losses:
+        """The logits or the losses; ``depth`` is the mean depth of training if it is not given."""
+        if not isinstance(depth, DepthPlan):
+            depth = fixed(self.mean_depth if depth is None else depth, len(tokens_BS))
         rotary = _rotary(self.prelude, tokens_BS)
         x_BSD, values = self.embedding(tokens_BS), self.value_embeddings(tokens_BS)
         first, end = len(self.prelude), len(self.prelude) + self.config.core_layers
         for block, value in zip(self.prelude, values[:first], strict=True):
             x_BSD = block(x_BSD, rotary, value)
-        h_BSD, penalties, health = self.loop(self.prelude_norm(x_BSD), values[first:end], rotary, plan, exit_rule)
+        h_BSD, penalties_P, health = self.loop(self.prelude_norm(x_BSD), values[first:end], rotary, depth, exit_rule)
         x_BSD = self.readout(h_BSD)
         for block, value in zip(self.coda, values[end:], strict=True):
             x_BSD = block(x_BSD, rotary, value)
         result = self.head(x_BSD, targets_BS)
-        if self.training and targets_BS is not None:
-            total = result + penalties[0] + self.ponder_weight * penalties[1]
-            health["train/penalty"] = (total - result).detach()
-            return total, health
-        return result, health
+        if targets_BS is None:
+            return result
+        weighted = zip(self.loop.penalty_weights.items(), penalties_P, strict=True)
+        penalties = {name: penalty for (name, weight), penalty in weighted if weight and self.training}
+        return result.plus(penalties, health)
 
 
 class DenseTransformer(nn.Module):
@@ -73,20 +77,21 @@ class DenseTransformer(nn.Module):
         self.blocks = _blocks(config, range(config.layers), config.layers)
         self.head = TiedHead(config, self.embedding, z_loss)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (see ``TiedHead``), or logits (B, S, V) when ``targets_BS`` is None. There are no diagnostics."""
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, depth: None = None, exit_rule: None = None
+    ) -> Tensor | Losses:
+        """The logits or the losses."""
+        if depth is not None or exit_rule is not None:
+            raise ValueError("a dense model has no loop: leave out depth and exit_rule")
         rotary = _rotary(self.blocks, tokens_BS)
         x_BSD = self.embedding(tokens_BS)
         for block, value in zip(self.blocks, self.value_embeddings(tokens_BS), strict=True):
             x_BSD = block(x_BSD, rotary, value)
-        return self.head(x_BSD, targets_BS), {}
+        return self.head(x_BSD, targets_BS)
 
 
 class TiedHead(nn.Module):
-    """Logits (B, S, V) = E norm(x), where E is the token table (V, D); with targets, the loss instead of the logits.
-
-    In training this is the mean loss (scalar), in evaluation mode the mean loss of each sequence (B,).
-    """
+    """Logits (B, S, V) = E norm(x), where E is the token table (V, D); with targets, the losses instead."""
 
     def __init__(self, config: Looped | Dense, embedding: nn.Embedding, z_loss: float) -> None:
         super().__init__()
@@ -94,13 +99,16 @@ class TiedHead(nn.Module):
         self.weight = embedding.weight
         self.z_loss = z_loss
 
-    def forward(self, x_BSD: Tensor, targets_BS: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, targets_BS: Tensor | None) -> Tensor | Losses:
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return F.linear(x_BSD, self.weight)
-        if self.training:
-            return cross_entropy(x_BSD, self.weight, targets_BS, self.z_loss)
-        return sequence_losses(x_BSD, self.weight, targets_BS)
+        if not self.training:
+            by_sequence_B = sequence_losses(x_BSD, self.weight, targets_BS)
+            return Losses(by_sequence_B.mean(), by_sequence_B.mean().detach(), {}, by_sequence_B.detach())
+        cross_entropy, z_loss = cross_entropy_and_z_loss(x_BSD, self.weight, targets_BS, self.z_loss)
+        losses = Losses(cross_entropy, cross_entropy.detach(), {})
+        return losses.plus({"train/z_loss": z_loss}) if self.z_loss else losses
 
 
 def _rotary(blocks: nn.ModuleList, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,12 +32,12 @@ class StepBatch:
     """Loop steps of each sequence of the global batch, of all ranks."""
 
 
-def draw_depths(config: Config, step: int) -> np.ndarray:
-    """Loop steps of each sequence of the global batch at this step; 1 each for a dense model."""
+def draw_depths(config: Config, step: int, first_sample: int) -> np.ndarray:
+    """Loop steps of each sequence of the global batch, which begins at this sample; 1 each for a dense model."""
     sequences = global_batch_sequences(config)
     if config.loop is None:
         return np.ones(sequences, dtype=np.int64)
-    return depth.draw_depths(config.loop, config.seed, step, sequences)
+    return depth.draw_depths(config.loop, config.seed, step, range(first_sample, first_sample + sequences))
 
 
 def own_sequences(config: Config, micro_step: int) -> tuple[slice, slice]:
@@ -47,20 +47,19 @@ def own_sequences(config: Config, micro_step: int) -> tuple[slice, slice]:
     return slice(start, start + own * ranks), slice(dist.get_rank() * own, (dist.get_rank() + 1) * own)
 
 
-def own_samples(config: Config, first_of_step: int, micro_step: int) -> range:
-    """Numbers of the samples in this rank's micro batch, where the step's first has that number."""
+def own_samples(config: Config, first_sample: int, micro_step: int) -> range:
+    """Numbers of the samples in this rank's micro batch; the step's first has the number ``first_sample``."""
     everyone, own = own_sequences(config, micro_step)
-    first = first_of_step + everyone.start + own.start
+    first = first_sample + everyone.start + own.start
     return range(first, first + config.train.micro_batch_sequences)
 
 
-def micro_batch_plan(config: Config, depths: np.ndarray, step: int, micro_step: int) -> depth.DepthPlan | None:
-    """This rank's part of the depth plan."""
+def micro_batch_plan(config: Config, depths: np.ndarray, first_sample: int, micro_step: int) -> depth.DepthPlan | None:
+    """This rank's part of the depth plan of a step that begins at this sample."""
     if config.loop is None:
         return None
     everyone, own = own_sequences(config, micro_step)
-    samples = own_samples(config, (step - 1) * global_batch_sequences(config), micro_step)
-    seeds = [depth.state_seed(config.seed, sample) for sample in samples]
+    seeds = [depth.state_seed(config.seed, sample) for sample in own_samples(config, first_sample, micro_step)]
     return depth.plan(depths[everyone], config.loop.backprop_depth, own, seeds)
 
 
@@ -103,11 +102,12 @@ class StepBatches:
         self.waited_seconds = 0.0
         with self._waiting():
             rows = self._next.result()
-        step, depths = self._step, draw_depths(self._config, self._step)
+        step, sample = self._step, self._sample
+        depths = draw_depths(self._config, step, sample)
         plans = tuple(
-            micro_batch_plan(self._config, depths, step, micro_step) for micro_step in range(self._micro_steps)
+            micro_batch_plan(self._config, depths, sample, micro_step) for micro_step in range(self._micro_steps)
         )
-        self.restart(step + 1, self._sample + global_batch_sequences(self._config))
+        self.restart(step + 1, sample + global_batch_sequences(self._config))
         return StepBatch(step, rows, plans, depths)
 
     def epochs(self, sample: int) -> dict[str, float]:

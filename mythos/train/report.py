@@ -1,7 +1,7 @@
 """The report of a run: console, metrics.jsonl, TensorBoard, and the watches for spikes and collapse.
 
 docs/metrics.md defines every metric. To add one, put it into ``Report.step`` (values that are the same on all ranks)
-or into the diagnostics that the model returns (averaged over micro batches and ranks).
+or into the diagnostics that the model returns (means over micro batches and ranks; absent if nothing was measured).
 """
 
 from collections.abc import Mapping
@@ -61,8 +61,7 @@ class Report:
             of_saves: metrics of checkpoints, written whatever ``log.every`` is.
         """
         metrics = {
-            "train/loss": votes.loss,
-            **votes.diagnostics,
+            **votes.measured,
             "perf/data_wait_seconds": votes.data_wait_seconds,
             "perf/peak_memory_gib": votes.peak_memory_gib,
             "train/learning_rate": learning_rate,

@@ -10,6 +10,7 @@ from torch import Tensor
 from mythos.checkpoint.saver import Saver
 from mythos.config.model_schema import Dense, Looped
 from mythos.engine.engine import TrainingEngine
+from mythos.loss import Losses, Mean
 from mythos.model.moe import balance, expert_load, moe_layers
 from mythos.ranks import group
 from mythos.ranks.preemption import StopRequest
@@ -22,10 +23,8 @@ GIB = 2**30
 class StepResult:
     """What one rank knows after its part of a step; ``applied`` and ``gradient_norm`` are the same on every rank."""
 
-    loss: float
-    """Mean over this rank's micro batches."""
-    diagnostics: dict[str, float]
-    """The model's diagnostics, averaged over this rank's micro batches."""
+    measured: dict[str, Mean]
+    """The cross-entropy, each penalty and the model's diagnostics, joined over this rank's micro batches, by metric."""
     load_LE: Tensor | None
     """Tokens that this rank sent to each expert of each layer; None without experts."""
     applied: bool
@@ -38,7 +37,9 @@ class StepVotes:
     """The values of a step after the exchange: the same on every rank, so that all take the same decisions."""
 
     loss: float
-    diagnostics: dict[str, float]
+    """The cross-entropy of the global batch."""
+    measured: dict[str, float]
+    """The loss, each penalty and the model's diagnostics, by metric, without what no rank had to measure."""
     load_LE: Tensor | None
     """Tokens of each expert of each layer over all ranks, fp32 on the CPU."""
     stop: bool
@@ -55,21 +56,17 @@ class StepVotes:
 
 def train_step(engine: TrainingEngine, batch: StepBatch, groups: Mapping[str, Mapping[str, float]]) -> StepResult:
     """Forward and backward pass of every micro batch, then one update of the weights. Collective."""
-    losses: list[Tensor] = []
-    diagnostics: list[dict[str, Tensor]] = []
+    measured: list[Mapping[str, Mean]] = []
     load_LE = None
     for rows, plan in zip(batch.rows, batch.plans, strict=True):
         tokens, targets = tokens_and_targets(rows, engine.device)
-        loss, health = engine(tokens, targets, plan)
+        losses: Losses = engine(tokens, targets, plan)
         if moe_layers(engine.module):  # before the backward pass, whose recomputation would count the tokens again
             load_LE = expert_load(engine.module) + (0 if load_LE is None else load_LE)
-        engine.backward(loss)
-        losses.append(loss.detach())
-        diagnostics.append(health)
+        engine.backward(losses.total)
+        measured.append({"train/loss": Mean(losses.cross_entropy), **losses.measured})
     update = engine.step(groups)
-    return StepResult(
-        torch.stack(losses).mean().item(), _means(diagnostics), load_LE, update.applied, update.gradient_norm
-    )
+    return StepResult(_join(measured), load_LE, update.applied, update.gradient_norm)
 
 
 def exchange(
@@ -80,7 +77,7 @@ def exchange(
     Waits for this rank's rows of the next step: if one rank cannot read them, all ranks must know.
     """
     data_failed = batches.failed()
-    means = [result.loss, *result.diagnostics.values()]
+    sums = [float(number) for mean in result.measured.values() for number in mean]
     largest = [
         float(stop.asked),
         float(data_failed),
@@ -88,16 +85,17 @@ def exchange(
         batches.waited_seconds,
         _peak_memory_gib(device),
     ]
-    numbers = torch.tensor([*means, *largest], dtype=torch.float64, device=device)
+    numbers = torch.tensor([*sums, *largest], dtype=torch.float64, device=device)
     load_LE = result.load_LE
     own = numbers if load_LE is None else torch.cat((numbers, load_LE.double().flatten()))
     rows = group.gather(own)
-    loss, *diagnostics = rows[:, : len(means)].mean(dim=0).tolist()
-    stop_asked, failed, saving, waited, memory = rows[:, len(means) : len(numbers)].amax(dim=0).tolist()
+    joined = rows[:, : len(sums)].sum(dim=0).view(-1, 2).tolist()
+    measured = {name: total / weight for name, (total, weight) in zip(result.measured, joined, strict=True) if weight}
+    stop_asked, failed, saving, waited, memory = rows[:, len(sums) : len(numbers)].amax(dim=0).tolist()
     total = None if load_LE is None else rows[:, len(numbers) :].sum(dim=0).float().view(load_LE.shape)
     return StepVotes(
-        loss=loss,
-        diagnostics=dict(zip(result.diagnostics, diagnostics, strict=True)),
+        loss=measured["train/loss"],
+        measured=measured,
         load_LE=total,
         stop=bool(stop_asked),
         data_failed=bool(failed),
@@ -113,8 +111,12 @@ def balance_experts(engine: TrainingEngine, model: Looped | Dense, result: StepR
         balance(engine.module, votes.load_LE.to(engine.device), model.core_experts.balance_rate)
 
 
-def _means(diagnostics: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    return {name: sum(each[name].item() for each in diagnostics) / len(diagnostics) for name in diagnostics[0]}
+def _join(parts: Sequence[Mapping[str, Mean]]) -> dict[str, Mean]:
+    """The means over several micro batches."""
+    return {
+        name: Mean(sum(float(part[name].total) for part in parts), sum(part[name].weight for part in parts))
+        for name in parts[0]
+    }
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -22,7 +22,7 @@ def test_temperature_zero_takes_the_likeliest_token_of_the_last_window() -> None
 
     for end in range(2, 14):
         window = torch.tensor([ids[max(0, end - 8) : end]])
-        assert ids[end] == net(window, None, fixed(2, 1))[0][0, -1].argmax().item()
+        assert ids[end] == net(window, None, fixed(2, 1))[0, -1].argmax().item()
 
 
 def test_sampling_follows_the_seed() -> None:
@@ -38,7 +38,7 @@ def test_the_number_of_forward_passes_is_fixed() -> None:
 
     def forward(tokens, targets, plan):
         calls.append(tokens.shape[1])
-        return torch.zeros(1, tokens.shape[1], 5), {}
+        return torch.zeros(1, tokens.shape[1], 5)
 
     sample_tokens(forward, [0], 6, 1.0, **(OPTIONS | {"longest": 4}))
     assert calls == [1, 2, 3, 4, 4, 4]

@@ -19,6 +19,7 @@ from mythos.data.stream import Source
 from mythos.eval.batches import random_rows, validation_rows
 from mythos.eval.forward import exit_rule
 from mythos.eval.validation import validate, validation_losses
+from mythos.loss import Losses
 from mythos.model import build_model, depth
 from mythos.ranks.watchdog import Watchdog
 from mythos.run import console
@@ -35,9 +36,8 @@ def measure(kind: str, data: Path, sequences: int | None, micro_batch: int) -> d
     model = randomise(build_model(tiny_config(kind, data, data)), deviation=0.1).eval()
     depths, mean_depth = ((), None) if kind == "dense" else ((1, 3), 2)
     with torch.no_grad():
-        forward = model if depths else lambda tokens, targets, plan: model(tokens, targets)
         sources = [Source("data", 1.0, TokenDataset(data, "validation"))]
-        return validation_losses(forward, sources, depths, mean_depth, sequences, micro_batch, CPU)
+        return validation_losses(model, sources, depths, mean_depth, sequences, micro_batch, CPU)
 
 
 @pytest.mark.parametrize(("sequences", "micro_batch"), [(6, 2), (5, 4), (1, 4), (100, 3), (None, 2)])
@@ -54,7 +54,7 @@ def test_it_equals_one_sequence_after_the_other(
             losses = []
             for number in numbers:
                 row = torch.from_numpy(dataset[number])[None]
-                logits, _ = model(row[:, :-1], None, depth.fixed(steps, 1, [number]))
+                logits = model(row[:, :-1], None, depth.fixed(steps, 1, [number]))
                 losses.append(F.cross_entropy(logits[0], row[0, 1:]).item())
             expected[f"val/{name}"] = pytest.approx(statistics.fmean(losses), rel=1e-5)
             if name == "loss" and len(losses) > 1:
@@ -111,9 +111,9 @@ def rows_read_at_each_pass(data: Path, micro_batch: int) -> list[int]:
         read.extend(numbers)
         return TokenDataset.read(dataset, numbers)
 
-    def forward(tokens: torch.Tensor, targets: torch.Tensor, plan: None) -> tuple[torch.Tensor, dict[str, Any]]:
+    def forward(tokens: torch.Tensor, targets: torch.Tensor, plan: None) -> Losses:
         counts.append(len(read))
-        return torch.zeros(len(tokens)), {}
+        return Losses(torch.zeros(()), torch.zeros(()), {}, torch.zeros(len(tokens)))
 
     dataset.read = counted  # type: ignore[method-assign]
     validation_losses(forward, [Source("data", 1.0, dataset)], (), None, None, micro_batch, CPU)
@@ -128,9 +128,9 @@ def validate_slowly(data: Path, log_file: Path) -> float:
     """A validation of eight passes that takes twice the watchdog's limit; returns the loss."""
     start_logging(log_file, dist.get_rank())
 
-    def slow_pass(tokens: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    def slow_pass(tokens: torch.Tensor, *rest: Any) -> Losses:
         time.sleep(0.4)
-        return torch.ones(len(tokens)), {}
+        return Losses(torch.ones(()), torch.ones(()), {}, torch.ones(len(tokens)))
 
     class SlowEngine(SimpleNamespace):
         __call__ = staticmethod(slow_pass)

@@ -72,13 +72,26 @@ def test_the_weights_of_every_token_sum_to_one() -> None:
     assert_close(output, torch.ones(5, 7, 4), rtol=0, atol=2e-7)
 
 
+def test_states_in_bf16_are_weighed_and_added_in_fp32() -> None:
+    module, steps = halting(-4.0), 50
+    states = [numbers(2, 3, 4, seed=s).bfloat16() for s in range(steps)]
+    with torch.no_grad():
+        exact = weigh(module, [h.float() for h in states])
+        found = weigh(module.bfloat16(), states)
+    weights = found.weight_BS
+    assert_close(found.output_BSD, exact.output_BSD, rtol=0, atol=0.01)
+    assert found.output_BSD.dtype == torch.float32
+    assert found.weighted_mean(states[-1]).dtype == torch.bfloat16
+    assert torch.equal(weights, torch.ones_like(weights))
+
+
 @pytest.mark.parametrize("mean_depth", [2, 4, 8])
 def test_tokens_start_by_halting_at_the_trained_depth(mean_depth: int) -> None:
     config = tiny_config("looped", "d", "r", model__halting={}, loop__mean_depth=mean_depth)
     model = build_model(config).eval()
     tokens = torch.arange(12).view(1, 12)
-    _, health = model(tokens, tokens, fixed(4 * mean_depth, 1))
-    assert health["loop/ponder"].item() == pytest.approx(mean_depth, abs=1.01), "steps taken plus a remainder below 1"
+    ponder = model(tokens, tokens, fixed(4 * mean_depth, 1)).measured["loop/ponder"]
+    assert ponder.total.item() == pytest.approx(mean_depth, abs=1.01), "steps taken plus a remainder below 1"
 
 
 def test_evaluation_may_leave_the_loop_when_every_token_has_halted() -> None:
@@ -100,12 +113,16 @@ def test_evaluation_may_leave_the_loop_when_every_token_has_halted() -> None:
     assert_close(early, late, rtol=1e-6, atol=1e-6)
 
 
-def test_the_loss_in_training_includes_the_ponder_cost() -> None:
+def test_the_sum_that_training_minimises_includes_the_ponder_cost() -> None:
     config = tiny_config("looped", "d", "r", model__halting={"ponder_weight": 0.5})
     model = randomise(build_model(config), deviation=0.1)
     tokens = torch.arange(24).view(2, 12) % VOCABULARY
-    total, health = model(tokens, tokens, fixed(3, 2))
-    pure, _ = model.eval()(tokens, tokens, fixed(3, 2))
-    assert_close(total - pure.mean(), 0.5 * health["loop/ponder"], rtol=1e-4, atol=1e-5)
+    training = model(tokens, tokens, fixed(3, 2))
+    evaluation = model.eval()(tokens, tokens, fixed(3, 2))
+    assert_close(training.cross_entropy, evaluation.cross_entropy, rtol=1e-5, atol=1e-6)
+    assert torch.equal(evaluation.total, evaluation.cross_entropy)
+    ponder_loss = training.measured["train/ponder_loss"].total
+    assert_close(training.total - training.cross_entropy, ponder_loss, rtol=1e-4, atol=1e-5)
+    assert_close(ponder_loss, 0.5 * training.measured["loop/ponder"].total)
     gate = model.loop.halting.gate.weight
-    assert gradients(total.view(1), gate)[0].abs().sum() > 0
+    assert gradients(training.total.view(1), gate)[0].abs().sum() > 0

@@ -74,8 +74,10 @@ def test_compacted_loop_equals_masked_loop_in_state_and_gradients(variant: str, 
     e, values = make_inputs(loop, 5)
     state = masked_loop(loop, LoopInputs(e, values, ROTARY), own)
     output = state.h_BSD if state.halting is None else state.halting.output_BSD
-    ponder = torch.zeros(()) if state.halting is None else state.halting.ponder_BS.mean()
-    penalties = torch.stack(((state.penalty_B / torch.tensor(own.with_grad)).mean() / len(loop.core), ponder))
+    steps = torch.tensor(own.with_grad)
+    balance, router_z = ((penalty_B / steps).mean() / len(loop.core) for penalty_B in state.penalties_BP.unbind(1))
+    ponder = torch.zeros(()) if state.halting is None else 0.01 * state.halting.ponder_BS.mean()
+    penalties = torch.stack((balance, router_z, ponder))
     together = torch.cat((output.flatten(), penalties * 10))
     expected = [output, penalties, *gradients(together, *leaves(loop, e, values))]
     for value, reference in zip(outcome(loop, own), expected, strict=True):
@@ -165,17 +167,45 @@ def test_diagnostics_describe_the_last_step() -> None:
     _, _, health = loop(e, values, ROTARY, own)
     last, before = states[-1], states[-2]
     h, h_before = last.h_BSD, before.h_BSD
-    assert health["loop/state_norm"].item() == pytest.approx(h.square().sum(dim=-1).mean().sqrt().item(), rel=1e-5)
-    assert health["loop/state_change"].item() == pytest.approx(((h - h_before).norm() / h.norm()).item(), rel=1e-4)
-    assert health["loop/spectral_radius"].item() == pytest.approx(loop.injection.decay().max().item())
+    assert health["loop/state_norm"].total.item() == pytest.approx(
+        h.square().sum(dim=-1).mean().sqrt().item(), rel=1e-5
+    )
+    assert health["loop/state_change"].total.item() == pytest.approx(
+        ((h - h_before).norm() / h.norm()).item(), rel=1e-4
+    )
+    assert health["loop/spectral_radius"].total.item() == pytest.approx(loop.injection.decay().max().item())
     entropies, changes = [], []
     for layer in range(2):
         now, then = last.routing[layer], before.routing[layer]
         shares = now.scores_BSE / now.scores_BSE.sum(dim=-1, keepdim=True)
         entropies.append(torch.distributions.Categorical(probs=shares).entropy().mean().item())
         changes.append((now.chosen_BSE != then.chosen_BSE).any(dim=-1).float().mean().item())
-    assert health["moe/router_entropy"].item() == pytest.approx(sum(entropies) / 2, rel=1e-5)
-    assert health["moe/choice_changed"].item() == pytest.approx(sum(changes) / 2)
+    assert health["moe/router_entropy"].total.item() == pytest.approx(sum(entropies) / 2, rel=1e-5)
+    changed = health["moe/choice_changed"]
+    assert changed.total.item() / changed.weight == pytest.approx(sum(changes) / 2)
+
+
+@pytest.mark.parametrize(("depths", "backprop_depth", "compared"), [([3, 4], 1, 0), ([1, 1], 2, 0), ([1, 3], 2, 1)])
+def test_a_change_of_choice_is_measured_only_where_there_are_two_steps_with_gradient(
+    depths: list[int], backprop_depth: int, compared: int
+) -> None:
+    own = plan(np.array(depths), backprop_depth, slice(0, 2), [0, 1])
+    loop = make_loop("experts", recompute=False)
+    _, _, health = loop(*make_inputs(loop, 2), ROTARY, own)
+    assert health["moe/choice_changed"].weight == compared * 7 * len(loop.core)
+
+
+def test_the_router_is_not_evaluated_again_for_a_penalty_without_gradient() -> None:
+    loop, own = make_loop("experts, everything", recompute=False), make_plan(2)
+    calls: dict[bool, list[int]] = {True: [], False: []}
+    for block in loop.core:
+        block.feed_forward.router.register_forward_hook(
+            lambda module, inputs, output: calls[torch.is_grad_enabled()].append(output[..., 0].numel())
+        )
+    loop(*make_inputs(loop, 5), ROTARY, own)
+    tokens = 7 * len(loop.core)
+    assert sum(calls[False]) == sum(own.without_grad) * tokens, "once, for the experts"
+    assert sum(calls[True]) == 2 * sum(own.with_grad) * tokens, "and once more for the penalties"
 
 
 def test_the_first_state_is_truncated_noise_from_the_sequences_own_seed() -> None:

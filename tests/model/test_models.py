@@ -2,13 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from mythos.loss import IGNORED, cross_entropy
+from mythos.loss import IGNORED, cross_entropy_and_z_loss
 from mythos.model import build_model, depth
 from mythos.model.init import initialise
 from tests.model.helpers import randomise
@@ -17,27 +18,35 @@ from tests.tiny import MODELS, VOCABULARY, tiny_config
 PATH = Path("unused")
 
 
-def forward(kind: str, model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
-    plan = [] if kind == "dense" else [depth.fixed(3, len(tokens))]
-    return model(tokens, targets, *plan)[0]
+def forward(kind: str, model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor | None) -> Any:
+    return model(tokens, targets, None if kind == "dense" else depth.fixed(3, len(tokens)))
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_loss_is_the_cross_entropy_of_the_logits(kind: str) -> None:
     model = randomise(build_model(tiny_config(kind, PATH, PATH)), deviation=0.1)
     tokens = torch.arange(40).view(2, 20) % VOCABULARY
-    model.eval()  # in training, penalties are added
     logits = forward(kind, model, tokens[:, :-1], None)
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    losses = forward(kind, model, tokens[:, :-1], tokens[:, 1:])
+    assert_close(losses.cross_entropy, expected.detach())
+    penalties = {name: mean for name, mean in losses.measured.items() if name.startswith("train/")}
+    names = ["train/balance_loss", "train/router_z_loss", "train/ponder_loss"] if kind == "mythos" else []
+    assert list(penalties) == names, "a penalty without weight is absent"
+    assert all(mean.total > 0 for mean in penalties.values())
+    assert_close(losses.total, expected + sum(mean.total for mean in penalties.values()))
+    losses = forward(kind, model.eval(), tokens[:, :-1], tokens[:, 1:])
     expected = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(dim=1)
-    assert_close(forward(kind, model, tokens[:, :-1], tokens[:, 1:]), expected)
+    assert_close(losses.by_sequence_B, expected.detach())
+    assert_close(losses.total, expected.mean())
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_untrained_model_predicts_uniformly(kind: str) -> None:
     model = build_model(tiny_config(kind, PATH, PATH))
     tokens = torch.randint(VOCABULARY, (8, 30), generator=torch.Generator().manual_seed(0))
-    loss = forward(kind, model, tokens[:, :-1], tokens[:, 1:])
-    assert loss.item() == pytest.approx(math.log(VOCABULARY), abs=0.4)
+    losses = forward(kind, model, tokens[:, :-1], tokens[:, 1:])
+    assert losses.cross_entropy.item() == pytest.approx(math.log(VOCABULARY), abs=0.4)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -90,14 +99,15 @@ def test_the_loss_in_chunks_equals_the_loss_at_once(z_loss: float, monkeypatch: 
     targets[1, 3:] = IGNORED
     kept = targets.flatten() != IGNORED
     logits = (hidden @ head.T).flatten(0, 1)[kept]
-    expected = F.cross_entropy(logits, targets.flatten()[kept]) + z_loss * logits.logsumexp(-1).square().mean()
+    z = z_loss * logits.logsumexp(-1).square().mean()
+    expected = torch.stack((F.cross_entropy(logits, targets.flatten()[kept]), z))
     for chunk_logits in (10**6, 30, 10, 1):
         monkeypatch.setattr("mythos.loss.CHUNK_LOGITS", chunk_logits)
-        loss = cross_entropy(hidden, head, targets, z_loss)
-        assert_close(loss, expected)
+        found = torch.stack(cross_entropy_and_z_loss(hidden, head, targets, z_loss))
+        assert_close(found, expected)
         for own, reference in zip(
-            torch.autograd.grad(loss, (hidden, head)),
-            torch.autograd.grad(expected, (hidden, head), retain_graph=True),
+            torch.autograd.grad(found.sum(), (hidden, head)),
+            torch.autograd.grad(expected.sum(), (hidden, head), retain_graph=True),
             strict=True,
         ):
             assert_close(own, reference)
@@ -108,5 +118,6 @@ def test_ignored_targets_count_for_nothing() -> None:
     targets = torch.randint(10, (2, 4))
     expected = F.cross_entropy(hidden[:1].flatten(0, 1) @ head.T, targets[:1].flatten())
     targets[1] = IGNORED
-    assert_close(cross_entropy(hidden, head, targets), expected)
-    assert cross_entropy(hidden, head, torch.full((2, 4), IGNORED)).item() == 0
+    assert_close(cross_entropy_and_z_loss(hidden, head, targets)[0], expected)
+    nothing = torch.full((2, 4), IGNORED)
+    assert [value.item() for value in cross_entropy_and_z_loss(hidden, head, nothing, 0.1)] == [0, 0]

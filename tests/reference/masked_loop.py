@@ -1,7 +1,5 @@
 """The loop without compaction: every step computes every sequence, and `where` keeps the results of those due."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,6 @@ def masked_loop(loop: Loop, inputs: LoopInputs, plan: DepthPlan) -> LoopState:
     for t in range(plan.most_without_grad):
         with torch.no_grad():
             state = keep_due(without_grad >= plan.most_without_grad - t, loop.step(state, inputs, False, False), state)
-    state = replace(state, penalty_B=torch.zeros_like(state.penalty_B))
     for t in range(plan.most_with_grad):
         last = t == plan.most_with_grad - 1
         state = keep_due(with_grad >= plan.most_with_grad - t, loop.step(state, inputs, last, False), state)
@@ -33,6 +30,6 @@ def keep_due(due_B: Tensor, after: LoopState, before: LoopState) -> LoopState:
     return LoopState(
         keep(after.h_BSD, before.h_BSD),
         keep(after.loop_step_B, before.loop_step_B),
-        keep(after.penalty_B, before.penalty_B),
+        keep(after.penalties_BP, before.penalties_BP),
         halting,
     )

@@ -17,7 +17,7 @@ HALVES = ("gate_up.weight", "key_value.weight", "gate_up_proj")
 
 
 def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozenset()) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step: the entire batch, autograd, textbook clipping, torch's AdamW, plain Muon.
+    """(cross-entropy, gradient norm) of every step: entire batch, autograd, clipping, torch's AdamW, plain Muon.
 
     The updates of the ``skipped`` steps (from 1) are left out.
     """
@@ -48,13 +48,14 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
         rows = torch.from_numpy(stream.rows((step - 1) * batch, batch))
         plan = []
         if config.loop is not None:
-            depths = depth.draw_depths(config.loop, config.seed, step, batch)
-            seeds = [depth.state_seed(config.seed, (step - 1) * batch + row) for row in range(batch)]
+            samples = range((step - 1) * batch, step * batch)
+            depths = depth.draw_depths(config.loop, config.seed, step, samples)
+            seeds = [depth.state_seed(config.seed, sample) for sample in samples]
             plan = [depth.plan(depths, config.loop.backprop_depth, slice(0, batch), seeds)]
-        loss, _ = model(rows[:, :-1], rows[:, 1:], *plan)
+        losses = model(rows[:, :-1], rows[:, 1:], *plan)
         load = expert_load(model) if moe_layers(model) else None
         model.zero_grad()
-        loss.backward()
+        losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.gradient_clip)
         # warm-up, then the linear descent over the second half, written out
         scale = min(1, step / optim.warmup_steps) * min(1, (steps - step + 1) / (steps / 2))
@@ -69,5 +70,5 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
                 muon.step(optim.muon_learning_rate * scale, momentum, decay)
             if load is not None:
                 balance(model, load, config.model.core_experts.balance_rate)
-        curve.append((loss.item(), norm.item()))
+        curve.append((losses.cross_entropy.item(), norm.item()))
     return curve

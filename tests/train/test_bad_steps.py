@@ -29,12 +29,12 @@ def train_with_a_fault(config: Config, place: str, steps: list[int]) -> str:
         return len(calls) in steps and dist.get_rank() == 1
 
     def call(self: TrainingEngine, *arguments: Any) -> Any:
-        loss, health = plain_call(self, *arguments)
+        output = plain_call(self, *arguments)
         if torch.is_grad_enabled():
             calls.append(None)
             if place == "loss" and faulty():
-                loss = loss * math.nan
-        return loss, health
+                output = output._replace(total=output.total * math.nan, cross_entropy=output.cross_entropy * math.nan)
+        return output
 
     def backward(self: TrainingEngine, loss: torch.Tensor) -> None:
         if place == "loss" or not faulty():

@@ -2,7 +2,9 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +37,32 @@ def test_two_ranks_together_get_the_rows_of_one_rank(
     found = np.stack(by_rank, axis=2).reshape(5 * 8, SEQUENCE_LENGTH + 1)
     stream = TokenStream([Source("data", 1.0, TokenDataset(tiny_data, "train"))], 42, config.data.shuffle_shards)
     np.testing.assert_array_equal(found, stream.rows(11 * 8, 5 * 8))
+
+
+def depths_and_seeds(config: Config, batch: int, first: tuple[int, int], then: tuple[int, int]) -> dict[int, Any]:
+    """Depth and seed of each sample: of one step from (step, sample), and of one with another batch from ``then``."""
+    found: dict[int, Any] = {}
+    for size, (step, sample) in ((8, first), (batch, then)):
+        train = replace(config.train, global_batch_sequences=size, micro_batch_sequences=4)
+        batches = StepBatches(replace(config, train=train), open_run_data(config).stream(), step, sample)
+        own = [plan for plan in batches.take().plans if plan is not None]
+        batches.close()
+        depths = [sum(steps) for plan in own for steps in zip(plan.without_grad, plan.with_grad, strict=True)]
+        seeds = [seed for plan in own for seed in plan.state_seeds]
+        found |= {sample + i: each for i, each in enumerate(zip(depths, seeds, strict=True))}
+    return found
+
+
+def test_depth_and_state_of_a_sequence_follow_its_place_in_the_data(
+    one_rank: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny_config("looped", tiny_data, tmp_path)
+    [straight] = one_rank.run(depths_and_seeds, config, 8, (5, 32), (6, 40))
+    assert len({seed for _, seed in straight.values()}) == 16
+    [rewound] = one_rank.run(depths_and_seeds, config, 8, (5, 32), (5, 40))
+    assert rewound == straight, "a step that is repeated after a rewind, with the next samples"
+    [larger] = one_rank.run(depths_and_seeds, config, 16, (5, 32), (3, 32))
+    assert larger == straight, "another size of the batch"
 
 
 class SlowStream:

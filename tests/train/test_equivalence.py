@@ -1,5 +1,6 @@
 """Every parallel form against plain training: one process, whole batch, no DeepSpeed."""
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -84,5 +85,9 @@ def test_the_loss_in_chunks_trains_the_same_under_zero_3(
     config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2, train__steps=6, train__z_loss=z_loss)
     assert two_ranks.run(train_with_chunked_loss, config) == [0, 0]
     plain = train_plainly(config, 6)
-    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
+    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5), "without the z-loss"
+    if z_loss:  # at the start all logits are near 0
+        assert curve(config, "train/z_loss")[0] == pytest.approx(z_loss * math.log(VOCABULARY) ** 2, rel=0.1)
+    else:
+        assert curve(config, "train/z_loss") == []
     assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)

@@ -33,8 +33,8 @@ def gathered_bytes(config: Config, depths: list[int]) -> list[int]:
         for depth in depths:
             counted[0] = 0
             tokens = torch.randint(VOCABULARY, (4, SEQUENCE_LENGTH))
-            loss, _ = engine(tokens, tokens, plan(np.full(8, depth), max(1, depth // 2), slice(0, 4), range(4)))
-            engine.backward(loss)
+            own = plan(np.full(8, depth), max(1, depth // 2), slice(0, 4), range(4))
+            engine.backward(engine(tokens, tokens, own).total)
             engine.step(schedule(config.optim, 0, config.train.steps))
             totals.append(counted[0])
         return totals

@@ -1,11 +1,18 @@
 """The metrics that a step reports."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from mythos.loss import Mean
+from mythos.ranks.preemption import StopRequest
 from mythos.train.report import depth_metrics, expert_metrics
-from mythos.train.step import _means, _peak_memory_gib
+from mythos.train.step import StepResult, _join, _peak_memory_gib, exchange
+from tests.spawn import RankPool
 
 
 def test_expert_metrics() -> None:
@@ -18,9 +25,27 @@ def test_depth_metrics() -> None:
 
 
 def test_diagnostics_are_averaged_over_micro_batches() -> None:
-    parts = [{"loop/state_norm": torch.tensor(2.0)}, {"loop/state_norm": torch.tensor(4.0)}]
-    assert _means(parts) == {"loop/state_norm": 3.0}
-    assert _means([{}]) == {}
+    parts = [
+        {"loop/state_norm": Mean(torch.tensor(2.0)), "a": Mean(6, 3)},
+        {"loop/state_norm": Mean(4.0), "a": Mean(0, 0)},
+    ]
+    assert _join(parts) == {"loop/state_norm": Mean(6.0, 2.0), "a": Mean(6.0, 3)}
+    assert _join([{}]) == {}
+
+
+def numbers_of_a_rank(changed: dict[int, Mean]) -> dict[str, float]:
+    """What the exchange makes of a metric that each rank has measured over a part of its own."""
+    measured = {"train/loss": Mean(2.0 + dist.get_rank()), "moe/choice_changed": changed[dist.get_rank()]}
+    result = StepResult(measured, None, True, 1.0)
+    nothing: Any = SimpleNamespace(failed=lambda: False, waited_seconds=0.0, pending=False)
+    return exchange(result, StopRequest(), nothing, nothing, torch.device("cpu")).measured
+
+
+def test_a_metric_counts_where_it_was_measured_and_is_absent_where_nothing_was(two_ranks: RankPool) -> None:
+    assert two_ranks.run(numbers_of_a_rank, {0: Mean(0.0, 0), 1: Mean(3.0, 12)}) == 2 * [
+        {"train/loss": 2.5, "moe/choice_changed": 0.25}
+    ]
+    assert two_ranks.run(numbers_of_a_rank, {0: Mean(0.0, 0), 1: Mean(0.0, 0)}) == 2 * [{"train/loss": 2.5}]
 
 
 def test_peak_memory_is_that_of_the_process() -> None:

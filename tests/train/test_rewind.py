@@ -21,20 +21,22 @@ STEPS, SPIKE, SAVED = FIRST_STEPS + 8, FIRST_STEPS + 5, FIRST_STEPS
 
 
 def train_with_spikes(
-    config: Config, calls_with_a_spike: list[int], stop_at: int | None = None
+    config: Config, calls_with_a_spike: list[int], stop_at: int | None = None, call_with_a_penalty: int | None = None
 ) -> tuple[str, list[list[list[int]]]]:
     """Exit code or error of the run, and the tokens that this rank was given at each training step."""
     plain, seen, stop = TrainingEngine.__call__, [], StopRequest()
 
     def call(engine: TrainingEngine, tokens: torch.Tensor, *rest: Any) -> Any:
-        loss, health = plain(engine, tokens, *rest)
+        output = plain(engine, tokens, *rest)
         if torch.is_grad_enabled():
             seen.append(tokens.tolist())
             if len(seen) in calls_with_a_spike:
-                loss = 3 * loss
+                output = output._replace(total=3 * output.total, cross_entropy=3 * output.cross_entropy)
+            if len(seen) == call_with_a_penalty:
+                output = output.plus({"train/z_loss": 2 * output.total})
             if len(seen) == stop_at:
                 stop.signal_name = "a test"
-        return loss, health
+        return output
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingEngine, "__call__", call)
@@ -50,8 +52,11 @@ def configuration(data: Path, run: Path, **options: Any) -> Config:
     )
 
 
-def test_a_spike_is_reported_and_the_run_continues(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
-    ends = two_ranks.run(train_with_spikes, configuration(tiny_data, tmp_path / "run"), [SPIKE])
+def test_a_spike_of_the_cross_entropy_is_reported_and_the_run_continues(
+    two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = configuration(tiny_data, tmp_path / "run")
+    ends = two_ranks.run(train_with_spikes, config, [SPIKE], None, SPIKE - 2)
     assert [how for how, _ in ends] == ["0", "0"]
     log = (tmp_path / "run" / "log" / "rank_00000.log").read_text(encoding="utf-8")
     assert log.count(f"WARNING step {SPIKE}: loss ") == log.count(" is a spike, ") == 1
