@@ -230,12 +230,10 @@ class Loop(nn.Module):
         """
         steps_B1 = torch.tensor(plan.with_grad, device=state.h_BSD.device)[:, None]
         routing_P = (state.penalties_BP / steps_B1).mean(dim=0) / len(self.core)
-        ponder = routing_P.new_zeros(1)
+        ponder = routing_P.new_zeros(())
         if state.halting is not None:
-            ponder = (
-                self.penalty_weights["train/ponder_loss"] * state.halting.ponder_BS.mean(dim=(0, 1), keepdim=True)[0]
-            )
-        penalties_P = torch.cat((routing_P, ponder))
+            ponder = self.penalty_weights["train/ponder_loss"] * state.halting.ponder_BS.mean()
+        penalties_P = torch.cat((routing_P, ponder[None]))
         if torch.is_grad_enabled() and not penalties_P.requires_grad:
             # The ponder cost has no gradient where all sequences of a rank have only one step with gradient. Then
             # ZeRO-3 would call this module's backward hooks less often than on other ranks.
