@@ -208,6 +208,14 @@ def test_the_router_is_not_evaluated_again_for_a_penalty_without_gradient() -> N
     assert sum(calls[True]) == 2 * sum(own.with_grad) * tokens, "and once more for the penalties"
 
 
+@pytest.mark.parametrize("backprop_depth", [1, 3])
+def test_the_same_outputs_have_a_gradient_whatever_the_depth(backprop_depth: int) -> None:
+    loop = make_loop("dense core, everything")
+    output, penalties, _ = loop(*make_inputs(loop, 5), ROTARY, make_plan(backprop_depth))
+    assert output.requires_grad
+    assert penalties.requires_grad, "ZeRO-3 counts the hooks of these outputs, on every rank alike"
+
+
 def test_the_first_state_is_truncated_noise_from_the_sequences_own_seed() -> None:
     loop = make_loop("dense core")
     loop.noise_deviation = initial_deviation(32)

@@ -39,6 +39,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(kind: str) -> None:
     expected = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(dim=1)
     assert_close(losses.by_sequence_B, expected.detach())
     assert_close(losses.total, expected.mean())
+    assert not [name for name in losses.measured if name.startswith("train/")]
 
 
 @pytest.mark.parametrize("kind", MODELS)
