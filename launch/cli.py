@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TextIO
 
-from mythos.errors import DONE, FAILED, UserError
+from mythos.errors import BAD_INPUT, DONE, FAILED, UserError
 
 FAILED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF)
+
+UNUSABLE_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+"""What is wrong with a path that a user gave, where even the question whether it exists fails."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +48,9 @@ def _run(argv: Sequence[str] | None) -> int:
         _discard(sys.stdout)
         return DONE
     except OSError as error:
+        if error.filename is not None and error.errno in UNUSABLE_PATHS:
+            _report(f"{error.filename}: {error.strerror}: give a path that this user can reach")
+            return BAD_INPUT
         if error.filename is not None or error.errno not in FAILED_WRITES:
             raise
         _discard(sys.stdout)

@@ -206,9 +206,11 @@ def _check_writable(run: Run) -> None:
 
 def _check_space(run: Run, model: Model) -> None:
     needed = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(model).total * CHECKPOINTS_THAT_MUST_FIT
-    free = shutil.disk_usage(run.directory).free
+    place = RunDirectory(Path(run.directory)).checkpoints  # may be a link to another disk
+    free = shutil.disk_usage(place).free
     if free < needed:
+        disk = f" on the disk of {place.resolve()}" if place.is_symlink() else ""
         raise UserError(
-            f"run.directory = {run.directory!r}: {free / GIB:.3g} GiB free, the next {CHECKPOINTS_THAT_MUST_FIT} "
+            f"run.directory = {run.directory!r}: {free / GIB:.3g} GiB free{disk}, the next {CHECKPOINTS_THAT_MUST_FIT} "
             f"checkpoints need about {needed / GIB:.3g} GiB: free space, or choose another directory"
         )
