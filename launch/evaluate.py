@@ -32,6 +32,7 @@ def run(
     """
     from mythos.config.load import load_run
     from mythos.run.directory import RunDirectory
+    from mythos.run.paths import found_from_here
 
     names, options = split_configuration(overrides or [])
     if names:
@@ -45,4 +46,7 @@ def run(
         evaluate_checkpoint(config, device, agree(lambda: find(directory, step)))
         return DONE
 
-    return run_ranks(lambda world_size: load_run(RunDirectory(directory).config, options, world_size), work)
+    def configure(world_size: int) -> "Config":
+        return found_from_here(load_run(RunDirectory(directory).config, options, world_size), directory)
+
+    return run_ranks(configure, work)

@@ -40,6 +40,8 @@ def run(
     stop = StopRequest()  # before anything slow, so that a signal is handled at any time
     from mythos.config.consent import check_names
     from mythos.config.load import load
+    from mythos.run.find import is_run
+    from mythos.run.paths import found_from_here
 
     def work(config: "Config", device: "torch.device") -> int:
         from mythos.train.loop import train  # imports DeepSpeed, so the device must be set first
@@ -48,7 +50,10 @@ def run(
 
     def configure(world_size: int) -> "Config":
         check_names(accept or ())
-        config = load(*split_configuration(configuration), world_size)
+        files, overrides = split_configuration(configuration)
+        config = load(files, overrides, world_size)
+        if len(files) == 1 and is_run(directory := Path(files[0]).parent):  # a run's own config.yaml
+            config = found_from_here(config, directory, overrides)
         stop.exit_after(config.preemption.grace_s)
         return config
 

@@ -112,6 +112,7 @@ def environment(hosts: Sequence[str], device: str, precision: str, expert_parall
     """
     return {
         "command": shlex.join(sys.argv),
+        "working_directory": _working_directory(),
         "hosts": list(hosts),
         "ranks": len(hosts),
         "device": device,
@@ -170,6 +171,13 @@ def _attempts_of_version_0_1(directory: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     return [attempt for attempt in attempts if isinstance(attempt, dict)] if isinstance(attempts, list) else []
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
 
 
 def _git_commit() -> str | None:
