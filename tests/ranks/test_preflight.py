@@ -1,11 +1,9 @@
 """Ranks that differ, cannot do their work or are badly placed are named before the first step."""
 
 import os
-import re
 import shutil
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,6 @@ from deepspeed.utils import groups
 from mythos.config.schema import Config, Data, Run
 from mythos.errors import UserError
 from mythos.ranks import group, preflight, variables
-from tests.faults.damage import small_disk
-from tests.require import missing
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
 from tests.train.runs import run_training
@@ -155,39 +151,6 @@ def test_a_path_missing_on_one_rank_is_reported_with_its_place(
     for error in two_ranks.run(failure, config, no_run_directory_here):
         assert error.startswith("run.directory = '/not/mounted': cannot be written: No such file or directory")
         assert error.endswith(f"(rank 1 on {host})")
-
-
-def test_a_full_disk_is_reported_before_the_first_step(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
-    config = tiny_config("looped", tiny_data, tmp_path / "run", ranks=2)
-    for error in two_ranks.run(failure_with_bytes_free, config, 1 << 18):
-        assert re.search(r"0.000244 GiB free, the next 2 checkpoints need about 0.000\d+ GiB: free space", error)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def failure_with_bytes_free(config: Config, free: int) -> str:
-    original = shutil.disk_usage
-    shutil.disk_usage = lambda path: original(path)._replace(free=free)  # type: ignore[assignment]
-    try:
-        return failure(config)
-    finally:
-        shutil.disk_usage = original
-
-
-def test_the_free_space_is_that_of_the_disk_of_the_checkpoints(tiny_data: Path, tmp_path: Path) -> None:
-    config = tiny_config("dense", tiny_data, tmp_path / "run", model__layers=10)
-    (tmp_path / "run").mkdir()
-    checkpoints = tmp_path / "run" / "checkpoints"
-    checkpoints.symlink_to(tmp_path / "disk")
-    with ExitStack() as cleanup:
-        try:
-            cleanup.enter_context(small_disk(tmp_path / "disk", 1))
-        except OSError as error:
-            missing(str(error))
-        with pytest.raises(UserError, match=f"GiB free on the disk of {tmp_path}/disk, the next 2 checkpoints need"):
-            preflight._check_space(config.run, config.model)
-    checkpoints.unlink()
-    checkpoints.mkdir()
-    preflight._check_space(config.run, config.model)
 
 
 def test_an_address_that_does_not_resolve_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
