@@ -24,7 +24,8 @@ site_interface=
 # Large shared directory, in which configs/run/pretrain.yaml finds data/ and creates runs/. Empty: the repository.
 site_scratch=
 
-# Directory on each node's local disk for code that Triton and PyTorch compile; a shared home is slow. Empty: defaults.
+# Directory on each node's local disk for code that Triton and PyTorch compile; a shared home is slow. Only you may be
+# able to write to it, because they execute what is there: for example /local/$USER. Empty: defaults.
 site_compile_cache=
 
 # How often a job may requeue itself after a preemption, its time limit or the loss of a node.
