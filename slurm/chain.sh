@@ -7,7 +7,7 @@
 #   slurm/chain.sh COUNT [sbatch options] slurm/pretrain.sh MODEL.yaml RUN.yaml key=value ...
 #
 # Prints the job numbers.
-if [ $# -lt 2 ] || [[ ! $1 =~ ^[1-9][0-9]*$ ]]; then
+if [ $# -lt 2 ] || [[ ! $1 =~ ^[1-9][0-9]{0,2}$ ]]; then
   sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0" >&2
   exit 2
 fi

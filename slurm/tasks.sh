@@ -20,6 +20,13 @@ first_nodes() {
 # quoted TEXT: print the beginning of any text on one line, without control characters.
 quoted() { printf '%q' "${1:0:200}"; }
 
+for name in MAX_REQUEUES NODE_LOSS_WAIT_S SLURM_WAIT; do
+  if [[ ! ${!name:-0} =~ ^(0|[1-9][0-9]{0,5})$ ]]; then
+    echo "slurm/tasks.sh: $name=$(quoted "${!name}"): give a whole number up to 999999" >&2
+    return 1
+  fi
+done
+
 # The GPUs that were requested: --exclusive gives all of a node, --gres fewer than the header's --gpus-per-node.
 gpus=${SLURM_GPUS_ON_NODE:-}
 if [[ ${SLURM_GPUS_PER_NODE:-} =~ ^([^,]*:)?([0-9]+)$ ]]; then # 3 or a100:3

@@ -1,4 +1,4 @@
-"""Notices of containers and site wrappers in the output that the batch scripts read: before it they are passed over."""
+"""What the batch scripts read: numbers, and output of commands, which notices of a container or a site may precede."""
 
 from pathlib import Path
 
@@ -63,6 +63,24 @@ def test_another_answer_of_scontrol_ends_the_job_with_one_line(script: str, host
     assert done.stderr.count("\n") == 1
     assert "scontrol show hostnames node[1-2]: the last 2 lines of its output are not the names of 2" in done.stderr
     assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("name", ["MAX_REQUEUES", "NODE_LOSS_WAIT_S", "SLURM_WAIT"])
+@pytest.mark.parametrize("value", ["abc", "-1", "08", "1e3", "99999999999999999999", "x[$(touch evaluated)]"])
+def test_a_number_that_is_none_ends_the_job_with_one_line(name: str, value: str, tmp_path: Path) -> None:
+    programs = {"mythos": "echo 2 run", "srun": f"touch {tmp_path}/started", "scontrol": scontrol(NAMES)}
+    environ = job_environment(tmp_path / "bin", programs) | {name: value}
+    done = run(["bash", "slurm/pretrain.sh", "MODEL.yaml"], 30, environ, REPO)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"slurm/tasks.sh: {name}=")
+    assert done.stderr.endswith(": give a whole number up to 999999\n")
+
+
+def test_a_chain_has_at_most_999_jobs(tmp_path: Path) -> None:
+    environ = job_environment(tmp_path / "bin", {"sbatch": f"touch {tmp_path}/submitted; echo 1"})
+    done = run(["bash", "slurm/chain.sh", "1000", "slurm/pretrain.sh"], 30, environ, REPO)
+    assert done.returncode == 2
+    assert not (tmp_path / "submitted").exists()
 
 
 def test_a_chain_passes_notices_over_and_ends_at_another_answer(tmp_path: Path) -> None:
