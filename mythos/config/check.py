@@ -4,9 +4,11 @@ Each rule yields findings instead of raising, so that the user sees all of them 
 is not checked by a rule: the option itself declares what it needs (see ``mythos.config.option.Needs``).
 """
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 
 from mythos.config.derive import data_sources, global_batch_sequences
 from mythos.config.model_schema import VALUE_GATE_CHANNELS, GroupedQuery, Latent, Looped, MixtureOfExperts
@@ -16,6 +18,7 @@ from mythos.config.tree import get, has, options
 
 SOURCE_NAME = r"[A-Za-z0-9_-]+"
 """A source's name is part of metrics' names and of dotted paths."""
+LOWEST_TEMPERATURE = 0.001
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def check(config: Config, world_size: int) -> list[Finding]:
         _loop(config),
         _batch(config, world_size),
         _data(config),
+        _sample(config),
         _without_effect(config),
     )
     return [finding for rule in rules for finding in rule]
@@ -149,10 +153,24 @@ def _data(config: Config) -> Iterator[Finding]:
     for name in data.sources:
         if not re.fullmatch(SOURCE_NAME, name):
             yield Finding(f"data.sources.{name}", name, "a name may only contain letters, digits, - and _")
+    if data.cache_directory is not None and _is_inside(data.cache_directory, config.run.directory):
+        remedy = "is inside run.directory: give a directory elsewhere, on each node's own disk"
+        yield Finding("data.cache_directory", data.cache_directory, remedy, ("run.directory",))
     for directory, _ in data_sources(config.data).values():
         if "://" in directory and data.cache_directory is None:
             remedy = f"{directory} needs one: give a directory on each node's own disk"
             yield Finding("data.cache_directory", None, remedy, ("data.directory", "data.sources"))
+
+
+def _is_inside(path: str, directory: str) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
+
+
+def _sample(config: Config) -> Iterator[Finding]:
+    temperature = config.sample.temperature
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        remedy = f"must be 0, or at least {LOWEST_TEMPERATURE}: the logits divided by it would overflow"
+        yield Finding("sample.temperature", temperature, remedy)
 
 
 def _without_effect(config: Config) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mythos.config.option import change_of, needs_of
+from mythos.config.option import LARGEST, change_of, needs_of
 from mythos.config.schema import Config
 from mythos.config.tree import sections_in, unions
 
@@ -24,6 +24,7 @@ what would be right.
   those of another `kind`.
 - A file or a command line that chooses another `kind` (`optim.kind=adamw`) or switches a feature off
   (`sample.tokens=0`) also removes that feature's options from the files before it.
+- Where a table gives no upper bound, a number is at most 10^12.
 
 **May change** says what happens when a run is resumed with another value:
 
@@ -80,7 +81,7 @@ def _table(section: Any, prefix: str) -> list[str]:
 
 def _type(field: FieldInfo) -> str:
     bounds = [
-        f"{sign} {getattr(bound, name):g}" if getattr(bound, name) < 2**53 else ""
+        f"{sign} {getattr(bound, name):g}" if getattr(bound, name) < LARGEST else ""
         for bound in field.metadata
         for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
         if hasattr(bound, name)

@@ -87,9 +87,9 @@ class Looped:
     kind: Literal["looped"] = option("looped: recurrent-depth transformer")
     vocabulary_size: int = option("number of token ids", gt=1)
     width: int = option("channels of the residual stream", gt=0)
-    prelude_layers: int = option("blocks before the loop", gt=0)
-    core_layers: int = option("blocks inside the loop", gt=0)
-    coda_layers: int = option("blocks after the loop", gt=0)
+    prelude_layers: int = option("blocks before the loop", gt=0, le=10_000)
+    core_layers: int = option("blocks inside the loop", gt=0, le=10_000)
+    coda_layers: int = option("blocks after the loop", gt=0, le=10_000)
     attention: Attention = option("attention of every block")
     feed_forward: FeedForward = option("feed-forward layer of prelude and coda, and of the core unless it has experts")
     core_experts: MixtureOfExperts | None = option("experts of the core's blocks; null: dense core", None)
@@ -99,11 +99,15 @@ class Looped:
     )
     initial_state: Literal["noise", "zero"] = option("the loop's first state: truncated normal noise, or zero", "noise")
     loop_embeddings: int = option(
-        "rows of a table added to the state by loop step; later steps use the last; 0: none", 0, ge=0
+        "rows of a table added to the state by loop step; later steps use the last; 0: none", 0, ge=0, le=10_000
     )
     adapter_rank: int = option("rank of the low-rank adapters of each core block, one per loop step; 0: none", 0, ge=0)
     adapter_loops: int = option(
-        "loop steps with an adapter of their own; later steps use the last", 1, gt=0, needs=Needs("model.adapter_rank")
+        "loop steps with an adapter of their own; later steps use the last",
+        1,
+        gt=0,
+        le=10_000,
+        needs=Needs("model.adapter_rank"),
     )
     halting: Halting | None = option("adaptive computation time; null: the last state is the output", None)
     norm_epsilon: float = option("added to the mean square in RMSNorm", 1e-5, gt=0)
@@ -116,7 +120,7 @@ class Dense:
     kind: Literal["dense"] = option("dense: standard fixed-depth transformer")
     vocabulary_size: int = option("number of token ids", gt=1)
     width: int = option("channels of the residual stream", gt=0)
-    layers: int = option("number of blocks", gt=0)
+    layers: int = option("number of blocks", gt=0, le=10_000)
     attention: Attention = option("attention of every block")
     feed_forward: FeedForward = option("feed-forward layer of every block")
     norm_epsilon: float = option("added to the mean square in RMSNorm", 1e-5, gt=0)

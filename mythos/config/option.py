@@ -17,6 +17,10 @@ Change = Literal["free", "rate", "ask", "never"]
 """
 
 
+LARGEST = 10**12
+"""The upper bound of numbers that have no other: more than any run needs, and far below where arithmetic overflows."""
+
+
 class Needs(NamedTuple):
     """The option without which another one has no effect: ``path`` must have one of ``values``.
 
@@ -45,6 +49,8 @@ def option(
         bounds["default_factory"] = default_factory
     elif default is not MISSING:
         bounds["default"] = default
+    if bounds.keys() & {"gt", "ge"} and not bounds.keys() & {"lt", "le"}:
+        bounds["le"] = LARGEST
     return Field(description=documentation, json_schema_extra={"change": change, "needs": needs}, **bounds)  # type: ignore[dict-item]
 
 

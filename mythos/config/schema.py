@@ -14,6 +14,8 @@ from mythos.config.option import Needs, option, section
 
 LOOPED = Needs("model.kind", ("looped",))
 PER_SEQUENCE = Needs("loop.depth", ("poisson_per_sequence", "log_normal_poisson_per_sequence"))
+LONGEST_S = 10_000_000
+"""Of a time limit: 16 weeks; the timers of the operating system overflow above some hundred years."""
 
 
 @section
@@ -41,6 +43,7 @@ class Loop:
         "spread of the log-normal rate",
         0.5,
         gt=0,
+        le=5,
         change="ask",
         needs=Needs("loop.depth", ("log_normal_poisson_per_sequence",)),
     )
@@ -81,6 +84,7 @@ class Train:
         600.0,
         change="free",
         gt=0,
+        le=LONGEST_S,
     )
     spike_sigma: float | None = option(
         "a loss this many standard deviations above its running mean is reported as a spike; null: never",
@@ -119,6 +123,7 @@ class Preemption:
         110.0,
         change="free",
         gt=0,
+        le=LONGEST_S,
     )
 
 
@@ -220,7 +225,7 @@ class Data:
         min_length=1,
     )
     cache_gib: float = option(
-        "largest size of the cache, GiB", 64.0, change="free", gt=0, needs=Needs("data.cache_directory")
+        "largest size of the cache, GiB", 64.0, change="free", gt=0, le=10**9, needs=Needs("data.cache_directory")
     )
 
 
@@ -235,10 +240,15 @@ class Log:
 class Sample:
     """Text written by the model at the end of the run."""
 
-    tokens: int = option("number of tokens; 0: no text", 0, change="free", ge=0)
+    tokens: int = option("number of tokens; 0: no text", 0, change="free", ge=0, le=1_000_000)
     prompt: str = option("text that the model continues", "", change="free", needs=Needs("sample.tokens"))
     temperature: float = option(
-        "softmax temperature; 0 takes the most likely token", 0.8, change="free", ge=0, needs=Needs("sample.tokens")
+        "softmax temperature; 0 takes the most likely token",
+        0.8,
+        change="free",
+        ge=0,
+        le=1000,
+        needs=Needs("sample.tokens"),
     )
 
 
