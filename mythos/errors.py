@@ -1,6 +1,7 @@
 """Errors that are reported to the user as one line, and the exit codes that scripts rely on."""
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,13 @@ FAILED = 1
 BAD_INPUT = 2
 FAILED_TO_SAVE = 74
 PREEMPTED = 85
+# A path object of an address has one slash.
+_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]*:/+[^\s/:@\"']*:)[^\s/\"']*@", re.IGNORECASE)
+
+
+def masked(text: str) -> str:
+    """The text with ``***`` in place of the password in every address, such as sftp://user:password@host/directory."""
+    return _PASSWORD.sub(r"\1***@", text)
 
 
 class UserError(Exception):
@@ -23,7 +31,7 @@ class UserError(Exception):
     exit_code = BAD_INPUT
 
     def __init__(self, message: str, agreed: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(masked(message))
         self.agreed = agreed
 
 

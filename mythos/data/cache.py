@@ -27,7 +27,7 @@ import xxhash
 
 from mythos.data import remote
 from mythos.data.shards import Shard, check_files, file_problem, unpack
-from mythos.errors import UserError, os_errors_as_user_errors
+from mythos.errors import UserError, masked, os_errors_as_user_errors
 from mythos.files import take_lock
 
 LOCKS = 64
@@ -211,5 +211,5 @@ class Cached:
 
 def _file_name(address: str) -> str:
     """A file name for an address, different for every address."""
-    readable = "".join(character if character.isalnum() else "_" for character in address)
+    readable = "".join(character if character.isalnum() else "_" for character in masked(address))
     return f"{readable}-{xxhash.xxh3_64_hexdigest(address.encode())}"

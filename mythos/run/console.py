@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from mythos.errors import masked
 from mythos.run.bar import Bar, can_draw
 
 log = logging.getLogger("mythos")
@@ -34,6 +35,13 @@ class ConsoleHandler(logging.Handler):
             self.bar.close()
             self.bar = None
         super().close()
+
+
+class MaskingFormatter(logging.Formatter):
+    """Formats a line without the passwords of addresses."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 class LogFile(logging.FileHandler):
@@ -73,12 +81,12 @@ def start_logging(log_file: Path | None, rank: int) -> None:
         log.removeHandler(handler)
         handler.close()
     console = ConsoleHandler()
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(MaskingFormatter("%(message)s"))
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)  # an error may be known to one rank only
     log.addHandler(console)
     if log_file is not None:
         file = LogFile(log_file, encoding="utf-8")
-        file.setFormatter(logging.Formatter(FORMAT))
+        file.setFormatter(MaskingFormatter(FORMAT))
         log.addHandler(file)
 
 

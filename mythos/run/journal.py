@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from mythos.errors import FAILED as FAILED_CODE
-from mythos.errors import UserError
+from mythos.errors import UserError, masked
 from mythos.files import read_json_lines
 from mythos.run.console import log
 from mythos.run.directory import RunDirectory, is_place_for_run
@@ -150,7 +150,7 @@ def _line(event: str, details: Mapping[str, Any]) -> bytes:
         "process": os.getpid(),
         **details,
     }
-    return json.dumps(line).encode() + b"\n"
+    return masked(json.dumps(line)).encode() + b"\n"
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mythos.config.derive import tokens_per_step
 from mythos.config.load import flatten, to_dict
 from mythos.config.schema import Config
+from mythos.errors import masked
 from mythos.run.anomalies import CollapseWatch
 from mythos.run.console import Progress, log
 from mythos.run.metrics import MetricsWriter
@@ -42,7 +43,8 @@ class Report:
         """Show the configuration in TensorBoard."""
         if self._writer:
             tree = to_dict(self._config)
-            self._writer.write_config(yaml.safe_dump(tree, sort_keys=False), flatten(tree))
+            values = {name: masked(value) if isinstance(value, str) else value for name, value in flatten(tree).items()}
+            self._writer.write_config(masked(yaml.safe_dump(tree, sort_keys=False)), values)
 
     def step(
         self,
