@@ -1,7 +1,9 @@
 """The commands of `mythos`. Each has a file in this package, and is listed here once."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -41,8 +43,29 @@ def group(summary: str, commands: dict[str, Callable[..., int]]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
     )
     for name, run in commands.items():
-        app.command(name)(run)
+        app.command(name)(_with_home(run))
     return app
+
+
+def _with_home(run: Callable[..., int]) -> Callable[..., int]:
+    """The command with ``~`` at the start of its paths expanded, as in the paths of a configuration."""
+
+    @functools.wraps(run)
+    def command(**arguments: Any) -> int:
+        return run(**{name: _expand_home(value) for name, value in arguments.items()})
+
+    return command
+
+
+def _expand_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expand_home(part) for part in value]
+    if not isinstance(value, Path):
+        return value
+    try:
+        return value.expanduser()
+    except RuntimeError:
+        raise UserError(f"{value}: there is no such home directory: give the whole path") from None
 
 
 APP = group(

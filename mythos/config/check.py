@@ -12,13 +12,14 @@ from pathlib import Path
 
 from mythos.config.derive import data_sources, global_batch_sequences
 from mythos.config.model_schema import VALUE_GATE_CHANNELS, GroupedQuery, Latent, Looped, MixtureOfExperts
-from mythos.config.option import needs_of
+from mythos.config.option import Needs, is_path, needs_of
 from mythos.config.schema import Config
 from mythos.config.tree import get, has, options
 
 SOURCE_NAME = r"[A-Za-z0-9_-]+"
 """A source's name is part of metrics' names and of dotted paths."""
 LOWEST_TEMPERATURE = 0.001
+SHELL_VARIABLE = r"(?:^|/)\$([A-Za-z_][A-Za-z0-9_]*)"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def check(config: Config, world_size: int) -> list[Finding]:
         _batch(config, world_size),
         _data(config),
         _sample(config),
+        _paths(config),
         _without_effect(config),
     )
     return [finding for rule in rules for finding in rule]
@@ -173,19 +175,40 @@ def _sample(config: Config) -> Iterator[Finding]:
         yield Finding("sample.temperature", temperature, remedy)
 
 
+def _paths(config: Config) -> Iterator[Finding]:
+    named = {f"data.sources.{name}.directory": source.directory for name, source in config.data.sources.items()}
+    plain = {path: get(config, path) for path, field in options().items() if is_path(field) and has(config, path)}
+    for path, value in (plain | named).items():
+        if isinstance(value, str) and value.startswith("~"):
+            yield Finding(path, value, "there is no such home directory: give the whole path, or ./~ for this name")
+        elif isinstance(value, str) and (variable := re.search(SHELL_VARIABLE, value)):
+            remedy = f"shell variables are not replaced here: write ${{oc.env:{variable[1]}}}"
+            yield Finding(path, value, remedy)
+
+
 def _without_effect(config: Config) -> Iterator[Finding]:
     for path, field in options().items():
-        needs = needs_of(field)
-        if needs is None or not has(config, path):
+        if not has(config, path):
             continue
-        value, found = get(config, path), get(config, needs.path)
-        if value == field.default or needs.met(found):
+        value, needs = get(config, path), _unmet(config, path)
+        if needs is None or value == field.default:
             continue
         if needs.values:
-            why = f"has no effect with {needs.path} = {found!r}"
+            why = f"has no effect with {needs.path} = {get(config, needs.path)!r}"
             remedy = f"set {needs.path}={' or '.join(map(str, needs.values))}"
         else:
             why, remedy = f"has no effect without {needs.path}", f"give {needs.path}"
         shown = "given" if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
         default = "null" if field.default is None else repr(field.default)
         yield Finding(path, shown, f"{why}: leave it at {default}, or {remedy}", (needs.path,))
+
+
+def _unmet(config: Config, path: str) -> Needs | None:
+    """What the option needs and does not have, itself or through an option at its default, which gives no finding."""
+    needs = needs_of(options()[path])
+    if needs is None:
+        return None
+    found = get(config, needs.path)
+    if not needs.met(found):
+        return needs
+    return _unmet(config, needs.path) if found == options()[needs.path].default else None

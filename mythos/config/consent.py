@@ -94,8 +94,17 @@ def _rule(path: str, changed: Differences) -> Change:
     """How this option may change: freely if it was removed, or is new with another kind or at its default."""
     field, (before, after) = find(path), changed[path]
     section = path.rpartition(".")[0]
+    if _changes_sources(path, before, after):
+        return "ask"
     if field is None or after is ABSENT:
         return "free"
     if before is ABSENT and (f"{section}.kind" in changed or after == field.default):
         return "free"
     return change_of(field)
+
+
+def _changes_sources(path: str, before: Any, after: Any) -> bool:
+    """Whether a data set is added or removed: the data would ask about it a second time."""
+    if path == "data.directory":
+        return None in (before, after)
+    return path.startswith("data.sources.") and ABSENT in (before, after)

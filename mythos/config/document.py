@@ -24,6 +24,12 @@ what would be right.
   those of another `kind`.
 - A file or a command line that chooses another `kind` (`optim.kind=adamw`) or switches a feature off
   (`sample.tokens=0`) also removes that feature's options from the files before it.
+- Files are merged option by option: a later file adds to `data.sources`. `data.sources.b=null` removes the source b of
+  the files before it, and `data.sources=null` removes all.
+- The option's type decides what a value means. Text is taken as it is on the command line, quotes included, and as YAML
+  reads it in a file. Numbers are decimal (`1_000`, `1e-3`; `010` is 10), and `2:00` or `on` is refused.
+- `${seed}` refers to another option and `${oc.env:HOME}` to an environment variable; `\\${` is the text `${`. A path
+  may begin with `~`. An argument with `=` is a file if a slash precedes the `=` or such a file exists.
 - Where a table gives no upper bound, a number is at most 10^12.
 
 **May change** says what happens when a run is resumed with another value:

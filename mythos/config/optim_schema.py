@@ -7,6 +7,7 @@ from pydantic import Field
 from mythos.config.option import Needs, option, section
 
 COOLDOWN = Needs("optim.cooldown", ("linear", "cosine"))
+ANY_COOLDOWN = Needs("optim.cooldown_fraction")
 MOMENTUM_WARMUP = Needs("optim.muon_momentum_warmup_steps")
 
 
@@ -30,7 +31,12 @@ class OptimCommon:
         "share of the steps, at the end, in which learning rates fall", 0.5, ge=0, le=1, change="ask", needs=COOLDOWN
     )
     final_learning_rate_fraction: float = option(
-        "learning rate after the last step, as a share of the peak", 0.0, ge=0, le=1, change="ask", needs=COOLDOWN
+        "learning rate after the last step, as a share of the peak",
+        0.0,
+        ge=0,
+        le=1,
+        change="ask",
+        needs=ANY_COOLDOWN,
     )
 
 

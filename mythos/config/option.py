@@ -41,17 +41,23 @@ def option(
     *,
     change: Change = "never",
     needs: Needs | None = None,
+    path: bool = False,
     default_factory: Callable[[], Any] | None = None,
     **bounds: Any,
 ) -> Any:
-    """One option. Unless ``needs`` is met it has no effect, and a value other than the default is an error."""
+    """One option. Unless ``needs`` is met it has no effect, and a value other than the default is an error.
+
+    Args:
+        path: the value is the path of a file or directory, or an address.
+    """
     if default_factory is not None:
         bounds["default_factory"] = default_factory
     elif default is not MISSING:
         bounds["default"] = default
     if bounds.keys() & {"gt", "ge"} and not bounds.keys() & {"lt", "le"}:
         bounds["le"] = LARGEST
-    return Field(description=documentation, json_schema_extra={"change": change, "needs": needs}, **bounds)  # type: ignore[dict-item]
+    facts: Any = {"change": change, "needs": needs, "path": path}
+    return Field(description=documentation, json_schema_extra=facts, **bounds)
 
 
 def change_of(field: FieldInfo) -> Change:
@@ -62,3 +68,8 @@ def change_of(field: FieldInfo) -> Change:
 def needs_of(field: FieldInfo) -> Needs | None:
     """What the option needs to have an effect."""
     return field.json_schema_extra["needs"]  # type: ignore[index,call-overload,return-value]
+
+
+def is_path(field: FieldInfo) -> bool:
+    """Whether the option is a path."""
+    return field.json_schema_extra["path"]  # type: ignore[index,call-overload,return-value]

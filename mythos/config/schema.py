@@ -22,7 +22,9 @@ LONGEST_S = 10_000_000
 class Run:
     """Where the files of a run are."""
 
-    directory: str = option("directory of the run: config, logs, metrics, checkpoints", change="free", min_length=1)
+    directory: str = option(
+        "directory of the run: config, logs, metrics, checkpoints", change="free", path=True, min_length=1
+    )
 
 
 @section
@@ -197,7 +199,7 @@ class Eval:
 class DataSource:
     """One of several data sets."""
 
-    directory: str = option("prepared data set, as data.directory", change="free", min_length=1)
+    directory: str = option("prepared data set, as data.directory", change="free", path=True, min_length=1)
     weight: float = option("its share of the samples, relative to the others", change="ask", gt=0)
 
 
@@ -209,6 +211,7 @@ class Data:
         "data set: a path, or the address of an object store (s3://, gs://, oci://, azure://, ...)",
         None,
         change="free",
+        path=True,
         min_length=1,
     )
     sources: dict[str, DataSource] = option(
@@ -222,6 +225,7 @@ class Data:
         "directory on each node's own disk for copies of the shards; null: shards are read from the data set itself",
         None,
         change="free",
+        path=True,
         min_length=1,
     )
     cache_gib: float = option(

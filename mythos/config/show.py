@@ -1,13 +1,11 @@
 """The resolved configuration as YAML with the meaning of every option beside it."""
 
 import dataclasses
-import json
 from typing import Any
-
-import yaml
 
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
+from mythos.config.yaml_file import dump_inline
 
 COMMENT_COLUMN = 48
 
@@ -22,14 +20,8 @@ def _lines(section: Any, values: dict[str, Any], indent: str) -> list[str]:
     for name, field in section.__pydantic_fields__.items():
         value, child = values[name], getattr(section, name)
         nested = dataclasses.is_dataclass(child)
-        text = f"{indent}{name}:" if nested else f"{indent}{name}: {_scalar(value)}"
+        text = f"{indent}{name}:" if nested else f"{indent}{name}: {dump_inline(value)}"
         lines.append(f"{text:<{COMMENT_COLUMN}}  # {field.description}")
         if nested:
             lines += _lines(child, value, indent + "  ")
     return lines
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, str):
-        return json.dumps(value)
-    return yaml.safe_dump(value, default_flow_style=True, width=2**30).removesuffix("\n...\n").strip()

@@ -92,10 +92,19 @@ def get(tree: Any, path: str) -> Any:
     return tree
 
 
-def has(config: Config, path: str) -> bool:
-    """Whether the configuration has this option: sections that are null or of another kind have none."""
+def has(tree: Any, path: str) -> bool:
+    """Whether a configuration or nested dictionaries have this option: sections null or of another kind have none."""
     section, _, name = path.rpartition(".")
-    return hasattr(get(config, section) if section else config, name)
+    found = get(tree, section) if section else tree
+    return name in found if isinstance(found, Mapping) else hasattr(found, name)
+
+
+def remove(tree: Any, path: str) -> None:
+    """Remove the option at a dotted path, if nested dictionaries have it."""
+    section, _, name = path.rpartition(".")
+    found = get(tree, section) if section else tree
+    if isinstance(found, dict):
+        found.pop(name, None)
 
 
 def _options(section: Any, prefix: str) -> Iterator[tuple[str, FieldInfo]]:

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mythos.config import consent
-from mythos.config.layers import CHECKPOINT_DIRECTORY, CONFIG_FILE, without_other_kinds
+from mythos.config.layers import CHECKPOINT_DIRECTORY, CONFIG_FILE, read_saved
 from mythos.config.load import saved_optim, to_dict
 from mythos.config.schema import Config
 from mythos.config.tree import get
+from mythos.config.yaml_file import dump
 from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import read_json_lines, write_atomically
@@ -153,7 +152,7 @@ def is_place_for_run(directory: Path) -> bool:
 
 def write_config(config: Config) -> None:
     """Write the configuration that the run continues with; rank 0 only. Raises OSError."""
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    text = dump(to_dict(config))
     write_atomically(RunDirectory(Path(config.run.directory)).config, text)
 
 
@@ -173,13 +172,7 @@ def newest_checkpoint(directory: Path) -> tuple[str | None, int | None]:
 
 
 def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    try:
-        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{saved}: damaged: {' '.join(str(error).split())}") from error
-    if not isinstance(before, dict) or not isinstance(before.get("model"), dict):
-        raise UserError(f"{saved}: damaged, not a configuration: restore it, or choose another run.directory")
-    before = without_other_kinds(before)
+    before = read_saved(saved)
     changed = consent.differences(before, to_dict(config))
     rate = _rate_change(saved.parent, before, config)
     rates = {}

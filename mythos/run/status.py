@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mythos.config import yaml_file
 from mythos.errors import DONE, PREEMPTED, UserError
 from mythos.run.directory import CONFIG_FILE, RunDirectory, newest_checkpoint
 from mythos.run.find import is_run
@@ -206,7 +207,7 @@ def _steps(directory: Path) -> int | None:
     if not path.exists() and FAILED in events and STARTED not in events:
         return None
     try:
-        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["steps"])
+        return int(yaml_file.parse(path.read_text(encoding="utf-8"))["train"]["steps"])
     except (FileNotFoundError, NotADirectoryError):
         if is_run(directory):
             raise UserError(f"{path}: missing: restore it") from None

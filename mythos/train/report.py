@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import yaml
 from torch import Tensor
 
 from mythos.config.derive import tokens_per_step
 from mythos.config.load import flatten, to_dict
 from mythos.config.schema import Config
+from mythos.config.yaml_file import dump
 from mythos.errors import masked
 from mythos.run.anomalies import CollapseWatch
 from mythos.run.console import Progress, log
@@ -44,7 +44,7 @@ class Report:
         if self._writer:
             tree = to_dict(self._config)
             values = {name: masked(value) if isinstance(value, str) else value for name, value in flatten(tree).items()}
-            self._writer.write_config(masked(yaml.safe_dump(tree, sort_keys=False)), values)
+            self._writer.write_config(masked(dump(tree)), values)
 
     def step(
         self,

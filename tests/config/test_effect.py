@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mythos.config.load import load, load_run, to_dict
+from mythos.config.optim_schema import COOLDOWN
 from mythos.config.option import needs_of
 from mythos.config.schema import Config
 from mythos.config.tree import find, options
@@ -58,6 +59,8 @@ def test_an_option_without_effect_is_an_error(model: str, override: str, switch:
     needs = needs_of(find(path) or find(path.split(".")[0]))  # type: ignore[arg-type]
     if path == "loop.mean_depth":
         path, needs = "loop", needs_of(options()["loop"])
+    if path == "optim.final_learning_rate_fraction":
+        needs = COOLDOWN  # of optim.cooldown_fraction, which it needs and which is on by default
     assert needs is not None
     lines = [line for line in findings(model, *off, override) if line.startswith(f"{path} =")]
     assert len(lines) == 1
@@ -65,6 +68,14 @@ def test_an_option_without_effect_is_an_error(model: str, override: str, switch:
     assert f"{needs.path}" in lines[0].split(", or ")[1], "the remedy names the option that is needed"
     if switch is not None:
         assert not [line for line in findings(model, *off, override, switch) if line.startswith(path)]
+
+
+def test_an_end_of_the_cooldown_has_no_effect_without_a_cooldown() -> None:
+    off = ["optim.cooldown_fraction=0", "optim.final_learning_rate_fraction=0.1"]
+    assert findings("tiny-looped", *off) == [
+        "optim.final_learning_rate_fraction = 0.1: has no effect without optim.cooldown_fraction: leave it at 0.0, or "
+        "give optim.cooldown_fraction"
+    ]
 
 
 def test_every_need_is_an_option_with_these_values() -> None:

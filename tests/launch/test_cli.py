@@ -127,7 +127,9 @@ def test_a_table_on_a_terminal_has_headers() -> None:
 def test_consent_may_be_given_several_times_and_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[object] = []
 
-    def instead_of_ranks(configure: Callable[[int], Config], work: Callable[[Config, object], int]) -> int:
+    def instead_of_ranks(
+        configure: Callable[[int], Config], work: Callable[[Config, object], int], journal: object
+    ) -> int:
         return work(configure(2), "the device")
 
     def instead_of_training(config: Config, device: object, stop: object, accept: object) -> int:
