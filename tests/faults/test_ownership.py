@@ -102,11 +102,11 @@ def test_a_stop_saves_nothing_into_the_directory_of_another_run(tiny_data: Path,
 
 
 def test_a_checkpoint_of_another_run_is_refused(tiny_data: Path, tmp_path: Path) -> None:
-    config = configuration(tiny_data, tmp_path, ranks=1, train__steps=6)
+    config = configuration(tiny_data, tmp_path, ranks=1, train__steps=6, optim__cooldown="constant")
     run = Path(config.run.directory)
     assert start(config, tmp_path, "first").wait(LIMIT_S) == 0
     RunDirectory(run).run_id.write_text("another\n", encoding="utf-8")
-    longer: Any = configuration(tiny_data, tmp_path, ranks=1, train__steps=8)
+    longer: Any = configuration(tiny_data, tmp_path, ranks=1, train__steps=8, optim__cooldown="constant")
     second = start(longer, tmp_path, "second")
     assert second.wait(LIMIT_S) == BAD_INPUT
     assert "step_00000006: of another run (" in second.text()
