@@ -29,22 +29,25 @@ class ParquetFile:
     def row_ranges(self) -> list[RowRange]:
         """Row groups together, or parts of one; see ``cut_into_ranges``. Only the metadata is read.
 
-        Raises UserError if this is not a Parquet file, or has no rows or no column of that content.
+        None for a file without rows or whose column has the type null. Raises UserError if this is not a Parquet file,
+        or has no column of that content.
         """
         with self._open() as file:
             sizes = self._row_group_sizes(file.metadata)
-        if not any(rows for rows, _ in sizes):
-            raise UserError(f"{self.path}: has no rows; leave it out, or fetch it again")
+            if pa.types.is_null(file.schema_arrow.field(self.column).type):
+                return []
         return cut_into_ranges(str(self.path), sizes)
 
     def texts(self, rows: RowRange) -> Iterator[str]:
         """The texts of these rows, without null and empty ones.
 
         Memory is bounded by _BATCH_DOCUMENTS and about _BATCH_BYTES of them, or by one document. Raises UserError
-        naming file and row group for unreadable data.
+        naming file and row group for unreadable data, and file and row for bytes that are not UTF-8.
         """
-        for _, batch in self.batches(rows):
-            yield from filter(None, batch.to_pylist())
+        for first_row, batch in self.batches(rows):
+            for row, document in enumerate(batch.to_pylist(), first_row):
+                if document:
+                    yield self._decoded(row, document)
 
     def token_ids(self, rows: RowRange, vocabulary_size: int) -> Iterator[np.ndarray]:
         """The lists of token ids of these rows as integer arrays, without null and empty ones.
@@ -85,8 +88,8 @@ class ParquetFile:
                     ):
                         skip = max(rows.first_row - row, 0)
                         if skip < batch.num_rows and row < end:
-                            documents = batch.column(0).slice(skip, end - row - skip)
-                            documents.validate(full=True)  # text is UTF-8, lists are within their values
+                            documents = _text_as_bytes(batch.column(0).slice(skip, end - row - skip))
+                            documents.validate(full=True)  # offsets are within the values
                             yield row + skip, documents
                         row += batch.num_rows
                         if row >= end:
@@ -96,6 +99,15 @@ class ParquetFile:
                     raise UserError(
                         f"{self.path}: row group {row_group} is damaged ({reason}); fetch the file again"
                     ) from error
+
+    def _decoded(self, row: int, document: bytes) -> str:
+        try:
+            return document.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.path}: row {row}: not valid UTF-8 ({error.reason} at byte {error.start}); "
+                "write the file again as UTF-8, or choose another --column"
+            ) from error
 
     def _row_group_sizes(self, metadata: parquet.FileMetaData) -> list[tuple[int, int]]:
         """Rows and uncompressed bytes of the column, for each row group."""
@@ -132,6 +144,8 @@ def _column_problem(schema: pa.Schema, column: str, content: str) -> str | None:
     if schema.names.count(column) > 1:
         return f"two columns are named {column!r}; write the file again with different names"
     kind = schema.field(column).type
+    if pa.types.is_null(kind):
+        return None
     if content == "text":
         if not _is_text(kind):
             return f"column {column!r} holds {kind}, not text; choose a text column by --column"
@@ -142,7 +156,18 @@ def _column_problem(schema: pa.Schema, column: str, content: str) -> str | None:
     return None
 
 
+def _text_as_bytes(documents: pa.Array) -> pa.Array:
+    """Text as the bytes of each document, which are decoded one by one: so the row of invalid ones is known."""
+    if not _is_text(documents.type):
+        return documents
+    if pa.types.is_dictionary(documents.type):
+        documents = documents.dictionary_decode()
+    return documents.cast(pa.large_binary())
+
+
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):  # a pandas categorical
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    # Some writers store text without marking it as UTF-8.
+    return is_string or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)

@@ -34,7 +34,7 @@ from data_prep.parts import (
 )
 from data_prep.progress import Progress
 from data_prep.shards import LARGEST_SHARD_MIB, ShardFormat, WriteShard, deal, write_index
-from data_prep.sources import hashed, row_ranges_of, stamp
+from data_prep.sources import expanded, hashed, report_empty, row_ranges_of, stamp
 from data_prep.tokenizer_file import TokenizerFile, agreed_validation_percent, load_tokenizer
 from data_prep.verify import check_existing
 from data_prep.workers import Workers
@@ -72,9 +72,10 @@ def prepare(
     output = Path(os.path.realpath(output))  # a directory cannot be renamed over a link
     if os.path.ismount(output):
         raise UserError(f"{output}: is a mount point; choose a directory below it as --output")
-    sources = [Path(os.path.abspath(source)) for source in sources]
+    sources = expanded(sources)
     encoder = load_tokenizer(tokenizer)
     ranges = row_ranges_of(sources, settings, workers)
+    report_empty(sources, ranges)
     stamps = {source: stamp(source) for source in sources}
     plan = Manifest(
         sequence_length=sequence_length,

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.documents import RowRange, check_validation_percent, split_of
 from data_prep.progress import Progress
+from data_prep.sources import expanded, report_empty
 from data_prep.text_files import text_file
 from data_prep.tokenizer_file import TrainingNote
 from mythos.data.format import BOS
@@ -49,7 +50,10 @@ def train_tokenizer(
     """
     _check(vocabulary_size, validation_percent, sample_bytes, special_tokens)
     _check_output(output)
-    ranges = [rows for source in sources for rows in text_file(source, column, "text").row_ranges()]
+    sources = expanded(sources)
+    ranges_of_sources = [text_file(source, column, "text").row_ranges() for source in sources]
+    report_empty(sources, ranges_of_sources)
+    ranges = [rows for source_ranges in ranges_of_sources for rows in source_ranges]
     total_bytes = sum(rows.bytes for rows in ranges)
     sample = _Sample(ranges, column, validation_percent, sample_bytes)
     tokenizer = Tokenizer(models.BPE())

@@ -32,11 +32,11 @@ def verify(directory: Path, workers: Workers, progress: Callable[[int], None]) -
     findings, shards = structure(directory, manifest)
     broken = {}
     for number, wrong in workers.run(shards, progress):
-        if wrong:
-            broken[number] = f"{shards[number].path}: {wrong}"
-    # structure() has already reported the shards that are missing or have another size.
-    named = {line.split(":")[0] for line in findings}
-    findings += [broken[number] for number in sorted(broken) if str(shards[number].path) not in named]
+        path = f"{shards[number].path}:"
+        # structure() has already reported the shards that are missing or have another size.
+        if wrong and not any(line.startswith(path) for line in findings):
+            broken[number] = f"{path} {wrong}"
+    findings += [broken[number] for number in sorted(broken)]
     if problem := tokenizer_problem(directory, manifest):
         findings.append(problem)
     remedy = REMEDY.format(directory=directory)

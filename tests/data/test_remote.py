@@ -49,7 +49,7 @@ def bucket_config(bucket: str, cache: Path, **overrides: Any) -> Config:
         "data__cache_directory": str(cache),
         "data__cache_gib": 0.1,
     }
-    return tiny_config("dense", cache, cache, **(options | overrides))
+    return tiny_config("dense", cache, cache.with_name("run"), **(options | overrides))
 
 
 def test_an_object_store_gives_the_same_rows(bucket: str, pristine: Path, tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ def damage_row_group(source: Path, path: Path, row_group: int) -> Path:
 def test_text_that_is_not_utf8(tmp_path: Path):
     path = write_parquet(tmp_path / "latin.parquet", ["caf\u00e9"])
     path.write_bytes(path.read_bytes().replace("caf\u00e9".encode(), b"caf\xe9!"))
-    with pytest.raises(UserError, match=r"latin\.parquet: row group 0 is damaged"):
+    with pytest.raises(
+        UserError, match=r"latin\.parquet: row 0: not valid UTF-8 \(.* at byte 3\); write the file again as UTF-8"
+    ):
         list(read_texts(all_rows(path)))
 
 
@@ -99,11 +101,8 @@ def test_unusable_sources_are_found_by_their_metadata(tmp_path: Path, source: Pa
     cut.write_bytes(source.read_bytes()[:-50])
     nothing = tmp_path / "nothing.parquet"
     nothing.touch()
-    no_rows = tmp_path / "no_rows.parquet"
-    parquet.write_table(pa.table({"text": pa.array([], pa.string())}), no_rows)
     for path, complaint in [
         (nothing, "not a readable Parquet file"),
-        (no_rows, "has no rows"),
         (tmp_path / "nowhere.parquet", "no such file"),
         (not_parquet, "not a readable Parquet file"),
         (cut, "not a readable Parquet file"),
