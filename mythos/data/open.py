@@ -86,12 +86,19 @@ def open_data(config: Data, vocabulary_size: int, seed: int, global_batch_sequen
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer that made the token ids of the data. Raises UserError if it is missing or damaged."""
+    """The tokenizer that made the token ids of the data, without the truncation and padding that its file may ask for.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     text = read_data_file(path)
     try:
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{path}: damaged ({error}); run `mythos data prepare` again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def check_data_unchanged(before: dict[str, Any], now: dict[str, Any], accept: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from mythos.config.schema import Eval, Sample
 from mythos.data.format import BOS
@@ -31,8 +32,7 @@ def sample_text(
     The other arguments are those of ``sample_tokens``.
     """
     tokenizer = read_tokenizer(tokenizer_file)
-    tokenizer.encode_special_tokens = True  # the prompt is text: "<|bos|>" in it is seven characters
-    prompt = [tokenizer.token_to_id(BOS), *tokenizer.encode(sample.prompt).ids]
+    prompt = prompt_ids(tokenizer, sample.prompt)
     forward = evaluation_forward(engine, options, watchdog, "generating a sample", stop)
     try:
         with engine.evaluation():
@@ -42,6 +42,15 @@ def sample_text(
     except Stopped:
         return None
     return tokenizer.decode(ids)
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """One BOS and the ids of the text, as the documents of the data are encoded.
+
+    The tokenizer's own post-processor, which may add a BOS as well, is left out.
+    """
+    tokenizer.encode_special_tokens = True  # "<|bos|>" in the text is seven characters
+    return [tokenizer.token_to_id(BOS), *tokenizer.encode(text, add_special_tokens=False).ids]
 
 
 def sample_tokens(

@@ -1,6 +1,12 @@
-import torch
+from pathlib import Path
 
-from mythos.eval.generate import sample_tokens
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+
+from mythos.data.format import BOS
+from mythos.data.open import read_tokenizer
+from mythos.eval.generate import prompt_ids, sample_tokens
 from mythos.model import build_model
 from tests.model.helpers import randomise
 from tests.tiny import tiny_config
@@ -42,3 +48,24 @@ def test_the_number_of_forward_passes_is_fixed() -> None:
 
     sample_tokens(forward, [0], 6, 1.0, **(OPTIONS | {"longest": 4}))
     assert calls == [1, 2, 3, 4, 4, 4]
+
+
+def test_a_prompt_has_one_bos_and_all_of_its_text_whatever_the_tokenizer_file_says(tmp_path: Path) -> None:
+    text = "a prompt of some length, with <|bos|> in it"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "plain.json"))
+    bos = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=100, pad_id=bos, pad_token=BOS)
+    tokenizer.save(str(tmp_path / "special.json"))
+    plain, special = (read_tokenizer(tmp_path / name) for name in ("plain.json", "special.json"))
+    ids = prompt_ids(special, text)
+    assert ids == prompt_ids(plain, text)
+    assert (ids[0], ids.count(bos), special.decode(ids[1:])) == (bos, 1, text)
