@@ -60,7 +60,7 @@ def content(directory: Path) -> dict[str, str]:
 
 
 def test_a_run_whose_directory_another_run_has_taken_harms_nothing(tiny_data: Path, tmp_path: Path) -> None:
-    config = configuration(tiny_data, tmp_path, ranks=1, train__steps=ENDLESS)
+    config = configuration(tiny_data, tmp_path, ranks=1, train__steps=ENDLESS, checkpoint__every=ENDLESS)
     run, moved = Path(config.run.directory), tmp_path / "moved"
     first = start(config, tmp_path, "first")
     try:
@@ -83,7 +83,7 @@ def test_a_run_whose_directory_another_run_has_taken_harms_nothing(tiny_data: Pa
 
 
 def test_a_stop_saves_nothing_into_the_directory_of_another_run(tiny_data: Path, tmp_path: Path) -> None:
-    config = configuration(tiny_data, tmp_path, ranks=1, train__steps=ENDLESS, checkpoint__max_failures=1)
+    config = configuration(tiny_data, tmp_path, ranks=1, train__steps=ENDLESS, checkpoint__every=ENDLESS)
     run, moved = Path(config.run.directory), tmp_path / "moved"
     first = start(config, tmp_path, "first")
     try:
