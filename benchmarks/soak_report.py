@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mythos.files import read_json_lines
+from pydantic import TypeAdapter
+
+from mythos.readers import read_json_lines
 from mythos.run.metrics import read_metrics
 from tests.faults.victim import STEPS_FILE, sequences
 
@@ -22,6 +24,9 @@ class StepRecord:
     attempt: str
     began: float
     ended: float
+
+
+_STEP_RECORD = TypeAdapter(StepRecord)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Outcome:
 
 def read_records(directory: Path, last_bytes: int | None = None) -> list[StepRecord]:
     """The finished steps of all attempts, in order; only those in the last bytes of the file, if given."""
-    return [StepRecord(**line) for line in read_json_lines(directory / STEPS_FILE, last_bytes)]
+    return list(read_json_lines(directory / STEPS_FILE, _STEP_RECORD, last_bytes))
 
 
 def read_outcome(directory: Path, run: Path) -> Outcome:

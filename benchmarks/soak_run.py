@@ -14,14 +14,12 @@ from typing import Any
 import yaml
 
 from benchmarks.soak_plan import RANKS, SAVE_EVERY
-from benchmarks.soak_report import Outcome, read_outcome
+from benchmarks.soak_report import Outcome, read_outcome, read_records
 from mythos.config.load import to_dict
-from mythos.files import read_json_lines
 from mythos.run.directory import RunDirectory
 from mythos.run.journal import FAILED, STARTED, read_events
 from tests.cluster import REPO, SCRIPT, run
 from tests.faults.supervise import configuration, process_of
-from tests.faults.victim import STEPS_FILE
 from tests.slurm.jobs import DONE_STATES, TWO_BY_ONE, Job, submit
 
 BATCH_SEQUENCES = 16
@@ -159,8 +157,8 @@ class SoakRun:
 
     def newest_step(self) -> int:
         """The step that was finished last; not the highest one after a resume."""
-        records = read_json_lines(self.directory / STEPS_FILE, last_bytes=1000)
-        return int(records[-1]["step"]) if records else 0
+        records = read_records(self.directory, last_bytes=1000)
+        return records[-1].step if records else 0
 
     def starts(self) -> int:
         """The number of attempts that began to train."""

@@ -11,6 +11,7 @@ import pyarrow.parquet as parquet
 
 from data_prep.documents import RowRange, cut_into_ranges
 from mythos.errors import UserError
+from mythos.files import check_regular
 
 # Documents decoded at a time: a maximum, and a size that is turned into a number by their mean size in the row group.
 _BATCH_DOCUMENTS = 64
@@ -122,6 +123,7 @@ class ParquetFile:
 
     def _open(self) -> parquet.ParquetFile:
         try:
+            check_regular(self.path)
             # Without a buffer, a whole column chunk, which may be the whole file, would be read at once.
             file = parquet.ParquetFile(
                 self.path, page_checksum_verification=True, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False

@@ -22,8 +22,9 @@ from data_prep.packing import Piece, packer
 from data_prep.text_files import text_file
 from data_prep.tokenizer_file import load_tokenizer, text_bytes_of_ids
 from mythos.data.format import SPLITS
-from mythos.errors import os_errors_as_user_errors
-from mythos.files import hash_file, opened_atomically, write_atomically
+from mythos.errors import UserError, os_errors_as_user_errors
+from mythos.files import hash_file, open_regular, opened_atomically, write_atomically
+from mythos.readers import Count, read_json
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were processed since the last call."""
@@ -40,11 +41,11 @@ _VISIBLE_WITHIN_S = 60.0
 class SplitPart:
     """One split of a part. ``tail`` gives, for each piece, its length and whether it continues a cut document."""
 
-    documents: int
-    documents_cut: int
-    text_bytes: int | None
-    rows: int
-    tail: list[tuple[int, bool]]
+    documents: Count
+    documents_cut: Count
+    text_bytes: Count | None
+    rows: Count
+    tail: list[tuple[Count, bool]]
 
 
 PartRecord = dict[str, SplitPart]
@@ -104,7 +105,7 @@ class HashSource:
 
     def run(self, progress: Progress) -> Any:
         """Raises UserError if it cannot be read."""
-        with os_errors_as_user_errors(self.source, "check the file"), open(self.source, "rb") as file:
+        with os_errors_as_user_errors(self.source, "check the file"), open_regular(Path(self.source)) as file:
             digest = hash_file(file, progress)
             return [file.tell(), digest]
 
@@ -169,12 +170,12 @@ class _SplitWriter:
 def read_record(directory: Path, name: str, row_bytes: int, token_bytes: int) -> PartRecord | None:
     """The record of a part if the part is complete, or None."""
     try:
-        record = RECORD.validate_json((directory / f"{name}.json").read_bytes())
+        record = read_json(directory / f"{name}.json", RECORD, "it is made again")
         for split, part in record.items():
             expected_bytes = part.rows * row_bytes + sum(length for length, _ in part.tail) * token_bytes
             if (directory / f"{name}.{split}").stat().st_size != expected_bytes:
                 return None
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return None
     return record
 

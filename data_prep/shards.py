@@ -21,6 +21,7 @@ from data_prep.parts import FREE_SPACE, Progress, read_rows, wait_until_visible
 from mythos.data.format import COLUMN, INDEX_FILE, SHARD_HASH
 from mythos.errors import os_errors_as_user_errors
 from mythos.files import write_atomically
+from mythos.readers import json_object, read_utf8
 
 ZSTD_LEVEL = 3  # as MDSWriter
 LARGEST_SHARD_MIB = 4095  # offsets are uint32
@@ -133,8 +134,8 @@ class WriteShard:
         """The index entry of the finished shard."""
         path = Path(self.entry_file)
         wait_until_visible(path.exists)
-        entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return entry
+        remedy = "remove it and run again"
+        return json_object(path, read_utf8(path, remedy), remedy)
 
 
 def _describe(content: bytes, name: str) -> dict[str, Any]:

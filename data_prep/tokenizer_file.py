@@ -9,14 +9,16 @@ import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 from tokenizers import Tokenizer
 
 from mythos.data.format import BOS
 from mythos.errors import UserError, os_errors_as_user_errors
-from mythos.files import write_atomically
+from mythos.files import read_bytes, write_atomically
+from mythos.readers import LARGE_FILE_BYTES, Count, read_json
 
 _REMEDY = "train one by `mythos data tokenizer`"
 DEFAULT_VALIDATION_PERCENT = 1.0
@@ -29,10 +31,10 @@ class TrainingNote:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     tokenizer_sha256: str
-    validation_percent: float
-    text_bytes: int
-    held_out_bytes: int
-    held_out_tokens: int
+    validation_percent: Annotated[float, Field(ge=0, le=100)]
+    text_bytes: Count
+    held_out_bytes: Count
+    held_out_tokens: Count
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -66,7 +68,7 @@ class TokenizerFile:
 def load_tokenizer(path: Path) -> TokenizerFile:
     """Read a tokenizer, set to no truncation and no padding. Raises UserError if it is damaged or has no BOS."""
     with os_errors_as_user_errors(path, _REMEDY):
-        content = path.read_bytes()
+        content = read_bytes(path, LARGE_FILE_BYTES)
     return _parse(path, content)
 
 
@@ -94,10 +96,7 @@ def agreed_validation_percent(tokenizer: Path, sha256: str, asked: float | None)
     path = _note_path(tokenizer)
     note = None
     if path.exists():
-        try:
-            note = TypeAdapter(TrainingNote).validate_json(path.read_bytes())
-        except (ValidationError, OSError) as error:
-            raise UserError(f"{path}: damaged; remove it, or train the tokenizer again") from error
+        note = read_json(path, TypeAdapter(TrainingNote), "remove it, or train the tokenizer again")
     if note is None or note.tokenizer_sha256 != sha256:
         return DEFAULT_VALIDATION_PERCENT if asked is None else asked
     if asked is not None and asked > note.validation_percent:

@@ -12,11 +12,9 @@ from mythos.data.format import (
     MANIFEST_FILE,
     SPLITS,
     Manifest,
-    parse_json_object,
-    read_data_file,
     tokenizer_problem,
 )
-from mythos.data.shards import read_index
+from mythos.data.shards import read_entries
 from mythos.errors import UserError
 
 REMEDY = "fetch that file again, or remove {directory} and prepare it again: the same input gives the same bytes"
@@ -105,9 +103,8 @@ def check_existing(output: Path, plan: Manifest) -> Manifest:
 def _read_entries(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
     """The entries of an index that the reader accepts, with the settings that their shards were written with."""
     remedy = "its shards were not checked"
-    read_index(path, manifest, remedy)
-    entries: list[dict[str, Any]] = parse_json_object(path, read_data_file(path), remedy)["shards"]
+    entries = read_entries(path, manifest, remedy)
     for number, entry in enumerate(entries):
-        if not isinstance(entry.get("size_limit"), int):
+        if entry["size_limit"] is None:
             raise UserError(f"{path}: shard {number}: damaged entry (size_limit); {remedy}")
     return entries

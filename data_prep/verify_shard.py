@@ -11,6 +11,7 @@ import zstd
 
 from data_prep.shards import ShardFormat
 from mythos.data.format import SHARD_HASH
+from mythos.files import read_bytes
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class VerifyShard:
     def run(self, progress: Callable[[int], None]) -> Any:
         """Read the whole shard."""
         try:
-            content = self.path.read_bytes()
+            content = read_bytes(self.path, stored(self.entry)["bytes"])
         except OSError as error:
             return f"cannot be read ({error.strerror})"
         progress(len(content))

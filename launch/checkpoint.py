@@ -6,7 +6,7 @@ import typer
 
 from launch.arguments import Run
 from launch.table import Column, print_table
-from mythos.errors import BAD_INPUT, DONE
+from mythos.errors import BAD_INPUT, DONE, printable
 
 if TYPE_CHECKING:
     from mythos.checkpoint.overview import Overview
@@ -49,4 +49,4 @@ def _print(overview: "Overview") -> None:
         ],
     )
     for line in [*overview.problems, *filter(None, [overview.next_start])]:
-        print(line)
+        print(printable(line))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TextIO
 
-from mythos.errors import BAD_INPUT, DONE, FAILED, UserError, masked
+from mythos.errors import BAD_INPUT, DONE, FAILED, UserError, printable
 
 FAILED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF)
 
@@ -110,7 +110,7 @@ def _check_utf8(arguments: Sequence[str]) -> None:
 
 def _report(message: str) -> None:
     with suppress(OSError):
-        print(masked(f"mythos: {message}"), file=sys.stderr)
+        print(printable(f"mythos: {message}"), file=sys.stderr)
 
 
 def _discard(stream: TextIO) -> None:

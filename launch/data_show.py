@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from launch.data_verify import DataDirectory
-from mythos.errors import DONE
+from mythos.errors import DONE, printable
 
 
 def run(
@@ -19,5 +19,5 @@ def run(
     from data_prep.show import rows_as_text
 
     for text in rows_as_text(directory, split, row, count, ids):
-        print(text)
+        print(printable(text))
     return DONE

@@ -43,8 +43,9 @@ def run(
       mythos status runs/demo           one run in detail
       mythos status runs                a row for each run below a directory
     """
+    from mythos.run.describe import describe
     from mythos.run.find import find_runs
-    from mythos.run.status import describe, read_status, read_status_of_any
+    from mythos.run.status import read_status
 
     found = {directory: find_runs(directory) for directory in directories}
     runs = list(dict.fromkeys(run for those in found.values() for run in those))
@@ -55,7 +56,7 @@ def run(
         else:
             print_table((Column(""), Column("")), list(describe(status).items()))
         return DONE
-    statuses = [read_status_of_any(run) for run in runs]
+    statuses = [read_status(run) for run in runs]
     if as_json:
         print(json.dumps([asdict(status) for status in statuses], indent=2))
     else:
@@ -68,7 +69,7 @@ def run(
 
 def _row(name: str, status: "Status") -> list[str]:
     """The cells of a run; ``UNKNOWN`` for what is not known or not measured."""
-    from mythos.run.status import advice, describe_last_write, describe_step
+    from mythos.run.describe import advice, describe_last_write, describe_step
 
     loss, rate = status.loss, status.tokens_per_second
     deepest = next(reversed(status.validation.values()), None)

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mythos.errors import printable
+
 COLUMN_GAP = "  "
 BORDER = 3
 """What a column of a table on a terminal takes beside its text."""
@@ -27,11 +29,17 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
     If stdout is not a terminal, there are no headers, boxes, colours or wrapped lines: each row is one line, and two or
     more spaces separate its cells.
     """
+    rows = [[_cell(text) for text in row] for row in rows]
     if sys.stdout.isatty():
         _print_rich(columns, rows)
         return
     for line in plain_lines(columns, rows):
         print(line)
+
+
+def _cell(text: str) -> str:
+    """A text on one line: it may come from a file, and must not look like another row."""
+    return printable("; ".join(text.splitlines()))
 
 
 def plain_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -12,6 +12,8 @@ FAILED_TO_SAVE = 74
 PREEMPTED = 85
 # A path object of an address has one slash.
 _PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]*:/+[^\s/:@\"']*:)[^\s/\"']*@", re.IGNORECASE)
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that move the cursor, change the terminal or the direction of text; line ends and tabs are none."""
 
 
 def masked(text: str) -> str:
@@ -66,3 +68,8 @@ def os_errors_as_user_errors(place: object, remedy: str, when_full: str | None =
         if when_full is not None and error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = when_full
         raise UserError(f"{place}: {reason}: {remedy}") from error
+
+
+def printable(text: str) -> str:
+    """A text for a terminal or a log: ``masked``, and with escapes for control characters, which a file may hold."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), masked(text))

@@ -12,22 +12,37 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from mythos.checkpoint import layout
 from mythos.checkpoint.reader import CheckpointReader
 from mythos.checkpoint.tensors import write_tensors
 from mythos.config.load import load_run
 from mythos.errors import UserError
+from mythos.files import check_regular
 from mythos.model import build_structure
 from mythos.model.moe import plain_parameters
+from mythos.readers import LARGE_FILE_BYTES, one_line, read_json
 from mythos.run.directory import CONFIG_FILE, RunDirectory
 
 INDEX_FILE = "model.safetensors.index.json"
 FILE_BYTES = 4 << 30
+REMEDY = "run `mythos export` again"
+
+
+class _Index(TypedDict):
+    """What is read of the index: the file that holds each weight."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^model-\d+-of-\d+\.safetensors$")]]
+
+
+_INDEX = TypeAdapter(_Index)
 
 
 def export(
@@ -60,6 +75,7 @@ def export(
         partial.mkdir(parents=True)
         _write_weights(reader, partial, dtype, file_bytes)
         for path in copied:
+            check_regular(path)
             shutil.copyfile(path, partial / path.name)
         os.rename(partial, output)
     except (OSError, SafetensorError) as error:
@@ -80,17 +96,19 @@ def load_exported(directory: Path) -> nn.Module:
         name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()
     }
     try:
-        files = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        files = read_json(directory / INDEX_FILE, _INDEX, REMEDY, LARGE_FILE_BYTES)["weight_map"]
         if set(files) != set(wanted):
             raise UserError(
                 f"{directory}: weights and {CONFIG_FILE} differ: {sorted(set(files) ^ set(wanted))[:3]} ..."
             )
         for file in sorted(set(files.values())):
+            check_regular(directory / file)
             with safe_open(str(directory / file), "pt") as tensors, torch.no_grad():
                 for name in tensors.keys():  # noqa: SIM118 - not a dictionary
                     wanted[name].copy_(tensors.get_tensor(name))
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}: not an exported model ({error}): run `mythos export` again") from error
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        reason = one_line(str(error))
+        raise UserError(f"{directory}: not an exported model ({reason}): {REMEDY}") from error
     return model.eval()
 
 

@@ -1,14 +1,15 @@
-"""Atomic writes, flushes to the disk, hashes, locks and JSON lines: the only implementation of each in this project."""
+"""Opening, atomic writes, flushes to the disk, hashes and locks: the only implementation of each in this project."""
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -20,6 +21,53 @@ DIRECTORY_NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF,
 """How file systems, such as FUSE and network ones, refuse to open or to flush a directory."""
 _warned_of: list[Path] = []
 """The directory that ``flush_directory`` has warned of, if there was one in this process."""
+
+
+class NotRegularError(OSError):
+    """A pipe, a device, a directory or, where links are refused, a link is in the place of a regular file."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(errno.EINVAL, "not a regular file", str(path))
+
+
+def regular(path: str, flags: int) -> int:
+    """An ``opener`` for ``open`` that refuses devices, and pipes, which wait for their other end. Raises OSError."""
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a pipe opened for writing, a directory
+            raise NotRegularError(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotRegularError(path)
+    return descriptor
+
+
+def check_regular(path: Path) -> None:
+    """Check that a library may open a file by its name (see ``regular``). Raises OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise NotRegularError(path)
+
+
+def open_regular(path: Path, follow_link: bool = True) -> BinaryIO:
+    """A regular file, opened for reading. Raises OSError."""
+    no_link = 0 if follow_link else os.O_NOFOLLOW
+    return open(path, "rb", opener=lambda name, flags: regular(name, flags | no_link))
+
+
+def open_to_append(path: Path) -> FileIO:
+    """A regular file whose writes are appended at once, unbuffered. Raises OSError."""
+    return open(path, "ab", buffering=0, opener=regular)
+
+
+def read_bytes(path: Path, limit_bytes: int) -> bytes:
+    """The content of a regular file that is not larger than the limit. Raises OSError."""
+    with open_regular(path) as file:
+        content = file.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise OSError(errno.EFBIG, f"larger than {limit_bytes:,} bytes", str(path))
+    return content
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -95,13 +143,13 @@ def flush_directory(directory: Path) -> None:
 
 
 def hash_file(file: Path | BinaryIO, progress: Callable[[int], None] | None = None) -> str:
-    """xxh3_64 of the content of a file, given by its path or open at any position. Raises OSError.
+    """xxh3_64 of the content of a regular file, given by its path or open at any position. Raises OSError.
 
     Args:
         progress: is called with the number of bytes of each chunk that was read.
     """
     if isinstance(file, Path):
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             return hash_file(opened, progress)
     digest = xxhash.xxh3_64()
     file.seek(0)
@@ -130,28 +178,3 @@ def take_lock(file: IO[Any] | int, wait_s: float = 0.0, *, shared: bool = False,
             if time.monotonic() >= until:
                 return False
         time.sleep(every_s)
-
-
-def read_json_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The JSON objects of a file that has one on each line, in order; empty when the file does not exist.
-
-    A line that was cut off by a kill or a full disk is skipped.
-
-    Args:
-        last_bytes: read only this many bytes at the end of the file.
-    """
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        if last_bytes is not None:
-            file.seek(max(0, path.stat().st_size - last_bytes))
-        text = file.read().decode("utf-8", errors="replace")
-    objects = []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            objects.append(value)
-    return objects

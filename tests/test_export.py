@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from mythos.checkpoint import layout
 from mythos.checkpoint import restore as checkpoint
+from mythos.checkpoint.manifest import weights_file
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
@@ -178,7 +179,7 @@ def test_the_command_and_its_errors(trained: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_not_exported(trained: Path, tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", trained, tmp_path / "run"], check=True)
-    path = RunDirectory(tmp_path / "run").checkpoints / layout.tag(4) / layout.weights_file(1)
+    path = RunDirectory(tmp_path / "run").checkpoints / layout.tag(4) / weights_file(1)
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)

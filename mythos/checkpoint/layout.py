@@ -12,33 +12,33 @@
 A directory gets its final name once all its files are on disk, and counts once ``latest`` has named it.
 """
 
-import json
 import os
-import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mythos.checkpoint.manifest import Manifest
+from pydantic import ConfigDict, TypeAdapter
+from typing_extensions import TypedDict
+
+from mythos.checkpoint.content import wrong_tensors
+from mythos.checkpoint.manifest import REMEDY, Manifest
 from mythos.errors import UserError
-from mythos.files import flush_directory, hash_file, write_atomically
-from mythos.run.directory import LATEST_FILE, PARTIAL_SUFFIX, STATE_FILE, RunDirectory
+from mythos.files import flush_directory, hash_file, open_regular, write_atomically
+from mythos.readers import Count, read_json
+from mythos.run.directory import (
+    CHECKPOINT_NAME,
+    LATEST_FILE,
+    PARTIAL_SUFFIX,
+    STATE_FILE,
+    RunDirectory,
+    latest_name,
+)
 
 REMOVED = ".removed"
 SET_ASIDE = "set_aside"
-_COMPLETE = re.compile(r"step_(\d{8,})")
-
-
-def weights_file(number: int) -> str:
-    """Name of the file with the weights of rank ``number``."""
-    return f"weights_{number:05d}.safetensors"
-
-
-def optimizer_file(number: int) -> str:
-    """Name of the file with the optimizer state of rank ``number``."""
-    return f"optimizer_{number:05d}.safetensors"
 
 
 def tag(step: int) -> str:
@@ -48,14 +48,14 @@ def tag(step: int) -> str:
 
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a complete checkpoint."""
-    match = _COMPLETE.fullmatch(checkpoint.name)
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
     assert match, checkpoint
     return int(match[1])
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints with a final name, newest first."""
-    found = [path for path in _subdirectories(directory) if _COMPLETE.fullmatch(path.name)]
+    found = [path for path in _subdirectories(directory) if CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -66,11 +66,8 @@ def partial_checkpoints(directory: Path) -> list[Path]:
 
 def latest(directory: Path) -> Path | None:
     """The checkpoint that the file ``latest`` names, even if it is missing; None if the file names none."""
-    try:
-        name = (directory / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
-    return directory / name if _COMPLETE.fullmatch(name) else None
+    name = latest_name(directory)
+    return None if name is None else directory / name
 
 
 def resumable_checkpoints(directory: Path) -> list[Path]:
@@ -115,10 +112,14 @@ def damaged_files(
     for name in sorted(manifest.files if only is None else only):
         path = checkpoint / name
         try:
-            if message := _wrong_size(checkpoint, manifest, name):
+            message = _wrong_size(checkpoint, manifest, name)
+            if message is None:
+                with open_regular(path, follow_link=False) as file:
+                    if hash_file(file, progress) != manifest.files[name].xxh3_64:
+                        message = f"{path}: damaged, its content does not match the hash in the manifest"
+            message = message or wrong_tensors(path, manifest)
+            if message is not None:
                 messages[name] = message
-            elif hash_file(path, progress) != manifest.files[name].xxh3_64:
-                messages[name] = f"{path}: damaged, its content does not match the hash in the manifest"
         except OSError as error:
             messages[name] = f"{path}: {error.strerror}"
     return messages
@@ -132,19 +133,30 @@ def incomplete_files(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
 def _wrong_size(checkpoint: Path, manifest: Manifest, name: str) -> str | None:
     path, expected = checkpoint / name, manifest.files[name].bytes
     try:
-        size = path.stat().st_size
+        found = path.lstat()
     except OSError as error:
         return f"{path}: {error.strerror}"
-    return None if size == expected else f"{path}: {size} bytes, the manifest says {expected}"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{path}: not a regular file"
+    return None if found.st_size == expected else f"{path}: {found.st_size} bytes, the manifest says {expected}"
+
+
+class SavedState(TypedDict):
+    """What a checkpoint's state.json holds at least; the rest is what the run saved."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    step: Count
+    world: dict[str, str | int]
+
+
+_SAVED_STATE: TypeAdapter[Any] = TypeAdapter(SavedState)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The run's state in state.json. Raises UserError if it cannot be read."""
-    path = checkpoint / STATE_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    state: dict[str, Any] = read_json(checkpoint / STATE_FILE, _SAVED_STATE, REMEDY)
+    return state
 
 
 def make_current(directory: Path, chosen: Path) -> list[Path]:

@@ -1,17 +1,35 @@
 """The manifest of a checkpoint: the size and hash of every file, and where the elements of each parameter are."""
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import xxhash
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from mythos.errors import UserError
 from mythos.files import hash_file, write_atomically
-from mythos.run.directory import MANIFEST_FILE
+from mythos.readers import LARGE_FILE_BYTES, Count, check_value, json_object, read_utf8
+from mythos.run.directory import MANIFEST_FILE, STATE_FILE
 
 FORMAT_VERSION = 1
+REMEDY = "restore this checkpoint, or choose another one"
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+
+
+def weights_file(number: int) -> str:
+    """Name of the file with the weights of rank ``number``."""
+    return f"weights_{number:05d}.safetensors"
+
+
+def optimizer_file(number: int) -> str:
+    """Name of the file with the optimizer state of rank ``number``."""
+    return f"optimizer_{number:05d}.safetensors"
 
 
 class WrongFormat(UserError):
@@ -21,8 +39,8 @@ class WrongFormat(UserError):
 class FileRecord(NamedTuple):
     """Size and hash of a file as it was written."""
 
-    bytes: int
-    xxh3_64: str
+    bytes: Count
+    xxh3_64: Hash
 
     @classmethod
     def of(cls, path: Path) -> "FileRecord":
@@ -33,10 +51,10 @@ class FileRecord(NamedTuple):
 class ShardRecord(NamedTuple):
     """Elements ``start`` to ``stop`` of a flattened parameter, in files ``weights_n`` and ``optimizer_n``."""
 
-    file_number: int
-    start: int
-    stop: int
-    optimizer_steps: float
+    file_number: Count
+    start: Count
+    stop: Count
+    optimizer_steps: Annotated[float, Field(ge=0, le=2**53)]
     """Updates of these elements so far."""
 
 
@@ -61,6 +79,15 @@ class Manifest:
         """Size of all listed files."""
         return sum(file.bytes for file in self.files.values())
 
+    @cached_property
+    def shards_by_file(self) -> dict[int, dict[str, ShardRecord]]:
+        """The shards of each pair of files, by the number of the file and the name of the parameter."""
+        found: dict[int, dict[str, ShardRecord]] = {}
+        for name, parameter in self.parameters.items():
+            for shard in parameter.shards:
+                found.setdefault(shard.file_number, {})[name] = shard
+        return found
+
     def save(self, directory: Path) -> None:
         """Write manifest.json with a hash of its own content. Raises OSError."""
         content = {
@@ -83,25 +110,69 @@ class Manifest:
             WrongFormat: another version of Mythos wrote it.
         """
         path = directory / MANIFEST_FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from error
-        if not isinstance(content, dict) or content.pop("xxh3_64", None) != _digest(content):
-            raise UserError(f"{path}: damaged, its content does not match its hash")
-        if content["format_version"] != FORMAT_VERSION:
+        content = json_object(path, read_utf8(path, REMEDY, LARGE_FILE_BYTES), REMEDY)
+        if content.pop("xxh3_64", None) != _digest(content):
+            raise UserError(f"{path}: damaged, its content does not match its hash: {REMEDY}")
+        if content.get("format_version") != FORMAT_VERSION:
             raise WrongFormat(
-                f"{path}: format_version {content['format_version']}, this Mythos reads {FORMAT_VERSION}: "
+                f"{path}: format_version {content.get('format_version')!r}, this Mythos reads {FORMAT_VERSION}: "
                 "use the Mythos that wrote it"
             )
-        return cls(
-            step=content["step"],
-            files={name: FileRecord(*record) for name, record in content["files"].items()},
+        checked = check_value(path, content, _CONTENT, REMEDY)
+        manifest = cls(
+            step=checked["step"],
+            files=checked["files"],
             parameters={
-                name: SavedParameter(tuple(entry["shape"]), tuple(ShardRecord(*shard) for shard in entry["pieces"]))
-                for name, entry in content["parameters"].items()
+                name: SavedParameter(entry["shape"], entry["pieces"]) for name, entry in checked["parameters"].items()
             },
         )
+        if problem := manifest._problem():
+            raise UserError(f"{path}: damaged ({problem}): {REMEDY}")
+        return manifest
+
+    def _problem(self) -> str | None:
+        """What is contradictory: the listed files are those that are read, and the shards tile every parameter."""
+        ranks = len(self.files) // 2
+        expected = {STATE_FILE, *(name(number) for name in (weights_file, optimizer_file) for number in range(ranks))}
+        if wrong := sorted(expected ^ set(self.files)):
+            found = "listed" if wrong[0] in self.files else "missing"
+            return f"{wrong[0]!r} is {found} in a checkpoint of {ranks} ranks"
+        for name, parameter in self.parameters.items():
+            if problem := _tiling_problem(math.prod(parameter.shape), parameter.shards, ranks):
+                return f"{name}: {problem}"
+        return None
+
+
+class _Parameter(TypedDict):
+    """A parameter in manifest.json."""
+
+    shape: Annotated[tuple[Count, ...], Field(max_length=8)]
+    pieces: tuple[ShardRecord, ...]
+
+
+class _Content(TypedDict):
+    """The content of manifest.json."""
+
+    step: Count
+    files: dict[str, FileRecord]
+    parameters: dict[str, _Parameter]
+
+
+_CONTENT = TypeAdapter(_Content)
+
+
+def _tiling_problem(elements: int, shards: Sequence[ShardRecord], ranks: int) -> str | None:
+    """Why the shards do not hold each of a parameter's elements once; None if they do."""
+    if len({shard.file_number for shard in shards}) < len(shards):
+        return "a file holds two shards of it"
+    end = 0
+    for shard in sorted(shards, key=lambda shard: shard.start):
+        if shard.file_number >= ranks:
+            return f"a shard in {weights_file(shard.file_number)}, which is not listed"
+        if shard.start != end or shard.stop <= shard.start:
+            return f"elements {shard.start} to {shard.stop} follow {end}"
+        end = shard.stop
+    return None if end == elements else f"the shards hold {end} of {elements} elements"
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -14,13 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mythos.checkpoint import layout
-from mythos.checkpoint.manifest import Manifest, ShardRecord
+from mythos.checkpoint.content import BUFFER
+from mythos.checkpoint.manifest import REMEDY, Manifest, ShardRecord, optimizer_file, weights_file
+from mythos.errors import UserError
 
 OPEN_FILES = 64
 """Files kept open at once: below the usual limit of a process, whatever the number of ranks that wrote."""
-BUFFER = "buffer:"
-"""Prefix of the model's buffers, which are not sharded and are in the first weights file."""
 
 
 class _Overlap(NamedTuple):
@@ -52,7 +51,7 @@ class CheckpointReader:
     def weights(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """Fill ``out`` (stop - start) with elements of a flattened parameter."""
         for overlap in self._overlaps(name, start, stop):
-            saved = self._open(layout.weights_file(overlap.shard.file_number)).get_slice(name)
+            saved = self._open(weights_file(overlap.shard.file_number)).get_slice(name)
             out[overlap.first - start : overlap.last - start].copy_(saved[overlap.in_shard])
 
     def optimizer_steps(self, name: str) -> float:
@@ -62,17 +61,21 @@ class CheckpointReader:
     def optimizer_state(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
         """The same elements of the optimizer's state tensors, by their names; empty before the first update."""
         state: dict[str, Tensor] = {}
-        for overlap in self._overlaps(name, start, stop):
+        updated = [overlap for overlap in self._overlaps(name, start, stop) if overlap.shard.optimizer_steps]
+        for overlap in updated:
             number = overlap.shard.file_number
-            for state_name in self._state_names(number).get(name, ()) if overlap.shard.optimizer_steps else ():
-                saved = self._open(layout.optimizer_file(number)).get_slice(f"{name}.{state_name}")
+            state_names = self._state_names(number).get(name, [])
+            if state and set(state_names) != set(state):
+                raise UserError(f"{self.checkpoint}: its files hold different optimizer states of {name}: {REMEDY}")
+            for state_name in state_names:
+                saved = self._open(optimizer_file(number)).get_slice(f"{name}.{state_name}")
                 out = state.setdefault(state_name, torch.zeros(stop - start))
                 out[overlap.first - start : overlap.last - start] = saved[overlap.in_shard]
         return state
 
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers, such as the experts' balance biases."""
-        file = self._open(layout.weights_file(0))
+        file = self._open(weights_file(0))
         return {name.removeprefix(BUFFER): file.get_tensor(name) for name in file.keys() if name.startswith(BUFFER)}  # noqa: SIM118
 
     def parameter(self, name: str) -> Tensor:
@@ -85,7 +88,7 @@ class CheckpointReader:
     def _read_state_names(self, number: int) -> dict[str, list[str]]:
         """The names of each parameter's state tensors in an optimizer file, where they are called PARAMETER.STATE."""
         names: dict[str, list[str]] = {}
-        for key in self._open(layout.optimizer_file(number)).keys():  # noqa: SIM118 - not a dictionary
+        for key in self._open(optimizer_file(number)).keys():  # noqa: SIM118 - not a dictionary
             parameter, _, state = key.rpartition(".")
             names.setdefault(parameter, []).append(state)
         return names

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from mythos.checkpoint import layout
-from mythos.checkpoint.manifest import FileRecord, Manifest, SavedParameter, ShardRecord
+from mythos.checkpoint.manifest import FileRecord, Manifest, SavedParameter, ShardRecord, optimizer_file, weights_file
 from mythos.checkpoint.snapshot import HostBuffer, ShardRange, Snapshot, snapshot
 from mythos.checkpoint.tensors import write_tensors
 from mythos.config.schema import Checkpoint
@@ -237,8 +237,8 @@ def _write_files(partial: Path, rank: int, part: Snapshot, state: str) -> dict[s
     files = {
         name: write_tensors(partial / name, tensors)
         for name, tensors in (
-            (layout.weights_file(rank), part.weights),
-            (layout.optimizer_file(rank), part.optimizer),
+            (weights_file(rank), part.weights),
+            (optimizer_file(rank), part.optimizer),
         )
     }
     if rank == 0:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos.checkpoint.reader import BUFFER
+from mythos.checkpoint.content import BUFFER
 from mythos.engine.engine import TrainingEngine
 
 

@@ -7,12 +7,14 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter
 
 from mythos.config import yaml_file
 from mythos.config.option import needs_of
 from mythos.config.tree import default_kind, find, get, has, options, options_of_others, remove, unions
 from mythos.config.values import is_free_text, named_sections, takes_null, typed
 from mythos.errors import UserError
+from mythos.readers import read_yaml
 
 CONFIG_FILE = "config.yaml"
 """The configuration in a run directory, which the run itself wrote."""
@@ -69,13 +71,11 @@ def _read(file: str | Path, saved: bool) -> dict[str, Any]:
 
 
 def read_saved(file: Path) -> dict[str, Any]:
-    """A run's own file, without the options of other kinds, which version 0.1 wrote. Raises UserError, OSError."""
-    try:
-        layer = typed(yaml_file.parse(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: damaged: {' '.join(str(error).split())}") from None
-    if not isinstance(layer, dict) or not isinstance(layer.get("model"), dict):
-        raise UserError(f"{file}: damaged, not a configuration: restore it, or choose another run.directory")
+    """A run's own file, without the options of other kinds, which version 0.1 wrote. Raises UserError."""
+    remedy = "restore it, or choose another run.directory"
+    layer = typed(read_yaml(file, yaml_file.parse, TypeAdapter(dict[str, Any]), remedy))
+    if not isinstance(layer.get("model"), dict):
+        raise UserError(f"{file}: damaged, not a configuration: {remedy}")
     _remove_other_kinds(layer)
     _resolve(layer)
     return layer

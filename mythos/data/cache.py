@@ -28,7 +28,7 @@ import xxhash
 from mythos.data import remote
 from mythos.data.shards import Shard, check_files, file_problem, unpack
 from mythos.errors import UserError, masked, os_errors_as_user_errors
-from mythos.files import take_lock
+from mythos.files import open_regular, regular, take_lock
 
 LOCKS = 64
 FETCH_WAIT_S = 20.0
@@ -75,7 +75,7 @@ class NodeCache:
                     if not path.exists():
                         self._fetch(shard, origin, path)
                 with suppress(FileNotFoundError):  # another process has just removed it to free space
-                    file: BinaryIO = path.open("rb")
+                    file: BinaryIO = open_regular(path)
                     take_lock(file, ROOM_WAIT_S, shared=True)
                     if file_problem(file, shard.raw) is None:
                         os.utime(file.fileno())
@@ -103,7 +103,7 @@ class NodeCache:
                 remote.fetch(origin, fetched)
                 if shard.packed is None:
                     raw = fetched
-                    with raw.open("rb") as file:
+                    with open_regular(raw) as file:
                         problem = file_problem(file, shard.raw)
                 else:
                     with raw.open("w+b") as file:
@@ -122,7 +122,7 @@ class NodeCache:
             self._free_space(needed_bytes)
             partial = self._partial / f"{name}-{needed_bytes}.{uuid.uuid4().hex}"
             partial.mkdir()
-            lock = (partial / "lock").open("wb")
+            lock = _open_lock(partial / "lock")
             take_lock(lock, ROOM_WAIT_S)
         try:
             yield partial
@@ -150,20 +150,20 @@ class NodeCache:
         """Remove the downloads whose process has ended."""
         for partial in _named(self._partial, _PARTIAL):
             # Without its lock file, a download is being removed, or its process was killed before or after it.
-            with suppress(FileNotFoundError), (partial / "lock").open("wb") as lock:
+            with suppress(FileNotFoundError), _open_lock(partial / "lock") as lock:
                 if not take_lock(lock):
                     continue
             shutil.rmtree(partial, ignore_errors=True)
 
     @contextmanager
     def _room_lock(self) -> Iterator[None]:
-        with (self._locks / "room").open("wb") as lock:
+        with _open_lock(self._locks / "room") as lock:
             take_lock(lock, ROOM_WAIT_S)
             yield
 
     @contextmanager
     def _fetch_lock(self, name: str) -> Iterator[None]:
-        with (self._locks / f"{int(name.split('-')[0], 16) % LOCKS:02d}").open("wb") as lock:
+        with _open_lock(self._locks / f"{int(name.split('-')[0], 16) % LOCKS:02d}") as lock:
             take_lock(lock, FETCH_WAIT_S)
             yield
 
@@ -176,13 +176,17 @@ class NodeCache:
         )
 
 
+def _open_lock(path: Path) -> BinaryIO:
+    return open(path, "wb", opener=regular)
+
+
 def _named(directory: Path, name: re.Pattern[str]) -> list[Path]:
     return [path for path in directory.iterdir() if name.fullmatch(path.name)]
 
 
 def _remove_if_unused(path: Path) -> bool:
     """Remove a shard that no process has open. Returns whether its space is free now."""
-    with suppress(FileNotFoundError), path.open("rb") as file:  # missing: another process has removed it
+    with suppress(FileNotFoundError), open_regular(path) as file:  # missing: another process has removed it
         if not take_lock(file):
             return False
         path.unlink()

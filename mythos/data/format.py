@@ -13,12 +13,13 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter
 
 from mythos.errors import UserError
-from mythos.files import write_atomically
+from mythos.files import read_bytes, write_atomically
+from mythos.readers import LARGE_FILE_BYTES, Count, json_object, parse_json, read_utf8
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
@@ -44,7 +45,7 @@ class Source:
     __pydantic_config__ = _STRICT
 
     name: str
-    bytes: int
+    bytes: Count
     xxh3_64: str
 
 
@@ -55,8 +56,8 @@ class Settings:
     __pydantic_config__ = _STRICT
 
     column: str
-    validation_percent: float
-    shard_size_mib: int
+    validation_percent: FiniteFloat
+    shard_size_mib: Count
     packing: Literal["straight", "best_fit"] = "straight"
     compression: Literal["zstd"] | None = None
     content: Literal["text", "token_ids"] = "text"
@@ -73,12 +74,12 @@ class SplitCounts:
 
     __pydantic_config__ = _STRICT
 
-    documents: int
-    text_bytes: int | None
-    sequences: int
-    tokens: int
-    tokens_dropped: int
-    documents_cut: int
+    documents: Count
+    text_bytes: Count | None
+    sequences: Count
+    tokens: Count
+    tokens_dropped: Count
+    documents_cut: Count
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -92,8 +93,8 @@ class Manifest:
 
     __pydantic_config__ = _STRICT
 
-    sequence_length: int
-    vocabulary_size: int
+    sequence_length: Annotated[int, Field(ge=1, le=2**31)]
+    vocabulary_size: Annotated[int, Field(ge=1, le=2**32)]
     tokenizer_sha256: str
     sources: tuple[Source, ...]
     settings: Settings
@@ -120,15 +121,10 @@ class Manifest:
         path = directory / MANIFEST_FILE
         text = read_data_file(path)
         remedy = f"remove {directory} and run `mythos data prepare` again"
-        version = parse_json_object(path, text, remedy).get("format_version")
+        version = json_object(path, text, remedy).get("format_version")
         if version != FORMAT_VERSION:
             raise UserError(f"{path}: format_version is {version!r}, this Mythos reads {FORMAT_VERSION}; {remedy}")
-        try:
-            manifest = _MANIFEST.validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"{path}: {place}: {first['msg']}; {remedy}") from error
+        manifest = parse_json(path, text, _MANIFEST, remedy)
         if set(manifest.splits) != set(SPLITS):
             raise UserError(f"{path}: splits are {sorted(manifest.splits)}, expected {list(SPLITS)}; {remedy}")
         return manifest
@@ -161,7 +157,7 @@ def tokenizer_problem(directory: Path, manifest: Manifest) -> str | None:
     """What is wrong with the tokenizer of a data set, naming the file; None if it is the one that made the ids."""
     path = directory / TOKENIZER_FILE
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = hashlib.sha256(read_bytes(path, LARGE_FILE_BYTES)).hexdigest()
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     if found != manifest.tokenizer_sha256:
@@ -174,22 +170,8 @@ def tokenizer_problem(directory: Path, manifest: Manifest) -> str | None:
 
 def read_data_file(path: Path) -> str:
     """The text of a file of a prepared data set. Raises UserError naming the file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    if not path.exists():
         raise UserError(
             f"{path}: no such file, so the data set is incomplete; check the path or run `mythos data prepare`"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run `mythos data prepare` again") from error
-
-
-def parse_json_object(path: Path, text: str, remedy: str) -> dict[str, Any]:
-    """The JSON object in ``text``. Raises UserError naming ``path`` if it is damaged."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, not valid JSON ({error}); {remedy}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged, holds a JSON {type(value).__name__} instead of an object; {remedy}")
-    return value
+        )
+    return read_utf8(path, "run `mythos data prepare` again", LARGE_FILE_BYTES)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos.errors import UserError, os_errors_as_user_errors
+from mythos.files import open_regular
 
 if TYPE_CHECKING:
     from obstore.store import AzureStore, GCSStore, S3Store
@@ -74,7 +75,7 @@ def _copy(origin: Path, target: Path) -> None:
 
 def _file_chunks(origin: Path) -> Iterator[bytes]:
     with os_errors_as_user_errors(origin, "check that the data exists"):
-        source = origin.open("rb")
+        source = open_regular(origin)
     with source:
         while True:
             with os_errors_as_user_errors(origin, "check that the data exists"):

@@ -9,19 +9,24 @@ memory map would end the process with SIGBUS.
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Annotated, Any, BinaryIO, Protocol
 
 import numpy as np
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
-from mythos.data.format import COLUMN, SHARD_HASH, Manifest, parse_json_object, read_data_file
+from mythos.data.format import COLUMN, SHARD_HASH, Manifest, read_data_file
 from mythos.errors import UserError, os_errors_as_user_errors
-from mythos.files import hash_file
+from mythos.files import hash_file, open_regular
+from mythos.readers import Count, parse_json
 
 COMPRESSION = "zstd"
+FileBytes = Annotated[int, Field(strict=True, ge=0, le=2**32)]
+"""The offsets in an MDS shard have 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,43 @@ class Storage(Protocol):
         """Open the shard's raw file and check its hash. May be called from several threads. Raises UserError."""
 
 
-def read_index(path: Path, manifest: Manifest, remedy: str) -> list[Shard]:
-    """The shards that an index lists. Raises UserError if it is damaged or does not match the manifest."""
-    index = parse_json_object(path, read_data_file(path), remedy)
-    entries = index.get("shards")
-    if index.get("version") != 2 or not isinstance(entries, list):
+class _StoredFile(TypedDict):
+    """What an index says about a file; further fields are ignored."""
+
+    basename: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+    bytes: FileBytes
+    hashes: dict[str, str]
+
+
+class _Entry(TypedDict):
+    """What an index says about a shard."""
+
+    format: str
+    column_names: list[str]
+    column_encodings: list[str | None]
+    column_sizes: list[Count | None]
+    compression: str | None
+    samples: Annotated[int, Field(strict=True, ge=1, le=2**32)]
+    size_limit: Count | None
+    raw_data: _StoredFile
+    zip_data: _StoredFile | None
+
+
+class _Index(TypedDict):
+    """The content of index.json."""
+
+    version: Count
+    shards: list[_Entry]
+
+
+_INDEX = TypeAdapter(_Index)
+
+
+def read_entries(path: Path, manifest: Manifest, remedy: str) -> list[dict[str, Any]]:
+    """The entries of an index. Raises UserError if it is damaged or does not match the manifest."""
+    index = parse_json(path, read_data_file(path), _INDEX, remedy)
+    if index["version"] != 2:
         raise UserError(f"{path}: not an MDS index of version 2; {remedy}")
-    return [_parse_shard(path, number, entry, manifest, remedy) for number, entry in enumerate(entries)]
-
-
-def _parse_shard(path: Path, number: int, entry: Any, manifest: Manifest, remedy: str) -> Shard:
     row_bytes = manifest.row_tokens * np.dtype(manifest.encoding.split(":")[1]).itemsize
     expected = {
         "format": "mds",
@@ -75,38 +107,45 @@ def _parse_shard(path: Path, number: int, entry: Any, manifest: Manifest, remedy
         "column_encodings": [manifest.encoding],
         "column_sizes": [row_bytes],
     }
-    try:
-        compression = entry["compression"]
-        if compression is not None and str(compression).split(":")[0] != COMPRESSION:
-            raise UserError(
-                f"{path}: shard {number}: compression is {compression!r}, not {COMPRESSION} or none; {remedy}"
-            )
-        for name, value in expected.items():
-            if entry[name] != value:
-                raise UserError(
-                    f"{path}: shard {number}: {name} is {entry[name]!r}, this data set needs {value!r}; {remedy}"
-                )
-        shard = Shard(
-            rows=int(entry["samples"]),
-            row_bytes=row_bytes,
-            raw=_parse_file(entry["raw_data"]),
-            packed=None if compression is None else _parse_file(entry["zip_data"]),
+    entries: list[dict[str, Any]] = [{**entry} for entry in index["shards"]]
+    for number, entry in enumerate(entries):
+        if problem := _problem(entry, expected, row_bytes):
+            raise UserError(f"{path}: shard {number}: {problem}; {remedy}")
+    return entries
+
+
+def read_index(path: Path, manifest: Manifest, remedy: str) -> list[Shard]:
+    """The shards that an index lists. Raises UserError if it is damaged or does not match the manifest."""
+    return [
+        Shard(
+            rows=entry["samples"],
+            row_bytes=entry["column_sizes"][0],
+            raw=_stored_file(entry["raw_data"]),
+            packed=_stored_file(entry["zip_data"]) if entry["compression"] else None,
         )
-        if shard.rows < 1 or shard.rows * row_bytes > shard.raw.bytes:
-            raise ValueError(f"{shard.rows} samples in {shard.raw.bytes} bytes")
-        return shard
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: shard {number}: damaged entry ({error!r}); {remedy}") from error
+        for entry in read_entries(path, manifest, remedy)
+    ]
 
 
-def _parse_file(entry: Any) -> StoredFile:
-    name = str(entry["basename"])
-    if Path(name).name != name:
-        raise ValueError(f"basename {name!r}")
-    digest = str(entry["hashes"][SHARD_HASH])
-    if not re.fullmatch("[0-9a-f]{16}", digest):
-        raise ValueError(f"{SHARD_HASH} {digest!r}")
-    return StoredFile(name, int(entry["bytes"]), digest)
+def _problem(entry: Mapping[str, Any], expected: Mapping[str, Any], row_bytes: int) -> str | None:
+    compression, packed = entry["compression"], entry["zip_data"]
+    if compression is not None and compression.split(":")[0] != COMPRESSION:
+        return f"compression is {compression!r}, not {COMPRESSION} or none"
+    for name, value in expected.items():
+        if entry[name] != value:
+            return f"{name} is {entry[name]!r}, this data set needs {value!r}"
+    if (compression is None) != (packed is None):
+        return f"damaged entry (compression is {compression!r}, zip_data is {'missing' if packed is None else 'given'})"
+    for stored in filter(None, (entry["raw_data"], packed)):
+        if not re.fullmatch("[0-9a-f]{16}", stored["hashes"].get(SHARD_HASH, "")):
+            return f"damaged entry ({stored['basename']} has no {SHARD_HASH} of 16 digits)"
+    if entry["samples"] * row_bytes > entry["raw_data"]["bytes"]:
+        return f"damaged entry ({entry['samples']} samples in {entry['raw_data']['bytes']} bytes)"
+    return None
+
+
+def _stored_file(entry: Mapping[str, Any]) -> StoredFile:
+    return StoredFile(entry["basename"], entry["bytes"], entry["hashes"][SHARD_HASH])
 
 
 def file_problem(file: BinaryIO, expected: StoredFile) -> str | None:
@@ -122,11 +161,13 @@ def unpack(packed: Path, shard: Shard, target: BinaryIO) -> str | None:
     import zstd
 
     assert shard.packed is not None
-    with packed.open("rb") as file:
+    with open_regular(packed) as file:
         if problem := file_problem(file, shard.packed):
             return problem
+        file.seek(0)
+        content = file.read(shard.packed.bytes)
     try:
-        target.write(zstd.decompress(packed.read_bytes()))
+        target.write(zstd.decompress(content))
     except zstd.Error as error:
         return f"damaged, cannot be decompressed ({error})"
     target.flush()
@@ -167,7 +208,7 @@ class InPlace:
         )
         with os_errors_as_user_errors(path, self._remedy, when_full):
             if shard.packed is None:
-                file: BinaryIO = path.open("rb")
+                file: BinaryIO = open_regular(path)
                 problem = file_problem(file, shard.raw)
             else:
                 file = tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the shard is in use

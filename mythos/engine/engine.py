@@ -150,9 +150,9 @@ class TrainingEngine:
         }
 
     def set_buffers(self, saved: Mapping[str, Tensor]) -> None:
-        """Restore saved buffers."""
+        """Restore saved buffers. Raises KeyError or RuntimeError if one is missing or has another shape."""
         for name, buffer in self.buffers().items():
-            buffer.copy_(saved[name])
+            buffer.copy_(saved[name].view(buffer.shape))
 
     @property
     def _plain_optimizer(self) -> bool:

@@ -2,7 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, FiniteFloat
+
+from mythos.readers import Count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,9 +28,9 @@ class LossStatistics:
     that after a lasting change of level the losses stop being spikes. Plain numbers, saved in checkpoints.
     """
 
-    mean: float = 0.0
-    variance: float = 0.0
-    steps: int = 0
+    mean: FiniteFloat = 0.0
+    variance: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    steps: Count = 0
 
     def deviations(self, loss: float) -> float:
         """Standard deviations of ``loss`` above the running mean; 0 while too few losses are known."""

@@ -6,13 +6,22 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from mythos.errors import masked
+from mythos.errors import printable
+from mythos.files import regular
 from mythos.run.bar import Bar, can_draw
 
 log = logging.getLogger("mythos")
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 NOTICE_EVERY_S = 30.0
+
+
+class Printable(logging.Formatter):
+    """Lines without passwords and control characters: a message may quote a file, a name or another process."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class ConsoleHandler(logging.Handler):
@@ -37,15 +46,11 @@ class ConsoleHandler(logging.Handler):
         super().close()
 
 
-class MaskingFormatter(logging.Formatter):
-    """Formats a line without the passwords of addresses."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return masked(super().format(record))
-
-
 class LogFile(logging.FileHandler):
     """Every rank's log in the run directory."""
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=regular)
 
     def handleError(self, record: logging.LogRecord) -> None:
         _report_lost_line(self, record)
@@ -54,7 +59,7 @@ class LogFile(logging.FileHandler):
 def print_note(line: str) -> None:
     """Print a line to stderr, or nowhere if that is closed or full: the work must not end because of it."""
     with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def _report_lost_line(handler: logging.Handler, record: logging.LogRecord) -> None:
@@ -81,12 +86,12 @@ def start_logging(log_file: Path | None, rank: int) -> None:
         log.removeHandler(handler)
         handler.close()
     console = ConsoleHandler()
-    console.setFormatter(MaskingFormatter("%(message)s"))
+    console.setFormatter(Printable("%(message)s"))
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)  # an error may be known to one rank only
     log.addHandler(console)
     if log_file is not None:
         file = LogFile(log_file, encoding="utf-8")
-        file.setFormatter(MaskingFormatter(FORMAT))
+        file.setFormatter(Printable(FORMAT))
         log.addHandler(file)
 
 

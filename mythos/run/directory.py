@@ -11,12 +11,15 @@ evaluations/, export/        what `mythos eval` and `mythos export` write
 environment.json             of version 0.1: the environments that are in events.jsonl now
 """
 
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from mythos.config import consent
 from mythos.config.layers import CHECKPOINT_DIRECTORY, CONFIG_FILE, read_saved
@@ -26,8 +29,9 @@ from mythos.config.tree import get
 from mythos.config.yaml_file import dump
 from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError, os_errors_as_user_errors
-from mythos.files import read_json_lines, write_atomically
+from mythos.files import read_bytes, write_atomically
 from mythos.plan.schedule import RateChange, rate_change
+from mythos.readers import LARGE_FILE_BYTES, Count, read_json, read_json_lines
 from mythos.run.console import log
 
 LOG_DIRECTORY = "log"
@@ -36,6 +40,9 @@ PARTIAL_SUFFIX = ".partial"
 MANIFEST_FILE = "manifest.json"
 """In each checkpoint, as is state.json."""
 STATE_FILE = "state.json"
+CHECKPOINT_NAME = re.compile(r"step_(\d{8,18})")
+NAME_BYTES = 100
+"""Of ``latest`` and ``run_id``."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,16 @@ class RunDirectory:
         return self.path / "run_id"
 
 
+class _State(TypedDict):
+    """What is read of a checkpoint's state here."""
+
+    step: Count
+
+
+_STATE = TypeAdapter(_State)
+_OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+
+
 def prepare(config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """Create the run directory, or check that it belongs to this configuration; rank 0 only.
 
@@ -158,17 +175,30 @@ def write_config(config: Config) -> None:
 
 def keep_tokenizer(directory: Path, tokenizer: Path) -> None:
     """Copy the data's tokenizer into the run directory: the run can then be exported without its data."""
-    write_atomically(RunDirectory(directory).tokenizer, tokenizer.read_bytes())
+    write_atomically(RunDirectory(directory).tokenizer, read_bytes(tokenizer, LARGE_FILE_BYTES))
 
 
 def newest_checkpoint(directory: Path) -> tuple[str | None, int | None]:
-    """Name and step of the checkpoint that ``latest`` names; None for a run without one."""
+    """Name and step of the checkpoint that ``latest`` names; None for a run without one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     run = RunDirectory(directory)
-    try:
-        name = run.latest.read_text(encoding="utf-8").strip()
-        return name, int(json.loads((run.checkpoints / name / STATE_FILE).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    name = latest_name(run.checkpoints)
+    if name is None:
         return None, None
+    path = run.checkpoints / name / STATE_FILE
+    return name, read_json(path, _STATE, f"`mythos checkpoint list {directory}` shows which one is valid")["step"]
+
+
+def latest_name(checkpoints: Path) -> str | None:
+    """The name in the file ``latest``; None if it has none of a checkpoint or cannot be read."""
+    try:
+        name = read_bytes(checkpoints / LATEST_FILE, NAME_BYTES).decode("utf-8", errors="replace").strip()
+    except OSError:
+        return None
+    return name if CHECKPOINT_NAME.fullmatch(name) else None
 
 
 def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]:
@@ -187,7 +217,10 @@ def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[
 
 def _rate_change(directory: Path, before: Mapping[str, Any], config: Config) -> RateChange | None:
     """How the learning rate changes at the newest checkpoint; None without one, or where it is not known."""
-    _, done = newest_checkpoint(directory)
+    try:
+        _, done = newest_checkpoint(directory)
+    except UserError:  # the start reports it, and resumes from an older one
+        return None
     optim, steps = saved_optim(before.get("optim")), get(before, "train.steps")
     if done is None or optim is None or not isinstance(steps, int):
         return None
@@ -198,4 +231,6 @@ def _has_trained(directory: Path) -> bool:
     """Whether the run has a checkpoint or a line of metrics."""
     run = RunDirectory(directory)
     saved = run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()
-    return bool(read_json_lines(run.metrics)) or any(path.suffix != PARTIAL_SUFFIX for path in saved)
+    return next(read_json_lines(run.metrics, _OBJECT), None) is not None or any(
+        path.suffix != PARTIAL_SUFFIX for path in saved
+    )

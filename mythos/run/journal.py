@@ -24,11 +24,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Annotated, Any, BinaryIO, Literal, Required, Self
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from mythos.errors import FAILED as FAILED_CODE
 from mythos.errors import UserError, masked
-from mythos.files import read_json_lines
+from mythos.files import open_to_append
+from mythos.readers import FILE_BYTES, Count, read_json, read_json_lines
 from mythos.run.console import log
 from mythos.run.directory import RunDirectory, is_place_for_run
 from mythos.run.lock import is_held
@@ -38,6 +42,31 @@ MESSAGE_CHARACTERS = 500
 """Longer messages are cut, so that an event remains one short write."""
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "mosaicml-streaming", "mythos")
 JOB_VARIABLES = ("SLURM_JOB", "SLURM_RESTART_COUNT", "SLURM_ARRAY_")
+
+
+class _Attempt(TypedDict, total=False):
+    """What is read of the environment of an attempt."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    command: str
+    ranks: Count
+    expert_parallel_size: Count | None
+    slurm: dict[str, str]
+
+
+class _Event(_Attempt, total=False):
+    """What is read of an event."""
+
+    event: Required[Literal["started", "ended", "failed"]]
+    host: str
+    exit_code: Annotated[int, Field(strict=True, ge=-255, le=255)]
+    rank: Count | None
+    message: str
+
+
+_EVENT: TypeAdapter[Any] = TypeAdapter(_Event)
+_ATTEMPTS: TypeAdapter[Any] = TypeAdapter(list[_Attempt])
 
 
 class Journal:
@@ -58,7 +87,7 @@ class Journal:
 
     def start(self, environment: Mapping[str, Any]) -> None:
         """Record that this attempt holds the lock on the run directory. Raises OSError."""
-        self._file = RunDirectory(self.directory).events.open("ab", buffering=0)
+        self._file = open_to_append(RunDirectory(self.directory).events)
         if self.rank == 0:
             self._append(STARTED, **environment)
 
@@ -132,7 +161,7 @@ def append_event(directory: Path, event: str, **details: Any) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with RunDirectory(directory).events.open("ab", buffering=0) as file:
+    with open_to_append(RunDirectory(directory).events) as file:
         file.write(_line(event, details))
 
 
@@ -150,27 +179,34 @@ def _line(event: str, details: Mapping[str, Any]) -> bytes:
         "process": os.getpid(),
         **details,
     }
-    return masked(json.dumps(line)).encode() + b"\n"
+    # A name that is not UTF-8 may be in a message: as an escape in ASCII it would be no valid JSON.
+    return masked(json.dumps(line, ensure_ascii=False)).encode("utf-8", errors="replace") + b"\n"
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:
-    """The events of all attempts, in order. Lines that cannot be read are left out."""
-    lines = read_json_lines(RunDirectory(directory).events)
-    return [line for line in lines if line.get("event") in (STARTED, ENDED, FAILED)]
+    """The events of all attempts, in order. Lines that cannot be read are left out.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return list(read_json_lines(RunDirectory(directory).events, _EVENT, FILE_BYTES))
 
 
 def read_attempts(directory: Path) -> list[dict[str, Any]]:
-    """The environment of each attempt, in order, those of version 0.1 included."""
-    started = [event for event in read_events(directory) if event["event"] == STARTED and "command" in event]
-    return _attempts_of_version_0_1(directory) + started
+    """The environment of each attempt, in order, those of version 0.1 included. Raises UserError like its parts."""
+    return attempts_of_version_0_1(directory) + attempts_in(read_events(directory))
 
 
-def _attempts_of_version_0_1(directory: Path) -> list[dict[str, Any]]:
-    try:
-        attempts = json.loads(RunDirectory(directory).environment.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return [attempt for attempt in attempts if isinstance(attempt, dict)] if isinstance(attempts, list) else []
+def attempts_in(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The environment of each attempt whose start these events record."""
+    return [event for event in events if event["event"] == STARTED and "command" in event]
+
+
+def attempts_of_version_0_1(directory: Path) -> list[dict[str, Any]]:
+    """The environments that version 0.1 recorded. Raises UserError if they cannot be read."""
+    path = RunDirectory(directory).environment
+    found: list[dict[str, Any]] = read_json(path, _ATTEMPTS, "restore or remove it") if path.exists() else []
+    return found
 
 
 def _working_directory() -> str | None:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import IO, Self
 
 from mythos.errors import UserError
-from mythos.files import write_atomically
+from mythos.files import read_bytes, write_atomically
 from mythos.run.console import log
-from mythos.run.directory import RunDirectory
+from mythos.run.directory import NAME_BYTES, RunDirectory
 from mythos.run.lock_file import Owner, Sight, create, look
 
 BEAT_S = 5.0
@@ -158,7 +158,7 @@ def is_held(directory: Path) -> bool:
 def read_run_id(directory: Path) -> str | None:
     """The number of the run; None before its first start, and in runs of version 0.1."""
     try:
-        return RunDirectory(directory).run_id.read_text(encoding="utf-8", errors="replace").strip() or None
+        return read_bytes(RunDirectory(directory).run_id, NAME_BYTES).decode("utf-8", errors="replace").strip() or None
     except FileNotFoundError:
         return None
 

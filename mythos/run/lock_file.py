@@ -11,9 +11,13 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from mythos.files import take_lock
+from pydantic import TypeAdapter
+
+from mythos.errors import UserError
+from mythos.files import open_regular, take_lock
+from mythos.readers import Count, parse_json
 
 FLOCK_WAIT_S = 1.0
 """Somebody who looks at the file holds its flock for a moment."""
@@ -29,11 +33,14 @@ class Owner:
     key: str
     """Random: another start of the same process number has another one."""
     host: str
-    process: int
+    process: Count
     has_flock: bool
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}"
+
+
+_OWNER = TypeAdapter(Owner)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def look(path: Path, with_flock: bool = True) -> Sight | None:
     """
     started = time.monotonic()
     try:
-        file = path.open("rb")
+        file = open_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     with file:
@@ -100,10 +107,6 @@ def _parse(content: bytes) -> Owner | None:
     if match := re.fullmatch(r"process (\d+) on (\S+)", text):  # of version 0.1, which always had an flock
         return Owner("", match[2], int(match[1]), has_flock=True)
     try:
-        found: dict[str, Any] = json.loads(text)
-        owner = Owner(**found)
-        if (type(owner.key), type(owner.host), type(owner.process)) == (str, str, int):
-            return owner
-    except (ValueError, TypeError, RecursionError):
-        pass
-    return None
+        return parse_json("", text, _OWNER, "")
+    except UserError:
+        return None

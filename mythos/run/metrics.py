@@ -3,16 +3,28 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mythos.files import read_json_lines, write_atomically
+from pydantic import AfterValidator, TypeAdapter
+
+from mythos.files import open_to_append, opened_atomically
+from mythos.readers import Number, read_json_lines
 from mythos.run.console import log
 from mythos.run.directory import RunDirectory
 
 if TYPE_CHECKING:  # the import takes half a second, which only rank 0 has to spend
     from torch.utils.tensorboard import SummaryWriter
+
+
+def _check_step(line: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(line.get("step"), int):
+        raise ValueError("has no step")
+    return line
+
+
+_LINE: TypeAdapter[Any] = TypeAdapter(Annotated[dict[str, Number | None], AfterValidator(_check_step)])
 
 
 class MetricsWriter:
@@ -35,7 +47,7 @@ class MetricsWriter:
     def _open(self, last_step: int) -> None:
         path = RunDirectory(self._directory).metrics
         _truncate(path, last_step)
-        self._file = path.open("ab", buffering=0)  # a buffer would write later what a failed write left in it
+        self._file = open_to_append(path)  # a buffer would write later what a failed write left in it
         self._tensorboard: SummaryWriter | None = self._open_tensorboard(last_step)
 
     def rewind(self, step: int) -> None:
@@ -55,7 +67,7 @@ class MetricsWriter:
         try:
             if self._failing:  # the directory may be a new one, and its last line may be incomplete
                 self._file.close()
-                self._file = RunDirectory(self._directory).metrics.open("ab", buffering=0)
+                self._file = open_to_append(RunDirectory(self._directory).metrics)
                 self._write(b"\n")
             while self._unwritten:
                 self._write(self._unwritten[0][1])
@@ -115,12 +127,22 @@ def json_values(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def read_metrics(directory: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in order, or those in its last bytes. Lines that cannot be read are left out."""
-    lines = read_json_lines(RunDirectory(directory).metrics, last_bytes)
-    return [line for line in lines if isinstance(line.get("step"), int)]
+    """The lines of metrics.jsonl in order, or those in its last bytes. Lines that cannot be read are left out.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return list(iterate_metrics(directory, last_bytes))
+
+
+def iterate_metrics(directory: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """Like ``read_metrics``, one line at a time: the file may be long."""
+    return read_json_lines(RunDirectory(directory).metrics, _LINE, last_bytes)
 
 
 def _truncate(path: Path, last_step: int) -> None:
     if path.exists():
-        kept = [line for line in read_metrics(path.parent) if line["step"] <= last_step]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        with opened_atomically(path) as file:
+            for line in iterate_metrics(path.parent):
+                if line["step"] <= last_step:
+                    file.write(json.dumps(line).encode() + b"\n")

@@ -58,7 +58,7 @@ def _rewind(
             f"step {state.step}: the loss has spiked again after {state.rewinds} rewinds (train.max_rewinds); last "
             f"checkpoint: {found}: lower optim.learning_rate or check the data"
         )
-    saved = RunState.from_dict(restore.load(engine, found, watchdog.progress))
+    saved = RunState.from_dict(found, restore.load(engine, found, watchdog.progress))
     left_out = state.samples - saved.samples
     log.warning(f"going back to {found} at step {saved.step}; the next {left_out} sequences are left out")
     return state.rewound_to(saved)

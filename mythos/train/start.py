@@ -28,7 +28,7 @@ from mythos.run.console import log, start_logging
 from mythos.run.directory import RunDirectory
 from mythos.run.journal import Journal, environment, has_open_attempt
 from mythos.run.lock import RunLock, take
-from mythos.run.metrics import read_metrics
+from mythos.run.metrics import iterate_metrics
 from mythos.train.batch import StepBatches
 from mythos.train.report import Report
 from mythos.train.state import RunState
@@ -62,7 +62,7 @@ class OpenRun:
         """
         if self.found is None:
             return RunState(self.data.identity, self.run_id)
-        state = RunState.from_dict(restore.load(engine, self.found, self.watchdog.progress))
+        state = RunState.from_dict(self.found, restore.load(engine, self.found, self.watchdog.progress))
         if state.run_id not in ("", self.run_id):
             raise UserError(
                 f"{self.found}: of another run ({state.run_id}, this directory's run_id is {self.run_id}): move it out "
@@ -199,5 +199,5 @@ def _open_directory(
 
 
 def _has_validation(directory: Path, step: int) -> bool:
-    lines = read_metrics(directory)
+    lines = iterate_metrics(directory)
     return any(line["step"] == step and any(name.startswith("val/") for name in line) for line in lines)

@@ -1,10 +1,17 @@
 """The state of a run besides the weights and the optimizer."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Self
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
+from pydantic import FiniteFloat, TypeAdapter
+
+from mythos.checkpoint.manifest import REMEDY
+from mythos.errors import UserError
+from mythos.readers import Count, check_value
 from mythos.run.anomalies import LossStatistics
+from mythos.run.directory import STATE_FILE
 
 
 @dataclass
@@ -18,14 +25,14 @@ class RunState:
     data: dict[str, Any]
     run_id: str = ""
     """The run that this is the state of; empty in checkpoints of version 0.1."""
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    bad_steps_in_a_row: int = 0
-    rewinds: int = 0
+    step: Count = 0
+    samples: Count = 0
+    tokens: Count = 0
+    skipped_steps: Count = 0
+    bad_steps_in_a_row: Count = 0
+    rewinds: Count = 0
     loss: LossStatistics = field(default_factory=LossStatistics)
-    epochs: dict[str, float] = field(default_factory=dict)
+    epochs: dict[str, FiniteFloat] = field(default_factory=dict)
 
     def count(self, sequences: int, tokens: int, applied: bool) -> None:
         """Count a finished step that read these sequences and tokens; its update was applied or skipped."""
@@ -44,7 +51,12 @@ class RunState:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
-        """The state in a checkpoint's state.json, whose other fields are ignored."""
-        known = {name: saved[name] for name in (each.name for each in fields(cls)) if name in saved}
-        return cls(**known | {"loss": LossStatistics(**saved["loss"])})
+    def from_dict(cls, checkpoint: Path, saved: Mapping[str, Any]) -> "RunState":
+        """The state in a checkpoint's state.json, whose other fields are ignored. Raises UserError, on all ranks."""
+        try:
+            return check_value(checkpoint / STATE_FILE, dict(saved), _RUN_STATE, REMEDY)
+        except UserError as error:
+            raise UserError(str(error), agreed=True) from error
+
+
+_RUN_STATE = TypeAdapter(RunState)

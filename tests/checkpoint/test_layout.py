@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from mythos.checkpoint import layout
-from mythos.checkpoint.manifest import FORMAT_VERSION, FileRecord, Manifest, SavedParameter, ShardRecord, WrongFormat
+from mythos.checkpoint.manifest import (
+    FORMAT_VERSION,
+    FileRecord,
+    Manifest,
+    SavedParameter,
+    ShardRecord,
+    WrongFormat,
+    optimizer_file,
+    weights_file,
+)
 from mythos.checkpoint.tensors import write_tensors
 from mythos.errors import UserError
 from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, PARTIAL_SUFFIX, STATE_FILE
@@ -20,8 +29,8 @@ def write(directory: Path, step: int, value: float = 1.0) -> Path:
     partial = directory / (layout.tag(step) + PARTIAL_SUFFIX)
     partial.mkdir()
     files = {
-        layout.weights_file(0): write_tensors(partial / layout.weights_file(0), {"w": torch.full((6,), value)}),
-        layout.optimizer_file(0): write_tensors(partial / layout.optimizer_file(0), {"w.exp_avg": torch.ones(6)}),
+        weights_file(0): write_tensors(partial / weights_file(0), {"w": torch.full((6,), value)}),
+        optimizer_file(0): write_tensors(partial / optimizer_file(0), {"w.exp_avg": torch.ones(6)}),
     }
     (partial / STATE_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
     state = partial / STATE_FILE
@@ -52,7 +61,7 @@ def test_every_flipped_byte_of_the_manifest_is_found(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="manifest.json: "):
             Manifest.load(checkpoint)
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="manifest.json: damaged .not valid JSON"):
         Manifest.load(checkpoint)
 
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mythos.checkpoint import layout, manifest, tensors
+from mythos.checkpoint import manifest, tensors
+from mythos.checkpoint.layout import damaged_files
 from mythos.checkpoint.reader import BUFFER, CheckpointReader
 from mythos.checkpoint.tensors import write_tensors
 from mythos.files import hash_file
+from mythos.run.directory import STATE_FILE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
@@ -55,10 +57,16 @@ def test_parameters_are_read_back_from_any_division(tmp_path: Path) -> None:
                     shards.append(manifest.ShardRecord(rank, int(start), int(stop), 0.0 if name == "c" else 5.0))
             saved[name] = manifest.SavedParameter(tuple(tensor.shape), tuple(shards))
         weights[0][f"{BUFFER}router.bias"] = torch.arange(4.0)
+        (directory / STATE_FILE).write_text("{}", encoding="utf-8")
+        files = {STATE_FILE: manifest.FileRecord.of(directory / STATE_FILE)}
         for rank in range(ranks):
-            write_tensors(directory / layout.weights_file(rank), weights[rank])
-            write_tensors(directory / layout.optimizer_file(rank), optimizer[rank])
-        manifest.Manifest(1, {}, saved).save(directory)
+            for name, of_rank in (
+                (manifest.weights_file(rank), weights[rank]),
+                (manifest.optimizer_file(rank), optimizer[rank]),
+            ):
+                files[name] = write_tensors(directory / name, of_rank)
+        manifest.Manifest(1, files, saved).save(directory)
+        assert damaged_files(directory, manifest.Manifest.load(directory)) == {}
 
         reader = CheckpointReader(directory)
         for name, tensor in parameters.items():

@@ -39,11 +39,11 @@ def test_bytes_per_token_includes_the_dropped_tail(pristine: Path):
     [
         ("", "not valid JSON"),
         ('{"format_version": 2', "not valid JSON"),
-        ("[1]", "instead of an object"),
+        ("[1]", "should be an object"),
         ('{"format_version": 1}', "format_version is 1"),
         ("{}", "format_version is None"),
         ('{"format_version": 2}', "sequence_length"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b"\xff\xfe\x00", "not UTF-8"),
     ],
 )
 def test_a_damaged_manifest_is_reported_in_one_line(data_set: Path, content: str | bytes, complaint: str):

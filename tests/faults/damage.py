@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mythos.checkpoint import layout
+from mythos.checkpoint.manifest import optimizer_file, weights_file
 from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, STATE_FILE, RunDirectory
 
 
@@ -18,12 +18,12 @@ def flip(path: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
-    "a flipped byte in a weights file": lambda newest: flip(newest / layout.weights_file(1)),
-    "a flipped byte in an optimizer file": lambda newest: flip(newest / layout.optimizer_file(0)),
+    "a flipped byte in a weights file": lambda newest: flip(newest / weights_file(1)),
+    "a flipped byte in an optimizer file": lambda newest: flip(newest / optimizer_file(0)),
     "a flipped byte in the manifest": lambda newest: flip(newest / MANIFEST_FILE),
     "a flipped byte in the state": lambda newest: flip(newest / STATE_FILE),
-    "a truncated file": lambda newest: os.truncate(newest / layout.weights_file(0), 1000),
-    "a missing file of a rank": lambda newest: (newest / layout.optimizer_file(1)).unlink(),
+    "a truncated file": lambda newest: os.truncate(newest / weights_file(0), 1000),
+    "a missing file of a rank": lambda newest: (newest / optimizer_file(1)).unlink(),
     "a pointer to a missing directory": lambda newest: shutil.rmtree(newest),
     "a truncated pointer": lambda newest: (newest.parent / LATEST_FILE).write_text("step_00", encoding="utf-8"),
 }

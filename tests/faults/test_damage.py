@@ -16,6 +16,7 @@ import yaml
 
 from launch.cli import main
 from mythos.checkpoint import layout
+from mythos.checkpoint.manifest import weights_file
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
@@ -96,7 +97,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_moved_and_the_start_is_refu
     shutil.copy(Path(straight_config.run.directory) / "config.yaml", tmp_path / "run" / "config.yaml")
     directory = RunDirectory(tmp_path / "run").checkpoints
     for step in SAVED:
-        flip(directory / layout.tag(step) / layout.weights_file(0))
+        flip(directory / layout.tag(step) / weights_file(0))
     config = replace(straight_config, run=replace(straight_config.run, directory=str(tmp_path / "run")))
     for _ in range(2):
         messages = two_ranks.run(failure, config)

@@ -7,6 +7,7 @@ import pytest
 
 from launch.cli import main
 from mythos.checkpoint import layout
+from mythos.checkpoint.manifest import optimizer_file, weights_file
 from mythos.run.directory import LATEST_FILE, MANIFEST_FILE, RunDirectory
 from tests.checkpoint.test_layout import write
 
@@ -42,7 +43,7 @@ def test_valid_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_missing_file_is_found_without_reading(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (RunDirectory(run).checkpoints / layout.tag(9) / layout.optimizer_file(0)).unlink()
+    (RunDirectory(run).checkpoints / layout.tag(9) / optimizer_file(0)).unlink()
     exit_code, lines = command("list", run, capsys)
     assert exit_code == 0
     assert "optimizer_00000.safetensors: No such file" in lines[0]
@@ -53,7 +54,7 @@ def test_a_missing_file_is_found_without_reading(run: Path, capsys: pytest.Captu
 def test_damage_older_than_the_resumed_checkpoint_does_not_concern_a_start(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flip(RunDirectory(run).checkpoints / layout.tag(3) / layout.weights_file(0))
+    flip(RunDirectory(run).checkpoints / layout.tag(3) / weights_file(0))
     exit_code, lines = command("verify", run, capsys)
     assert exit_code == 2
     assert states(lines[:3]) == ["valid, would be resumed", "valid, complete", "damaged"]
@@ -103,7 +104,7 @@ def test_a_run_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_one_checkpoint_is_verified_by_its_step(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flip(RunDirectory(run).checkpoints / layout.tag(3) / layout.weights_file(0))
+    flip(RunDirectory(run).checkpoints / layout.tag(3) / weights_file(0))
     for step, code, state in ((6, 0, "valid"), (3, 2, "damaged")):
         assert main(["checkpoint", "verify", str(run), "--step", str(step)]) == code
         assert states(capsys.readouterr().out.splitlines()[:1]) == [state]

@@ -11,7 +11,7 @@ from launch.table import Column, shown_columns
 from mythos.run.directory import RunDirectory, prepare
 from mythos.run.find import find_runs
 from mythos.run.journal import ENDED, FAILED, STARTED, append_event
-from mythos.run.status import read_status_of_any
+from mythos.run.status import read_status
 from tests.screen import run_on_terminal, screen_lines
 from tests.tiny import tiny_config
 
@@ -100,10 +100,9 @@ def test_damaged_runs_are_rows(runs: Path, capsys: pytest.CaptureFixture[str]) -
     found = {cells(line)[0]: cells(line)[1:] for line in capsys.readouterr().out.splitlines()}
     assert sorted(found) == sorted(RUNS)
     assert found["finished"][:3] == ["finished", "10", "2.5000"], "what could be read"
-    assert "config.yaml: cannot be read" in found["finished"][-1]
+    assert "config.yaml: damaged, not UTF-8" in found["finished"][-1]
     assert found["preempted"][-1].endswith("config.yaml: missing: restore it; saved: start it again to resume")
-    assert found["sweep/killed"][:2] == ["unreadable", "0"]
-    assert "cannot be read (TypeError: " in found["sweep/killed"][-1]
+    assert found["sweep/killed"][:3] == ["killed", "10 of 20", "2.5000"], "a line with a wrong type is left out"
 
 
 def test_loops_of_links_and_hidden_directories_are_not_followed(runs: Path) -> None:
@@ -119,7 +118,7 @@ def test_loops_of_links_and_hidden_directories_are_not_followed(runs: Path) -> N
 def test_a_run_that_has_logged_no_number_yet(runs: Path) -> None:
     run = RunDirectory(runs / "finished")
     run.metrics.write_text(metrics(1, None) + "\n", encoding="utf-8")
-    status = read_status_of_any(run.path)
+    status = read_status(run.path)
     assert (status.step, status.loss, status.validation, status.problem) == (1, None, {}, None)
 
 

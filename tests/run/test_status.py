@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from mythos.errors import UserError
+from mythos.run.describe import describe as facts
 from mythos.run.directory import STATE_FILE, RunDirectory, prepare
 from mythos.run.journal import ENDED, FAILED, STARTED, Journal, append_event, environment, read_attempts, read_events
 from mythos.run.lock import is_held, take
 from mythos.run.status import TAIL_BYTES, Status, read_status
-from mythos.run.status import describe as facts
 from tests.cluster import clean_environment, run
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
@@ -153,10 +153,9 @@ def test_damaged_files_are_ignored_or_named(directory: Path) -> None:
     run.metrics.write_bytes(b"\xff\xfe\n[1]\n")
     status = read_status(directory)
     assert (status.state, status.step, status.checkpoint, status.loss) == ("not started", 0, None, None)
-    describe(status)
+    assert "environment.json: damaged" in facts(status)["problem"]
     run.config.write_text("train: 5", encoding="utf-8")
-    with pytest.raises(UserError, match="config.yaml: cannot be read"):
-        read_status(directory)
+    assert "config.yaml: damaged (train: " in str(read_status(directory).problem)
     with pytest.raises(UserError, match="not a run directory"):
         read_status(directory / "nowhere")
 

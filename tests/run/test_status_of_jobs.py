@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from mythos.run.describe import describe as facts
 from mythos.run.directory import prepare
 from mythos.run.journal import ENDED, FAILED, STARTED, Journal, append_event
 from mythos.run.status import Status, read_status
-from mythos.run.status import describe as facts
 from tests.tiny import tiny_config
 
 

@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mythos.checkpoint import layout
+from mythos.checkpoint.manifest import weights_file
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
@@ -120,10 +121,10 @@ def test_an_interrupted_save_is_set_aside(two_ranks: RankPool, tiny_data: Path, 
     directory = RunDirectory(tmp_path / "run").checkpoints
     partial = directory / f"{layout.tag(2)}{PARTIAL_SUFFIX}"
     partial.mkdir()
-    (partial / layout.weights_file(0)).write_bytes(b"half")
+    (partial / weights_file(0)).write_bytes(b"half")
     assert two_ranks.run(run_training, config) == [0, 0]
     assert sorted(path.name for path in directory.glob("step_*")) == ["step_00000003", "step_00000006"]
-    assert (directory / layout.SET_ASIDE / partial.name / layout.weights_file(0)).read_bytes() == b"half"
+    assert (directory / layout.SET_ASIDE / partial.name / weights_file(0)).read_bytes() == b"half"
 
 
 def global_generators() -> list[Any]:

@@ -9,7 +9,8 @@ from mythos.config.load import load
 from mythos.engine.optimizer import build_optimizer
 from mythos.engine.sections import check_clipping, deepspeed_config
 from mythos.model import build_structure
-from mythos.run.status import describe, read_status
+from mythos.run.describe import describe
+from mythos.run.status import read_status
 from tests.spawn import RankPool
 from tests.train.runs import run_training
 

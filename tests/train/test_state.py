@@ -15,7 +15,7 @@ def test_it_survives_json() -> None:
     state.count(8, 120, applied=False)
     assert (state.step, state.samples, state.tokens) == (2, 16, 240)
     assert (state.skipped_steps, state.bad_steps_in_a_row) == (1, 1)
-    assert RunState.from_dict(json.loads(json.dumps(state.to_dict() | {"world": {"ranks": 2}}))) == state
+    assert RunState.from_dict(Path("x"), json.loads(json.dumps(state.to_dict() | {"world": {"ranks": 2}}))) == state
 
 
 def test_a_rewind_keeps_the_position_in_the_data() -> None:
@@ -28,6 +28,6 @@ def test_a_rewind_keeps_the_position_in_the_data() -> None:
 
 def test_the_state_that_version_0_1_saved_is_read() -> None:
     saved = json.loads(SAVED_BY_0_1.read_text(encoding="utf-8"))
-    state = RunState.from_dict(saved)
+    state = RunState.from_dict(Path("x"), saved)
     assert (state.step, state.samples, state.loss.steps) == (8, 64, 8)
     assert state.to_dict() | {"world": saved["world"]} == saved | {"run_id": ""}
