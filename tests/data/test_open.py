@@ -188,7 +188,7 @@ def remove_a_shard(data: Path) -> str:
 
 def cut_the_index(data: Path) -> str:
     os.truncate(data / "train" / "index.json", 300)
-    return "train/index.json: damaged, not valid JSON"
+    return "train/index.json: damaged (not valid JSON"
 
 
 def change_the_tokenizer(data: Path) -> str:
