@@ -30,12 +30,14 @@ class ParquetFile:
     def row_ranges(self) -> list[RowRange]:
         """Row groups together, or parts of one; see ``cut_into_ranges``. Only the metadata is read.
 
-        None for a file without rows or whose column has the type null. Raises UserError if this is not a Parquet file,
-        or has no column of that content.
+        None for a file without rows or whose column holds nulls alone, by its type or by the file's statistics.
+
+        Raises:
+            UserError: this is not a Parquet file, or has no column of that content.
         """
         with self._open() as file:
             sizes = self._row_group_sizes(file.metadata)
-            if pa.types.is_null(file.schema_arrow.field(self.column).type):
+            if pa.types.is_null(file.schema_arrow.field(self.column).type) or self._holds_nulls_alone(file.metadata):
                 return []
         return cut_into_ranges(str(self.path), sizes)
 
@@ -109,6 +111,15 @@ class ParquetFile:
                 f"{self.path}: row {row}: not valid UTF-8 ({error.reason} at byte {error.start}); "
                 "write the file again as UTF-8, or choose another --column"
             ) from error
+
+    def _holds_nulls_alone(self, metadata: parquet.FileMetaData) -> bool:
+        statistics = [
+            (group.num_rows, group.column(index).statistics)
+            for group in map(metadata.row_group, range(metadata.num_row_groups))
+            for index in range(group.num_columns)
+            if group.column(index).path_in_schema == self.column
+        ]
+        return bool(statistics) and all(known and known.null_count == rows for rows, known in statistics)
 
     def _row_group_sizes(self, metadata: parquet.FileMetaData) -> list[tuple[int, int]]:
         """Rows and uncompressed bytes of the column, for each row group."""

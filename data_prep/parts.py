@@ -18,6 +18,7 @@ import xxhash
 from pydantic import TypeAdapter
 
 from data_prep.documents import RowRange, split_of
+from data_prep.encoding import encode
 from data_prep.packing import Piece, packer
 from data_prep.text_files import text_file
 from data_prep.tokenizer_file import load_tokenizer, text_bytes_of_ids
@@ -59,6 +60,7 @@ class PartSettings:
     directory: str
     tokenizer: str
     tokenizer_sha256: str
+    bos: str
     vocabulary_size: int
     content: str
     column: str
@@ -203,14 +205,12 @@ def read_tail(path: Path, part: SplitPart, settings: PartSettings) -> Iterator[P
 
 
 def _text_documents(rows: RowRange, settings: PartSettings, progress: Progress) -> Iterator[Document]:
-    tokenizer = load_tokenizer(Path(settings.tokenizer))
+    tokenizer = load_tokenizer(Path(settings.tokenizer), settings.bos)
     for batch in _batches(text_file(Path(rows.source), settings.column, settings.content).texts(rows)):
         size = 0
-        encodings = tokenizer.encoder.encode_batch_fast(batch, add_special_tokens=False)
-        for text, encoding in zip(batch, encodings, strict=True):
+        for text, ids in zip(batch, encode(tokenizer.encoder, batch, tokenizer.cut, settings.dtype), strict=True):
             content = text.encode()
             size += len(content)
-            ids = encoding.ids
             tokens = np.empty(len(ids) + 1, dtype=settings.dtype)
             tokens[0] = tokenizer.bos
             tokens[1:] = ids
@@ -219,7 +219,7 @@ def _text_documents(rows: RowRange, settings: PartSettings, progress: Progress) 
 
 
 def _token_documents(rows: RowRange, settings: PartSettings, progress: Progress) -> Iterator[Document]:
-    tokenizer = load_tokenizer(Path(settings.tokenizer))
+    tokenizer = load_tokenizer(Path(settings.tokenizer), settings.bos)
     sizes = text_bytes_of_ids(tokenizer.encoder)
     file = text_file(Path(rows.source), settings.column, settings.content)
     for ids in file.token_ids(rows, settings.vocabulary_size):

@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from data_prep.documents import RowRange, check_validation_percent
+from data_prep.encoding import ENCODED_AS_A_WHOLE
 from data_prep.lock import locked_directory
 from data_prep.packing import packer
 from data_prep.parts import (
@@ -39,6 +40,7 @@ from data_prep.tokenizer_file import TokenizerFile, agreed_validation_percent, l
 from data_prep.verify import check_existing
 from data_prep.workers import Workers
 from mythos.data.format import (
+    BOS,
     SPLITS,
     TOKENIZER_FILE,
     Manifest,
@@ -48,6 +50,7 @@ from mythos.data.format import (
 )
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import is_temporary, opened_atomically, write_atomically
+from mythos.run.console import print_note
 
 _TAILS = "tails"  # the part that is made from the tails of the others
 
@@ -73,7 +76,9 @@ def prepare(
     if os.path.ismount(output):
         raise UserError(f"{output}: is a mount point; choose a directory below it as --output")
     sources = expanded(sources)
-    encoder = load_tokenizer(tokenizer)
+    encoder = load_tokenizer(tokenizer, settings.bos)
+    if settings.content == "text" and not encoder.cut:
+        print_note(f"{tokenizer}: {ENCODED_AS_A_WHOLE}")
     ranges = row_ranges_of(sources, settings, workers)
     report_empty(sources, ranges)
     stamps = {source: stamp(source) for source in sources}
@@ -110,7 +115,7 @@ def settings_for(tokenizer: Path, asked_validation_percent: float | None, **sett
     """Settings with a validation percentage that suits the tokenizer. Raises UserError if the given one does not."""
     if asked_validation_percent is not None:
         check_validation_percent(asked_validation_percent)
-    sha256 = load_tokenizer(tokenizer).sha256
+    sha256 = load_tokenizer(tokenizer, settings.get("bos", BOS)).sha256
     percent = agreed_validation_percent(tokenizer, sha256, asked_validation_percent)
     return Settings(validation_percent=float(percent), **settings)
 
@@ -131,6 +136,7 @@ class _Run:
             directory=str(self._parts),
             tokenizer=str(work / TOKENIZER_FILE),
             tokenizer_sha256=plan.tokenizer_sha256,
+            bos=plan.settings.bos,
             vocabulary_size=plan.vocabulary_size,
             content=plan.settings.content,
             column=plan.settings.column,

@@ -22,7 +22,7 @@ def rows_as_text(directory: Path, split: str, first: int, count: int, as_ids: bo
     problem = None if as_ids else tokenizer_problem(directory, dataset.manifest)
     if problem:
         raise UserError(f"{problem}; restore that tokenizer, or show the ids: --ids")
-    tokenizer = None if as_ids else load_tokenizer(directory / TOKENIZER_FILE)
+    tokenizer = None if as_ids else load_tokenizer(directory / TOKENIZER_FILE, dataset.manifest.settings.bos)
     for number in range(first, min(first + count, len(dataset))):
         ids = dataset[number].tolist()
         content = tokenizer.encoder.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(map(str, ids))

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter
 from tokenizers import Tokenizer
 
+from data_prep.encoding import can_be_cut
 from mythos.data.format import BOS
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import read_bytes, write_atomically
@@ -53,11 +54,10 @@ class TokenizerFile:
     encoder: Tokenizer
     content: bytes
     sha256: str
-
-    @property
-    def bos(self) -> int:
-        """The id of BOS."""
-        return int(self.encoder.token_to_id(BOS))
+    bos: int
+    """The id of the token that begins each document."""
+    cut: bool
+    """Whether long documents are encoded in pieces: see ``data_prep.encoding``."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -65,26 +65,34 @@ class TokenizerFile:
         return max(self.encoder.get_vocab().values()) + 1
 
 
-def load_tokenizer(path: Path) -> TokenizerFile:
-    """Read a tokenizer, set to no truncation and no padding. Raises UserError if it is damaged or has no BOS."""
+def load_tokenizer(path: Path, bos: str = BOS) -> TokenizerFile:
+    """Read a tokenizer, set to no truncation and no padding.
+
+    Args:
+        bos: the token that begins each document.
+
+    Raises:
+        UserError: it is damaged or has no such token.
+    """
     with os_errors_as_user_errors(path, _REMEDY):
         content = read_bytes(path, LARGE_FILE_BYTES)
-    return _parse(path, content)
+    return _parse(path, content, bos)
 
 
 @lru_cache(maxsize=1)
-def _parse(path: Path, content: bytes) -> TokenizerFile:
+def _parse(path: Path, content: bytes, bos: str) -> TokenizerFile:
     try:
         encoder = Tokenizer.from_str(content.decode())
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
         raise UserError(f"{path}: not a tokenizer file ({str(error).splitlines()[0]}); {_REMEDY}") from error
-    if encoder.token_to_id(BOS) is None:
-        raise UserError(f"{path}: has no token {BOS}; {_REMEDY}, or add that token to this one")
+    bos_id = encoder.token_to_id(bos)
+    if bos_id is None:
+        raise UserError(f"{path}: has no token {bos}; name the one that begins its texts: --bos TOKEN")
     # "<|bos|>" inside a document is encoded as plain text, so that BOS only marks the beginning of a document.
     encoder.encode_special_tokens = True
     encoder.no_truncation()
     encoder.no_padding()
-    return TokenizerFile(encoder, content, hashlib.sha256(content).hexdigest())
+    return TokenizerFile(encoder, content, hashlib.sha256(content).hexdigest(), bos_id, can_be_cut(encoder))
 
 
 def agreed_validation_percent(tokenizer: Path, sha256: str, asked: float | None) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.documents import RowRange, check_validation_percent, split_of
+from data_prep.encoding import can_be_cut, encode
 from data_prep.progress import Progress
 from data_prep.sources import expanded, report_empty
 from data_prep.text_files import text_file
@@ -77,7 +78,7 @@ def train_tokenizer(
         validation_percent=float(validation_percent),
         text_bytes=sample.train_bytes,
         held_out_bytes=sum(len(text.encode()) for text in sample.held_out),
-        held_out_tokens=sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(sample.held_out)),
+        held_out_tokens=sum(len(ids) for ids in encode(tokenizer, sample.held_out, can_be_cut(tokenizer))),
     )
     with _writing(output):
         write_atomically(output, content)

@@ -23,7 +23,7 @@ Tokenises the text, packs it into rows and writes train and validation shards.
 _IMPORT = """Write token ids that were made elsewhere as shards.
 
 Packs documents that are already token ids (lists of integers) and writes train and validation shards as `data prepare`
-does. Every id is checked against the tokenizer. <|bos|> is added to documents that do not begin with it.
+does. Every id is checked against the tokenizer. The token of --bos is added to documents that do not begin with it.
 """
 _PARALLEL = """
 Runs in local processes (--processes), or as one process per core on many machines, under a launcher:
@@ -69,10 +69,15 @@ def _command(content: Literal["text", "token_ids"], what: str, default_column: s
         packing: _Packing = "best_fit",
         compression: Annotated[Literal["none", "zstd"], typer.Option(help="of the shards")] = "none",
         shard_size_mib: Annotated[int, typer.Option(metavar="MIB", help="size of a shard file")] = 32,
+        bos: Annotated[
+            str | None,
+            typer.Option(metavar="TOKEN", help="the tokenizer's token that begins each document (default: <|bos|>)"),
+        ] = None,
         processes: Processes = None,
     ) -> int:
         def lead(workers: "Workers") -> int:
             from data_prep.prepare import prepare, settings_for
+            from mythos.data.format import BOS
 
             started = time.monotonic()
             settings = settings_for(
@@ -83,6 +88,7 @@ def _command(content: Literal["text", "token_ids"], what: str, default_column: s
                 packing=packing,
                 compression=None if compression == "none" else compression,
                 content=content,
+                bos=bos or BOS,
             )
             manifest, is_new = prepare(sources, tokenizer, output, sequence_length, settings, workers)
             _print_summary(output, manifest, time.monotonic() - started if is_new else None)

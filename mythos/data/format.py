@@ -62,6 +62,8 @@ class Settings:
     compression: Literal["zstd"] | None = None
     content: Literal["text", "token_ids"] = "text"
     """What the column holds: text, or the token ids of an earlier tokenisation."""
+    bos: str = BOS
+    """The token that begins each document."""
 
 
 @dataclass(frozen=True)

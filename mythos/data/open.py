@@ -37,6 +37,8 @@ class RunData:
     training: list[Source]
     validation: list[Source]
     tokenizer: Path
+    bos: str
+    """The token that begins each document, and so each prompt."""
     identity: dict[str, Any]
 
     def stream(self) -> TokenStream:
@@ -82,7 +84,8 @@ def open_data(config: Data, vocabulary_size: int, seed: int, global_batch_sequen
             source.name: {"fingerprint": fingerprints[source.name], "weight": source.weight} for source in training
         },
     }
-    return RunData(training, validation, training[0].dataset.directory / TOKENIZER_FILE, identity)
+    first = training[0].dataset
+    return RunData(training, validation, first.directory / TOKENIZER_FILE, first.manifest.settings.bos, identity)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -169,10 +172,12 @@ def _check_fits(config: Data, vocabulary_size: int, source: Source, directory: s
 def _check_tokenizer(directory: Path, first: Source, source: Source) -> None:
     if problem := tokenizer_problem(directory, source.dataset.manifest):
         raise UserError(f"{problem}; restore that tokenizer, or prepare the data again")
-    if source.dataset.manifest.tokenizer_sha256 != first.dataset.manifest.tokenizer_sha256:
+    of_first, of_source = first.dataset.manifest, source.dataset.manifest
+    if (of_source.tokenizer_sha256, of_source.settings.bos) != (of_first.tokenizer_sha256, of_first.settings.bos):
         raise UserError(
-            f"data.sources: {first.name} and {source.name} were made by different tokenizers: "
-            f"prepare {source.dataset.directory} again with {first.dataset.directory / TOKENIZER_FILE}"
+            f"data.sources: {first.name} and {source.name} were made by different tokenizers, or have another --bos: "
+            f"prepare {source.dataset.directory} again with {first.dataset.directory / TOKENIZER_FILE} and --bos "
+            f"{of_first.settings.bos!r}"
         )
 
 

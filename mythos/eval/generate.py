@@ -6,7 +6,6 @@ import torch
 from tokenizers import Tokenizer
 
 from mythos.config.schema import Eval, Sample
-from mythos.data.format import BOS
 from mythos.data.open import read_tokenizer
 from mythos.engine.engine import TrainingEngine
 from mythos.eval.forward import Stopped, evaluation_forward
@@ -19,6 +18,7 @@ from mythos.run.console import Notices
 def sample_text(
     engine: TrainingEngine,
     tokenizer_file: Path,
+    bos: str,
     sample: Sample,
     options: Eval,
     longest: int,
@@ -32,7 +32,7 @@ def sample_text(
     The other arguments are those of ``sample_tokens``.
     """
     tokenizer = read_tokenizer(tokenizer_file)
-    prompt = prompt_ids(tokenizer, sample.prompt)
+    prompt = prompt_ids(tokenizer, bos, sample.prompt)
     forward = evaluation_forward(engine, options, watchdog, "generating a sample", stop)
     try:
         with engine.evaluation():
@@ -44,13 +44,13 @@ def sample_text(
     return tokenizer.decode(ids)
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """One BOS and the ids of the text, as the documents of the data are encoded.
+def prompt_ids(tokenizer: Tokenizer, bos: str, text: str) -> list[int]:
+    """One ``bos`` and the ids of the text, as the documents of the data are encoded.
 
     The tokenizer's own post-processor, which may add a BOS as well, is left out.
     """
     tokenizer.encode_special_tokens = True  # "<|bos|>" in the text is seven characters
-    return [tokenizer.token_to_id(BOS), *tokenizer.encode(text, add_special_tokens=False).ids]
+    return [tokenizer.token_to_id(bos), *tokenizer.encode(text, add_special_tokens=False).ids]
 
 
 def sample_tokens(

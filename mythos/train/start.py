@@ -129,6 +129,7 @@ class OpenRun:
         return sample_text(
             engine,
             self.data.tokenizer,
+            self.data.bos,
             self.config.sample,
             self.config.eval,
             longest=self.config.data.sequence_length,

@@ -66,6 +66,6 @@ def test_a_prompt_has_one_bos_and_all_of_its_text_whatever_the_tokenizer_file_sa
     tokenizer.enable_padding(length=100, pad_id=bos, pad_token=BOS)
     tokenizer.save(str(tmp_path / "special.json"))
     plain, special = (read_tokenizer(tmp_path / name) for name in ("plain.json", "special.json"))
-    ids = prompt_ids(special, text)
-    assert ids == prompt_ids(plain, text)
+    ids = prompt_ids(special, BOS, text)
+    assert ids == prompt_ids(plain, BOS, text)
     assert (ids[0], ids.count(bos), special.decode(ids[1:])) == (bos, 1, text)
