@@ -40,17 +40,21 @@ def run(
     stop = StopRequest()  # before anything slow, so that a signal is handled at any time
     from mythos.config.consent import check_names
     from mythos.config.load import load
+    from mythos.config.references import Reference, references
     from mythos.run.find import is_run
     from mythos.run.paths import found_from_here
+
+    known: dict[str, Reference] = {}
 
     def work(config: "Config", device: "torch.device") -> int:
         from mythos.train.loop import train  # imports DeepSpeed, so the device must be set first
 
-        return train(config, device, stop, accept or ())
+        return train(config, device, stop, accept or (), known)
 
     def configure(world_size: int) -> "Config":
         check_names(accept or ())
         files, overrides = split_configuration(configuration)
+        known.update(references(files, overrides))
         config = load(files, overrides, world_size)
         if len(files) == 1 and is_run(directory := Path(files[0]).parent):  # a run's own config.yaml
             config = found_from_here(config, directory, overrides)

@@ -22,7 +22,9 @@ CHECKPOINT_DIRECTORY = "checkpoints"
 """The directory next to it, which every run creates."""
 
 
-def merge(files: Sequence[str | Path], overrides: Sequence[str], saved: bool = False) -> dict[str, Any]:
+def merge(
+    files: Sequence[str | Path], overrides: Sequence[str], saved: bool = False, resolve: bool = True
+) -> dict[str, Any]:
     """Merge YAML files, of which later ones win, then the overrides as one more layer.
 
     A layer that chooses another kind (``optim.kind=adamw``) or switches something off (``sample.tokens=0``) also
@@ -31,6 +33,7 @@ def merge(files: Sequence[str | Path], overrides: Sequence[str], saved: bool = F
 
     Args:
         saved: Mythos wrote the files, perhaps in version 0.1, which wrote options without effect as well.
+        resolve: replace references by what they refer to.
 
     Raises:
         UserError: a file or an override cannot be read.
@@ -46,7 +49,8 @@ def merge(files: Sequence[str | Path], overrides: Sequence[str], saved: bool = F
         _check_removed(merged, layer)
         _update(merged, layer)
         _drop_null_sections(merged)
-    _resolve(merged)
+    if resolve:
+        _resolve(merged)
     tree = typed(merged)
     assert isinstance(tree, dict)
     return tree

@@ -60,6 +60,12 @@ class Missing(str):
     __slots__ = ()
 
 
+class Unescaped(str):
+    """Text in which ``${`` is a reference."""
+
+    __slots__ = ()
+
+
 class _Writer(yaml.SafeDumper):
     """Quotes what YAML 1.1 or ``_Reader`` would not read as text."""
 
@@ -90,6 +96,8 @@ def dump_inline(value: Any) -> str:
 def _escaped(value: Any) -> Any:
     """The text ``${`` becomes ``\\${``, which is no reference; every backslash before it is doubled."""
     match value:
+        case Unescaped():
+            return str(value)
         case str():
             return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
         case dict():

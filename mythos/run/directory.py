@@ -24,9 +24,9 @@ from typing_extensions import TypedDict
 from mythos.config import consent
 from mythos.config.layers import CHECKPOINT_DIRECTORY, CONFIG_FILE, read_saved
 from mythos.config.load import saved_optim, to_dict
+from mythos.config.references import NO_REFERENCES, Reference, config_text
 from mythos.config.schema import Config
 from mythos.config.tree import get
-from mythos.config.yaml_file import dump
 from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import read_bytes, write_atomically
@@ -131,11 +131,14 @@ _STATE = TypeAdapter(_State)
 _OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
-def prepare(config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+def prepare(
+    config: Config, accept: Sequence[str], known: Mapping[str, Reference] = NO_REFERENCES
+) -> dict[str, tuple[Any, Any]]:
     """Create the run directory, or check that it belongs to this configuration; rank 0 only.
 
     Args:
         accept: options that may differ from the run's configuration although they are not free to change.
+        known: the values that come from the environment.
 
     Returns:
         The options that changed since the run's last start and may change, with the old and the new value, and the
@@ -155,7 +158,7 @@ def prepare(config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]
             raise UserError(f"{place}: not empty and not a run ({CONFIG_FILE} is missing): choose another directory")
         else:
             directory.path.mkdir(parents=True, exist_ok=True)
-            write_config(config)
+            write_config(config, known)
         for needed in (directory.checkpoints, directory.logs, directory.tensorboard):
             needed.mkdir(exist_ok=True)
     return changed
@@ -167,10 +170,9 @@ def is_place_for_run(directory: Path) -> bool:
     return run.config.exists() or all(path in (run.logs, run.events) for path in directory.iterdir())
 
 
-def write_config(config: Config) -> None:
+def write_config(config: Config, known: Mapping[str, Reference] = NO_REFERENCES) -> None:
     """Write the configuration that the run continues with; rank 0 only. Raises OSError."""
-    text = dump(to_dict(config))
-    write_atomically(RunDirectory(Path(config.run.directory)).config, text)
+    write_atomically(RunDirectory(Path(config.run.directory)).config, config_text(config, known))
 
 
 def keep_tokenizer(directory: Path, tokenizer: Path) -> None:

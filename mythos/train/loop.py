@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from mythos.checkpoint.saver import Saver
 from mythos.checkpoint.snapshot import world_shape
 from mythos.config.derive import global_batch_sequences, tokens_per_step
+from mythos.config.references import NO_REFERENCES, Reference
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import DONE, PREEMPTED
@@ -24,13 +25,20 @@ from mythos.train.state import RunState
 from mythos.train.step import balance_experts, exchange, train_step
 
 
-def train(config: Config, device: torch.device, stop: StopRequest, accept: Sequence[str] = ()) -> int:
+def train(
+    config: Config,
+    device: torch.device,
+    stop: StopRequest,
+    accept: Sequence[str] = (),
+    known: Mapping[str, Reference] = NO_REFERENCES,
+) -> int:
     """Train to ``train.steps``, resuming from the run directory's newest checkpoint; returns the exit code. Collective.
 
     Args:
         device: this rank's, from ``group.start``.
         stop: asks for a save and an early return.
         accept: options that may have changed since the run was started, as dotted paths; the data behind them, too.
+        known: the values that come from the environment, which the run's files do not hold.
 
     Raises:
         UserError: the run directory or the data do not fit the configuration.
@@ -38,7 +46,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, accept: Seque
             loss has spiked more often than ``train.max_rewinds``.
         SaveError: checkpoints could not be written, ``checkpoint.max_failures`` times in a row.
     """
-    with open_run(config, device, stop, accept) as run:
+    with open_run(config, device, stop, accept, known) as run:
         engine = TrainingEngine(config, device)
         state = run.restore(engine)
         unvalidated = run.missing_validation(state.step)

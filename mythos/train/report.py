@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from mythos.config.derive import tokens_per_step
-from mythos.config.load import flatten, to_dict
+from mythos.config.load import flatten
+from mythos.config.references import Reference, with_references
 from mythos.config.schema import Config
 from mythos.config.yaml_file import dump
 from mythos.errors import masked
@@ -39,10 +40,10 @@ class Report:
         experts = getattr(config.model, "core_experts", None)
         self._collapse = CollapseWatch(experts.experts_per_token, config.train.collapse_steps) if experts else None
 
-    def write_config(self) -> None:
+    def write_config(self, known: Mapping[str, Reference]) -> None:
         """Show the configuration in TensorBoard."""
         if self._writer:
-            tree = to_dict(self._config)
+            tree = with_references(self._config, known)
             values = {name: masked(value) if isinstance(value, str) else value for name, value in flatten(tree).items()}
             self._writer.write_config(masked(dump(tree)), values)
 

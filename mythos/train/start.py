@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mythos.checkpoint import restore
 from mythos.config.derive import eval_depths, expert_parallel_size, whole_mean_depth
+from mythos.config.references import Reference
 from mythos.config.schema import Config
 from mythos.data.open import RunData, check_data_unchanged
 from mythos.engine.engine import TrainingEngine
@@ -45,6 +46,8 @@ class OpenRun:
     changed: Mapping[str, Any]
     """Options that differ from the start before, with the old and the new value."""
     accept: Sequence[str]
+    known: Mapping[str, Reference]
+    """The values that come from the environment."""
     found: Path | None
     """The checkpoint to resume from."""
     watchdog: Watchdog
@@ -80,9 +83,9 @@ class OpenRun:
         """The report of this attempt. From here on the run directory describes this configuration."""
         report = Report(self.config, dist.get_rank(), resumed_step if self.found else None)
         if dist.get_rank() == 0 and (self.changed or not self.found):
-            run_directory.write_config(self.config)
+            run_directory.write_config(self.config, self.known)
             run_directory.keep_tokenizer(self.directory.path, self.data.tokenizer)
-            report.write_config()
+            report.write_config(self.known)
         return report
 
     def open_batches(self, state: RunState) -> StepBatches:
@@ -151,7 +154,13 @@ class OpenRun:
 
 
 @contextmanager
-def open_run(config: Config, device: torch.device, stop: StopRequest, accept: Sequence[str]) -> Iterator[OpenRun]:
+def open_run(
+    config: Config,
+    device: torch.device,
+    stop: StopRequest,
+    accept: Sequence[str],
+    known: Mapping[str, Reference],
+) -> Iterator[OpenRun]:
     """Check that all ranks match, open data and run directory, and watch the run until the block ends.
 
     The end of the block and its cause are recorded in the run's journal. Collective.
@@ -168,7 +177,7 @@ def open_run(config: Config, device: torch.device, stop: StopRequest, accept: Se
     with journal, Watchdog(config.train.watchdog_s, journal) as watchdog, ExitStack() as cleanup:
         stop.watchdog = watchdog
         data = preflight.open_data_everywhere(config)
-        changed, lock = _open_directory(config, accept, device, reports)
+        changed, lock = _open_directory(config, accept, known, device, reports)
         if lock is not None:
             cleanup.enter_context(lock)
             lock.keep(lambda cause: watchdog.end_run(cause, BAD_INPUT))
@@ -179,15 +188,19 @@ def open_run(config: Config, device: torch.device, stop: StopRequest, accept: Se
         journal.start(environment(hosts, *started) if dist.get_rank() == 0 else {})
         found = restore.newest_valid(directory.checkpoints, watchdog.progress)
         watchdog.progress("building the model")
-        yield OpenRun(config, stop, directory, data, changed, accept, found, watchdog, journal, run_id, lock)
+        yield OpenRun(config, stop, directory, data, changed, accept, known, found, watchdog, journal, run_id, lock)
 
 
 def _open_directory(
-    config: Config, accept: Sequence[str], device: torch.device, reports: list[preflight.RankReport]
+    config: Config,
+    accept: Sequence[str],
+    known: Mapping[str, Reference],
+    device: torch.device,
+    reports: list[preflight.RankReport],
 ) -> tuple[dict[str, tuple[Any, Any]], RunLock | None]:
     """The options that changed since the last start, and the lock on the directory (rank 0)."""
     rank, directory = dist.get_rank(), Path(config.run.directory)
-    changed = group.agree(lambda: run_directory.prepare(config, accept) if rank == 0 else {})
+    changed = group.agree(lambda: run_directory.prepare(config, accept, known) if rank == 0 else {})
     lock = group.agree(lambda: take(directory, has_open_attempt(directory)) if rank == 0 else None)
     preflight.check_run_directory(config.run, config.model)
     start_logging(RunDirectory(directory).log(rank), rank)

@@ -132,7 +132,7 @@ def test_consent_may_be_given_several_times_and_anywhere(monkeypatch: pytest.Mon
     ) -> int:
         return work(configure(2), "the device")
 
-    def instead_of_training(config: Config, device: object, stop: object, accept: object) -> int:
+    def instead_of_training(config: Config, device: object, stop: object, accept: object, known: object) -> int:
         found.extend([config.seed, config.train.steps, accept])
         return 0
 

@@ -1,19 +1,28 @@
-"""Passwords in addresses are in no message, log, journal, TensorBoard file or name of the cache."""
+"""Passwords and values from the environment are in no message, log, journal, TensorBoard file or name of the cache."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.cli import main
+from mythos.config.load import load, load_run, to_dict
+from mythos.config.references import NO_REFERENCES, Reference, references
+from mythos.config.schema import Config
+from mythos.config.yaml_file import dump
 from mythos.data.cache import NodeCache
 from mythos.errors import UserError, masked
+from mythos.ranks.preemption import StopRequest
 from mythos.run import journal
 from mythos.run.console import log, start_logging
 from mythos.run.directory import RunDirectory
+from mythos.train.loop import train
 from mythos.train.report import Report
 from tests.cluster import REPO
+from tests.spawn import RankPool
 from tests.tiny import tiny_config
 
 ADDRESS = "sftp://me:PASSWORD@127.0.0.1:1/data"
@@ -46,7 +55,7 @@ def test_logs_journal_and_tensorboard(
     start_logging(run.log(0), 0)
     report = Report(config, 0, None)
     try:
-        report.write_config()
+        report.write_config(NO_REFERENCES)
         try:
             raise ConnectionError(f"{ADDRESS}: refused")
         except ConnectionError:
@@ -75,3 +84,32 @@ def test_messages_and_names_in_the_cache(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["data", "show", ADDRESS]) == 2
     printed = capsys.readouterr()
     assert "PASSWORD" not in printed.out + printed.err
+
+
+def train_with(config: Config, known: dict[str, Reference], environ: dict[str, str]) -> int:
+    os.environ |= environ
+    return train(config, torch.device("cpu"), StopRequest(), (), known)
+
+
+def test_a_value_from_the_environment_is_in_no_file_of_the_run(
+    one_rank: RankPool, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither at its start nor when it resumes, by its own file."""
+    name, value = "MYTHOS_TEST_DATA", str(tiny_data)
+    monkeypatch.setenv(name, value)
+    run, file = RunDirectory(tmp_path / "run"), tmp_path / "config.yaml"
+    options = {"train__steps": 2, "checkpoint__every": 2}
+    file.write_text(dump(to_dict(tiny_config("dense", Path("elsewhere"), run.path, **options))), encoding="utf-8")
+    for files, overrides in (([file], [f"data.directory=${{oc.env:{name}}}"]), ([run.config], ["checkpoint.every=1"])):
+        config, known = load(files, overrides), references(files, overrides)
+        assert config.data.directory == value
+        assert known == {"data.directory": (f"${{oc.env:{name}}}", value)}
+        assert one_rank.run(train_with, config, known, {name: value}) == [0]
+        assert f"directory: ${{oc.env:{name}}}\n" in run.config.read_text(encoding="utf-8")
+        files_of_run = [path for path in run.path.rglob("*") if path.is_file()]
+        assert [path for path in files_of_run if value.encode() in path.read_bytes()] == []
+    assert load_run(run.config).data.directory == value, "evaluation reads it from the environment, too"
+    monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=rf"data\.directory = '\$\{{oc\.env:{name}\}}': .*{name}") as refused:
+        load_run(run.config)
+    assert "\n" not in str(refused.value)
