@@ -56,7 +56,7 @@ def run(
         files, overrides = split_configuration(configuration)
         known.update(references(files, overrides))
         config = load(files, overrides, world_size)
-        if len(files) == 1 and is_run(directory := Path(files[0]).parent):  # a run's own config.yaml
+        if files and is_run(directory := Path(files[0]).parent):  # a run's own config.yaml
             config = found_from_here(config, directory, overrides)
         stop.exit_after(config.preemption.grace_s)
         return config

@@ -19,9 +19,9 @@ import struct
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 MESSAGE_BYTES = 256 << 20
 HELLO_BYTES = 4096
@@ -113,7 +113,7 @@ class Peer:
         return f"rank {self.rank} on {self.host} (process {self.process})"
 
 
-class Listener:
+class Listener(AbstractContextManager["Listener"]):
     """Accepts connections of processes that know the token. Close it when all have arrived, or use it in ``with``.
 
     Args:
@@ -170,12 +170,7 @@ class Listener:
         self._selector.close()
         self._server.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _take_connection(self) -> None:

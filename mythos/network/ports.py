@@ -16,8 +16,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
+from contextlib import AbstractContextManager
 
 from mythos.errors import UserError
 
@@ -25,7 +24,7 @@ ANSWER_TIMEOUT_S = 5.0
 LINE_BYTES = 256
 
 
-class PortServer:
+class PortServer(AbstractContextManager["PortServer"]):
     """Answers in a thread of its own, inside a ``with`` block, at which port rank 0's service is.
 
     Args:
@@ -48,12 +47,7 @@ class PortServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

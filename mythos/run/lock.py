@@ -19,9 +19,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import IO, Self
+from typing import IO
 
 from mythos.errors import UserError
 from mythos.files import read_bytes, write_atomically
@@ -49,7 +49,7 @@ class DirectoryTakenError(OSError):
     """Another attempt has taken over the run directory."""
 
 
-class RunLock:
+class RunLock(AbstractContextManager["RunLock"]):
     """The lock that this process holds; ``release`` it, or use it in ``with``. Made by ``take``."""
 
     def __init__(self, directory: Path, run_id: str, file: IO[bytes], owner: Owner) -> None:
@@ -94,9 +94,6 @@ class RunLock:
             self.check()
             RunDirectory(self.directory).lock.unlink()
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -187,11 +184,12 @@ def _wait_until_ended(directory: Path, path: Path) -> None:
         if sight.has_ended or (not sight.flock_is_held and now - unchanged_since >= STALE_S):
             _remove(path, sight)
             return
+        owner = sight.owner or "another process"
         if (sight.flock_is_held or has_beaten) and now - started >= patience_s:
-            raise UserError(f"{directory}: {sight.owner or 'another process'} is training here: {_remedy()}")
+            raise UserError(f"{directory}: {owner} is training here: {_remedy()}")
         if not logged and (restarted or not sight.flock_is_held):
             wait_s = RESTART_WAIT_S if restarted else STALE_S
-            log.warning(f"{directory}: locked by {sight.owner}: waiting up to {wait_s:g} s to see whether it has ended")
+            log.warning(f"{directory}: locked by {owner}: waiting up to {wait_s:g} s to see whether it has ended")
             logged = True
         time.sleep(LOOK_S)
 

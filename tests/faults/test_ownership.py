@@ -6,8 +6,9 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -59,46 +60,54 @@ def content(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_a_run_whose_directory_another_run_has_taken_harms_nothing(tiny_data: Path, tmp_path: Path) -> None:
+class Moved(NamedTuple):
+    """A run that is training while its directory is elsewhere."""
+
+    job: Job
+    run: Path
+    """Where the directory was."""
+    moved: Path
+
+
+@pytest.fixture
+def lost(tiny_data: Path, tmp_path: Path) -> Iterator[Moved]:
     config = configuration(tiny_data, tmp_path, ranks=1, train__steps=ENDLESS, checkpoint__every=ENDLESS)
     run, moved = Path(config.run.directory), tmp_path / "moved"
-    first = start(config, tmp_path, "first")
+    job = start(config, tmp_path, "first")
     try:
         wait_for_step(run, 7)
         run.rename(moved)
-        second = start(configuration(tiny_data, tmp_path, ranks=1, train__steps=8), tmp_path, "second")
-        assert second.wait(LIMIT_S) == 0, second.text()
-        # The lock of a run that has finished is gone; that of one which is training ends the first one by itself.
-        other = '{"key": "k", "host": "elsewhere", "process": 1, "has_flock": false}'
-        RunDirectory(run).lock.write_text(other, encoding="utf-8")
-        before = content(run)
-        assert first.wait(LIMIT_S) == BAD_INPUT, first.text()
+        yield Moved(job, run, moved)
     finally:
-        first.kill()
-    assert content(run) == before
-    assert re.search(rf"{run}: taken over by process \d+ on \S+: this attempt ends without saving", first.text())
-    event = read_events(moved)[-1]
+        job.kill()
+
+
+def test_a_run_whose_directory_another_run_has_taken_harms_nothing(
+    lost: Moved, tiny_data: Path, tmp_path: Path
+) -> None:
+    second = start(configuration(tiny_data, tmp_path, ranks=1, train__steps=8), tmp_path, "second")
+    assert second.wait(LIMIT_S) == 0, second.text()
+    # The lock of a run that has finished is gone; that of one which is training ends the first one by itself.
+    other = '{"key": "k", "host": "elsewhere", "process": 1, "has_flock": false}'
+    RunDirectory(lost.run).lock.write_text(other, encoding="utf-8")
+    before = content(lost.run)
+    assert lost.job.wait(LIMIT_S) == BAD_INPUT, lost.job.text()
+    assert content(lost.run) == before
+    assert re.search(rf"{lost.run}: taken over by process \d+ on \S+: this attempt ends", lost.job.text())
+    event = read_events(lost.moved)[-1]
     assert (event["event"], "taken over" in event["message"]) == (FAILED, True)
-    assert read_run_id(run) != read_run_id(moved)
+    assert read_run_id(lost.run) != read_run_id(lost.moved)
 
 
-def test_a_stop_saves_nothing_into_the_directory_of_another_run(tiny_data: Path, tmp_path: Path) -> None:
-    config = configuration(tiny_data, tmp_path, ranks=1, train__steps=ENDLESS, checkpoint__every=ENDLESS)
-    run, moved = Path(config.run.directory), tmp_path / "moved"
-    first = start(config, tmp_path, "first")
-    try:
-        wait_for_step(run, 7)
-        run.rename(moved)
-        shutil.copytree(moved, run, ignore=shutil.ignore_patterns("run_id", ".lock"))
-        RunDirectory(run).run_id.write_text("another", encoding="utf-8")
-        before = content(run)
-        for process in first._processes:
-            os.kill(process.pid or 0, signal.SIGTERM)
-        assert first.wait(LIMIT_S) not in (0, 85), first.text()
-    finally:
-        first.kill()
-    assert content(run) == before
-    assert "the run's directory was moved or removed" in first.text()
+def test_a_stop_saves_nothing_into_the_directory_of_another_run(lost: Moved) -> None:
+    shutil.copytree(lost.moved, lost.run, ignore=shutil.ignore_patterns("run_id", ".lock"))
+    RunDirectory(lost.run).run_id.write_text("another", encoding="utf-8")
+    before = content(lost.run)
+    for process in lost.job._processes:
+        os.kill(process.pid or 0, signal.SIGTERM)
+    assert lost.job.wait(LIMIT_S) not in (0, 85), lost.job.text()
+    assert content(lost.run) == before
+    assert "the run's directory was moved or removed" in lost.job.text()
 
 
 def test_a_checkpoint_of_another_run_is_refused(tiny_data: Path, tmp_path: Path) -> None:
