@@ -87,6 +87,7 @@ has_begun() { [ "$(count started)" -gt "$starts_before" ]; }
 # children, such as compilers, receive no others.
 forward() {
   asked=yes
+  [ -z "$forwarder" ] || return
   trap '' URG USR1 USR2
   while
     has_begun
@@ -144,18 +145,19 @@ record_failure() {
 }
 
 [ -z "$ended" ] || exit 143
-early=$asked
-trap '' URG USR1 USR2 # srun ignores them, too, until it handles them
 starts_before=$(count started) failures_before=$(count failed) printed_before=$(stat -L -c %s "/proc/$$/fd/2")
 # The nodes by name, because the ranks meet on the first one. --wait ends a rank that is still running so long after the
 # others have ended: its node may have lost it.
-srun --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" --nodes="$nodes" --ntasks="$((nodes * per_node))" \
-  --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
-  --nodelist="$(paste -sd , <<<"$names")" \
-  "${MYTHOS[@]}" train "$@" &
+(
+  trap '' URG USR1 USR2 # srun ignores them until it handles them
+  exec srun --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" --nodes="$nodes" --ntasks="$((nodes * per_node))" \
+    --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
+    --nodelist="$(paste -sd , <<<"$names")" \
+    "${MYTHOS[@]}" train "$@"
+) &
 step=$! forwarder=''
 trap forward URG USR1 USR2
-[ -z "$early" ] || forward
+[ -z "$asked" ] || forward
 
 while
   wait "$step" # a trap interrupts it

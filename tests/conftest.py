@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mythos.run.console import log
 from tests.cluster import slurm_cluster  # noqa: F401
 from tests.data.conftest import write_data_set
 from tests.spawn import RankPool
@@ -38,3 +39,14 @@ def four_ranks() -> Iterator[RankPool]:
     pool = RankPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(autouse=True)
+def logger_as_before() -> Iterator[None]:
+    """A program that a test runs in this process sets up the logger, which the next test must not find so."""
+    handlers, level, propagate = list(log.handlers), log.level, log.propagate
+    yield
+    for handler in [each for each in log.handlers if each not in handlers]:
+        log.removeHandler(handler)
+    log.setLevel(level)
+    log.propagate = propagate

@@ -1,7 +1,6 @@
 """Atomic writes and flushes, with the errors of a full disk and of file systems that cannot flush directories."""
 
 import errno
-import logging
 import os
 import stat
 from pathlib import Path
@@ -27,7 +26,6 @@ def test_a_directory_that_cannot_be_flushed_is_a_warning_once(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refuse(number, monkeypatch)
-    monkeypatch.setattr(logging.getLogger("mythos"), "propagate", True)
     for name in "ab":
         (tmp_path / name).mkdir()
         flush_directory(tmp_path / name)

@@ -11,6 +11,7 @@ from mythos.config.schema import Config
 from mythos.config.yaml_file import Unescaped, dump
 
 ENVIRONMENT = "${oc.env:"
+RUN_DIRECTORY = "run.directory"
 
 
 class Reference(NamedTuple):
@@ -24,12 +25,19 @@ NO_REFERENCES: Mapping[str, Reference] = MappingProxyType({})
 
 
 def references(files: Sequence[str | Path], overrides: Sequence[str]) -> dict[str, Reference]:
-    """The options whose value comes from the environment, by their dotted paths. Raises UserError as ``load`` does."""
+    """The text options whose value comes from the environment, by their dotted paths.
+
+    Without ``run.directory``, where the files themselves are, and numbers, such as a seed from a job array's task: the
+    run is read elsewhere, too, where there may be no such variable.
+
+    Raises:
+        UserError: as ``load``.
+    """
     given, values = (flatten(merge(files, overrides, resolve=resolve)) for resolve in (False, True))
     return {
         path: Reference(text, values[path])
         for path, text in given.items()
-        if isinstance(text, str) and ENVIRONMENT in text
+        if isinstance(text, str) and ENVIRONMENT in text and isinstance(values[path], str) and path != RUN_DIRECTORY
     }
 
 

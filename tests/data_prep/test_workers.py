@@ -129,8 +129,11 @@ def test_an_error_on_rank_1_is_reported_by_rank_0_and_ends_both(
 
 def test_ctrl_c_is_left_to_the_parent_from_the_first_moment(world: World):
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    others = set(multiprocessing.active_children())
     with Workers(replace(world, world_size=1), processes=2):
-        for child in multiprocessing.active_children():
+        own = set(multiprocessing.active_children()) - others
+        assert len(own) == 2
+        for child in own:
             status = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8")
             (blocked,) = re.findall(r"^SigBlk:\s*(\w+)", status, re.MULTILINE)
             assert int(blocked, 16) >> (signal.SIGINT - 1) & 1, "also while it imports its modules"

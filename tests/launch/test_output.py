@@ -121,8 +121,15 @@ def test_findings_that_cannot_be_printed_keep_their_exit_code(tiny_data: Path, t
     assert "shard.00000.mds" in done.stderr
 
 
+INTERRUPT = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background, where it is ignored
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
 def test_an_interrupt_while_the_commands_are_imported_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)", encoding="utf-8")
+    (tmp_path / "typer.py").write_text(INTERRUPT, encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), clean_environment()["PYTHONPATH"]])
     done = program(["params", MODEL], PYTHONPATH=path)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "mythos: interrupted\n")

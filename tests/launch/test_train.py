@@ -30,6 +30,7 @@ LIMIT_S = 150
 
 def write_config(path: Path, data: Path, ranks: int = 2, **overrides: Any) -> Path:
     options: dict[str, Any] = {"train__steps": 12, "checkpoint__every": 5, "eval__every": 6}
+    options["parallel__expert_parallel_size"] = ranks  # the same on one machine and on two nodes
     config = tiny_config("looped-moe", data, path.parent / "run", ranks=ranks, **(options | overrides))
     path.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
     return path

@@ -1,6 +1,5 @@
 """Passwords and values from the environment are in no message, log, journal, TensorBoard file or name of the cache."""
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -63,7 +62,6 @@ def test_logs_journal_and_tensorboard(
     finally:
         report.close()
         start_logging(None, 0)
-        log.setLevel(logging.NOTSET)
     monkeypatch.setattr(sys, "argv", ["mythos", "train", f"data.directory={ADDRESS}"])
     journal.append_event(run.path, journal.STARTED, **journal.environment(["host"], "cpu", "fp32", 1))
     files = [path for path in run.path.rglob("*") if path.is_file()]

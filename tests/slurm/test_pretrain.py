@@ -22,12 +22,13 @@ STEPS = 24
 
 
 def options(data: Path, run_directory: Path, **overrides: object) -> list[str]:
-    """The shipped demo, which has ZeRO-3 and expert parallelism 2, with the tests' data."""
+    """The shipped demo with the tests' data, and with expert parallelism 2 on one machine and on two nodes alike."""
     values = {
         "run.directory": run_directory,
         "data.directory": data,
         "data.sequence_length": SEQUENCE_LENGTH,
         "model.width": 64,
+        "parallel.expert_parallel_size": 2,
         "train.steps": STEPS,
         "train.micro_batch_sequences": 8,
         "loop.mean_depth": 2,
