@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mythos.config.derive import has_value_embedding
 from mythos.config.model_schema import VALUE_GATE_CHANNELS, Dense, GroupedQuery, Latent, Looped
 from mythos.model.layers import rotary_angles, rotate
 from mythos.model.parameters import Rule
@@ -138,12 +139,6 @@ class ValueEmbeddings(nn.Module):
         """For each layer the rows (B, S, K x C) of its table, or None."""
         found = {layer: table(tokens_BS) for layer, table in self.tables.items()}
         return [found.get(str(layer)) for layer in range(self.layers)]
-
-
-def has_value_embedding(config: Looped | Dense, layer: int, layers: int) -> bool:
-    """Whether this layer of the model (a core layer counts once) has a table: every second one, including the last."""
-    attention = config.attention
-    return isinstance(attention, GroupedQuery) and attention.value_embeddings and (layers - 1 - layer) % 2 == 0
 
 
 def value_embedding_channels(config: Looped | Dense) -> int:

@@ -5,16 +5,15 @@ tokens between experts) involve all of them. Therefore the loop runs as often as
 over all ranks, and shallower sequences join late.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from mythos.config.depth_distribution import cumulative_distribution, mean_depth
 from mythos.config.schema import Loop
 from mythos.random_streams import Purpose, philox
 
-QUADRATURE_POINTS = 64
 BLOCK_BITS = 6
 BLOCK = 1 << BLOCK_BITS
 """So many neighbouring samples draw their depths together. Must never change: it defines the depths of old runs."""
@@ -58,13 +57,7 @@ def draw_depths(config: Loop, seed: int, step: int, samples: range) -> np.ndarra
         generators = [_generator(seed, block) for block in range(first, end)]
         blocks = [_stratified(each) if config.stratified else each.random(BLOCK) for each in generators]
         uniform = np.concatenate(blocks)[samples.start - first * BLOCK :][: len(samples)]
-    return np.searchsorted(_cumulative(config, mean), uniform, side="right")
-
-
-def mean_depth(config: Loop, step: int) -> float:
-    """Mean depth at this update: the curriculum's linear rise from 1, then ``loop.mean_depth``."""
-    risen = min(1.0, step / config.curriculum_steps) if config.curriculum_steps else 1.0
-    return 1 + (config.mean_depth - 1) * risen
+    return np.searchsorted(cumulative_distribution(config, mean), uniform, side="right")
 
 
 def plan(depths: np.ndarray, backprop_depth: int, own: slice, state_seeds: Sequence[int]) -> DepthPlan:
@@ -123,30 +116,3 @@ def _stratified(generator: np.random.Generator) -> np.ndarray:
         scrambled |= (digit ^ flips[prefix]) << (BLOCK_BITS - 1 - level)
         prefix = prefix << 1 | digit
     return (scrambled + generator.random(BLOCK)) / BLOCK
-
-
-def _cumulative(config: Loop, mean: float) -> np.ndarray:
-    """P(T <= 0), P(T <= 1), ... until they are 1 to rounding.
-
-    Poisson: T = max(1, Poisson(mean)). Log-normal Poisson (Huginn, arXiv 2502.05171):
-    T = 1 + Poisson(exp(tau)), tau normal with mean log(mean - 1) - sigma^2 / 2, so that T has the requested mean.
-    """
-    longest = int(mean + 20 * math.sqrt(mean) + 50)
-    if config.depth == "log_normal_poisson_per_sequence":
-        longest *= math.ceil(math.exp(4 * config.log_normal_sigma))
-        nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_POINTS)
-        rates = (mean - 1) * np.exp(config.log_normal_sigma * nodes - config.log_normal_sigma**2 / 2)
-        mixture = sum(w * _poisson(rate, longest) for w, rate in zip(weights / weights.sum(), rates, strict=True))
-        return np.concatenate(([0.0], np.cumsum(mixture)))
-    cumulative = np.cumsum(_poisson(mean, longest))
-    cumulative[0] = 0.0  # a draw of 0 counts as 1
-    return cumulative
-
-
-def _poisson(rate: float, longest: int) -> np.ndarray:
-    """P(N = 0), ..., P(N = longest)."""
-    if rate == 0:
-        return np.eye(1, longest + 1)[0]
-    counts = np.arange(longest + 1)
-    log_factorials = np.concatenate(([0.0], np.cumsum(np.log(counts[1:]))))
-    return np.exp(counts * math.log(rate) - rate - log_factorials)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mythos.config.derive import has_value_embedding
 from mythos.config.model_schema import Looped
 from mythos.loss import Mean
-from mythos.model.attention import has_value_embedding
 from mythos.model.block import CoreBlock
 from mythos.model.depth import DepthPlan, due
 from mythos.model.halting import ACTHalting, HaltingState

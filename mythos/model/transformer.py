@@ -8,10 +8,11 @@ Both are called alike, and return logits (B, S, V), or ``Losses`` when they are 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mythos.config.derive import has_value_embedding
 from mythos.config.model_schema import Dense, Looped
 from mythos.config.schema import Loop as LoopOptions
 from mythos.loss import Losses, cross_entropy_and_z_loss, sequence_losses
-from mythos.model.attention import ValueEmbeddings, has_value_embedding
+from mythos.model.attention import ValueEmbeddings
 from mythos.model.block import Block
 from mythos.model.depth import DepthPlan, fixed
 from mythos.model.layers import feed_forward

@@ -42,14 +42,14 @@ def count_parameters(model: Looped | Dense) -> ParameterCount:
     layers = model.layers if isinstance(model, Dense) else model.prelude_layers + model.core_layers + model.coda_layers
     parts = {"token table": model.vocabulary_size * width}
     parts |= _value_embeddings(model, layers)
-    parts["attention"] = layers * _attention(width, model.attention)
+    parts["attention"] = layers * (attention_matrices(width, model.attention) + _attention_norms(model.attention))
     idle, core_feed_forward = 0, 0
     if isinstance(model, Looped) and model.core_experts is not None:
         core_feed_forward = model.core_layers
         parts |= _experts(width, model.core_layers, model.core_experts)
         unchosen = model.core_experts.experts - model.core_experts.experts_per_token
-        idle = unchosen * model.core_layers * _swiglu(width, model.core_experts.expert_hidden_size)
-    parts["feed-forward"] = (layers - core_feed_forward) * _feed_forward(width, model.feed_forward)
+        idle = unchosen * model.core_layers * swiglu_matrices(width, model.core_experts.expert_hidden_size)
+    parts["feed-forward"] = (layers - core_feed_forward) * feed_forward_matrices(width, model.feed_forward)
     parts["norms"] = (2 * layers + 1) * width
     if isinstance(model, Looped):
         parts["norms"] += width  # after the prelude
@@ -68,7 +68,8 @@ def _value_embeddings(model: Looped | Dense, layers: int) -> dict[str, int]:
     }
 
 
-def _attention(width: int, attention: GroupedQuery | Latent) -> int:
+def attention_matrices(width: int, attention: GroupedQuery | Latent) -> int:
+    """Elements of the matrices of one attention layer, without a gate on value embeddings."""
     match attention:
         case GroupedQuery():
             return 2 * width * (attention.heads + attention.kv_heads) * attention.head_size
@@ -79,25 +80,31 @@ def _attention(width: int, attention: GroupedQuery | Latent) -> int:
 def _latent_attention(width: int, attention: Latent) -> int:
     query, latent, heads = attention.query_latent_size, attention.key_value_latent_size, attention.heads
     content, rotated, value = attention.content_head_size, attention.rotary_head_size, attention.value_head_size
-    queries = width * query + query + query * heads * (content + rotated)
-    keys_and_values = width * (latent + rotated) + latent + latent * heads * (content + value)
+    queries = width * query + query * heads * (content + rotated)
+    keys_and_values = width * (latent + rotated) + latent * heads * (content + value)
     return queries + keys_and_values + heads * value * width
 
 
-def _swiglu(width: int, hidden_size: int) -> int:
+def _attention_norms(attention: GroupedQuery | Latent) -> int:
+    """Scales of the norms inside one attention layer."""
+    return attention.query_latent_size + attention.key_value_latent_size if isinstance(attention, Latent) else 0
+
+
+def swiglu_matrices(width: int, hidden_size: int) -> int:
+    """Elements of the matrices of one gated feed-forward layer or expert."""
     return 3 * width * hidden_size
 
 
-def _feed_forward(width: int, config: FeedForward) -> int:
-    matrices = 3 if config.kind == "swiglu" else 2
-    return matrices * width * config.hidden_size
+def feed_forward_matrices(width: int, config: FeedForward) -> int:
+    """Elements of the matrices of one dense feed-forward layer."""
+    return swiglu_matrices(width, config.hidden_size) if config.kind == "swiglu" else 2 * width * config.hidden_size
 
 
 def _experts(width: int, layers: int, experts: MixtureOfExperts) -> dict[str, int]:
     return {
         "routers": layers * width * experts.experts,
-        "routed experts": layers * experts.experts * _swiglu(width, experts.expert_hidden_size),
-        "shared experts": layers * _swiglu(width, experts.shared_hidden_size),
+        "routed experts": layers * experts.experts * swiglu_matrices(width, experts.expert_hidden_size),
+        "shared experts": layers * swiglu_matrices(width, experts.shared_hidden_size),
     }
 
 

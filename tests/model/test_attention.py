@@ -3,13 +3,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from mythos.config.derive import has_value_embedding
 from mythos.config.model_schema import GroupedQuery, Latent
 from mythos.model.attention import (
     GroupedQueryAttention,
     LatentAttention,
     ValueEmbeddings,
     build_attention,
-    has_value_embedding,
 )
 from mythos.model.layers import rotary_angles, rotate
 from tests.model.helpers import gradients, numbers, randomise

@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 
+from mythos.config.depth_distribution import mean_depth
 from mythos.config.schema import Loop
-from mythos.model.depth import draw_depths, due, fixed, mean_depth, plan, state_seed
+from mythos.model.depth import draw_depths, due, fixed, plan, state_seed
 
 SEQUENCES = 4096
 
