@@ -54,6 +54,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {"model": BLOCK | {"kind": "dense", "layers": 2, "feed_forward": {"kind": "relu2", "hidden_size": 64}}},
 }
 
+PUBLISHED_START = {
+    "init__token_table": "orthogonal",
+    "init__value_tables": "standard_normal",
+    "init__value_gates": "uniform",
+    "init__key_value": "each",
+}
+"""The initial weights of the published code, for the model "published"."""
+
 
 def tiny_config(model: str, data: Path, run: Path, ranks: int = 1, **overrides: Any) -> Config:
     """A validated configuration; ``overrides`` are dotted paths with ``__`` for the dot."""

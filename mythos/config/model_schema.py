@@ -20,6 +20,13 @@ class GroupedQuery:
     head_size: int = option("channels of one head; even, for rotary embedding", gt=0)
     rope_base: float = option("base of the rotary frequencies", 50_000.0, gt=1)
     qk_norm: bool = option("RMS-normalise queries and keys after rotation (no learned scale)", True)
+    qk_norm_epsilon: float = option(
+        "added to the mean square in that norm; the code of arXiv 2604.12946: the smallest step of the type, "
+        "1.1920929e-7 in fp32",
+        1e-6,
+        gt=0,
+        needs=Needs("model.attention.qk_norm"),
+    )
     value_embeddings: bool = option(
         "add a table looked up by the input token to the values of every second layer", False
     )
@@ -48,6 +55,12 @@ class FeedForward:
 
     kind: Literal["swiglu", "relu2"] = option("swiglu (gated) or relu2 (squared ReLU, no gate)", "swiglu")
     hidden_size: int = option("channels inside the layer", gt=0)
+    relu2_factor: float = option(
+        "factor on the output of relu2; the code of arXiv 2604.12946: 0.5",
+        1.0,
+        gt=0,
+        needs=Needs("model.feed_forward.kind", ("relu2",)),
+    )
 
 
 @section

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mythos.config.init_schema import Init
 from mythos.config.model_schema import Model
 from mythos.config.optim_schema import Optim
 from mythos.config.option import Needs, option, section
@@ -267,6 +268,7 @@ class Config:
         "training type; auto is bf16 on a GPU and fp32 on a CPU", "auto", change="ask"
     )
     model: Model = option("the architecture")
+    init: Init = option("initial weights", default_factory=Init)
     loop: Loop | None = option("the loop of a looped model", None, needs=LOOPED)
     train: Train = option("length and batch")
     optim: Optim = option("optimizer and learning rate")

@@ -27,7 +27,7 @@ from mythos.engine.placement import (
     refresh_weights,
 )
 from mythos.engine.sections import check_clipping, deepspeed_config, expert_parallel_section, precision
-from mythos.model import build_model, build_structure
+from mythos.model import build_model, build_structure, start
 from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
 from mythos.model.loop import ExitRule, Loop
@@ -237,9 +237,8 @@ def _build_model(config: Config, sections: dict[str, Any]) -> nn.Module:
         model = build_structure(config)
     initialise(
         model,
-        config.model.width,
+        start(config),
         config.seed,
-        config.loop.mean_depth if config.loop else 1.0,
         gather=lambda parameter: deepspeed.zero.GatheredParameters([parameter], modifier_rank=0),
     )
     return model

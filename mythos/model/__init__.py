@@ -9,6 +9,7 @@ from mythos.config.model_schema import Dense, Looped
 from mythos.config.schema import Config
 from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
+from mythos.model.rules import Start
 from mythos.model.transformer import DenseTransformer, LoopedTransformer
 
 Forward = Callable[[Tensor, Tensor | None, DepthPlan | None], Any]
@@ -18,8 +19,13 @@ Forward = Callable[[Tensor, Tensor | None, DepthPlan | None], Any]
 def build_model(config: Config) -> nn.Module:
     """The model of the configuration with its initial weights, on the CPU in fp32."""
     model = build_structure(config)
-    initialise(model, config.model.width, config.seed, config.loop.mean_depth if config.loop else 1.0)
+    initialise(model, start(config), config.seed)
     return model
+
+
+def start(config: Config) -> Start:
+    """What the initial weights of the configuration depend on besides the seed."""
+    return Start(config.init, config.model.width, config.loop.mean_depth if config.loop else 1.0)
 
 
 def build_structure(config: Config) -> nn.Module:

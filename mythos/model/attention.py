@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from mythos.config.derive import has_value_embedding
 from mythos.config.model_schema import VALUE_GATE_CHANNELS, Dense, GroupedQuery, Latent, Looped
 from mythos.model.layers import rotary_angles, rotate
-from mythos.model.parameters import Rule
-
-QK_NORM_EPSILON = 1e-6
+from mythos.model.rules import Rule, Start, normal, orthogonal, uniform
 
 
 class GroupedQueryAttention(nn.Module):
@@ -32,9 +30,14 @@ class GroupedQueryAttention(nn.Module):
         self.value_gate = nn.Linear(VALUE_GATE_CHANNELS, config.kv_heads, bias=False) if value_gate else None
         self.out = nn.Linear(config.heads * config.head_size, width, bias=False)
 
-    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The output projection is zero: every block starts as the identity."""
-        return {self.out.weight: torch.zeros_like}
+        rules: dict[Tensor, Rule] = {self.out.weight: torch.zeros_like}
+        if start.options.key_value == "each":
+            rules[self.key_value.weight] = orthogonal(start.deviation, stacked=2)
+        if self.value_gate is not None and start.options.value_gates == "uniform":
+            rules[self.value_gate.weight] = uniform(VALUE_GATE_CHANNELS**-0.5)
+        return rules
 
     def stacked_matrices(self) -> dict[Tensor, int]:
         """Key and value."""
@@ -61,8 +64,8 @@ class GroupedQueryAttention(nn.Module):
             v_BKSC = v_BKSC + gate_BKS[..., None] * embedded_BKSC
         q_BHSC, k_BKSC = rotate(q_BHSC, rotary), rotate(k_BKSC, rotary)
         if self.config.qk_norm:
-            q_BHSC = F.rms_norm(q_BHSC, (size,), eps=QK_NORM_EPSILON)
-            k_BKSC = F.rms_norm(k_BKSC, (size,), eps=QK_NORM_EPSILON)
+            q_BHSC = F.rms_norm(q_BHSC, (size,), eps=self.config.qk_norm_epsilon)
+            k_BKSC = F.rms_norm(k_BKSC, (size,), eps=self.config.qk_norm_epsilon)
         return self.out(_attend(q_BHSC, k_BKSC, v_BKSC))
 
 
@@ -88,7 +91,7 @@ class LatentAttention(nn.Module):
         self.key_value_up = nn.Linear(latent, heads * (config.content_head_size + config.value_head_size), bias=False)
         self.out = nn.Linear(heads * config.value_head_size, width, bias=False)
 
-    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The output projection is zero: every block starts as the identity."""
         return {self.out.weight: torch.zeros_like}
 
@@ -134,6 +137,12 @@ class ValueEmbeddings(nn.Module):
             {str(layer): nn.Embedding(config.vocabulary_size, channels) for layer in with_table}
         )
         self.layers = layers
+
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
+        """Tables have deviation 1 where ``init.value_tables`` says so."""
+        if start.options.value_tables == "normal":
+            return {}
+        return {table: normal(1.0) for table in self.tables.parameters()}
 
     def forward(self, tokens_BS: Tensor) -> list[Tensor | None]:
         """For each layer the rows (B, S, K x C) of its table, or None."""

@@ -9,7 +9,8 @@ from mythos.config.model_schema import Dense, Looped
 from mythos.model.attention import build_attention
 from mythos.model.layers import feed_forward
 from mythos.model.moe import MoE, Routing, observe_routing, routing_penalties
-from mythos.model.parameters import Role, Rule
+from mythos.model.parameters import Role
+from mythos.model.rules import Rule, Start
 
 
 class Block(nn.Module):
@@ -41,7 +42,7 @@ class Adapter(nn.Module):
         self.down = nn.Parameter(torch.empty(loops, rank, width))
         self.up = nn.Parameter(torch.empty(loops, width, rank))
 
-    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """U is zero: all steps start with the same weights."""
         return {self.up: torch.zeros_like}
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos.config.model_schema import Halting
-from mythos.model.parameters import Rule
+from mythos.model.rules import Rule, Start, constant
 
 
 class HaltingState(NamedTuple):
@@ -37,13 +37,13 @@ class ACTHalting(nn.Module):
         self.threshold = config.threshold
         self.gate = nn.Linear(width, 1)
 
-    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """p = 1 / mean depth at every step: tokens halt at that depth on average."""
-        probability = min(1 / mean_depth, 0.99)
+        probability = min(1 / start.mean_depth, 0.99)
         bias = math.log(probability / (1 - probability))
         return {
             self.gate.weight: torch.zeros_like,
-            self.gate.bias: lambda normal: torch.full_like(normal, bias),
+            self.gate.bias: constant(bias),
         }
 
     def start(self, h_BSD: Tensor) -> HaltingState:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.model_schema import Looped
-from mythos.model.parameters import Rule
+from mythos.model.rules import Rule, Start, constant, identity
 
 POWER_ITERATIONS = 100
 INITIAL_DECAY = math.sqrt(1 / 5)
@@ -34,13 +34,13 @@ class LTIInjection(nn.Module):
         self.step_bias = nn.Parameter(torch.empty(width))
         self.input = nn.Linear(width, width, bias=False)
 
-    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """a = ``INITIAL_DECAY`` and dt = -log a in every channel, B the identity."""
         step_bias = math.log(math.expm1(-math.log(INITIAL_DECAY)))  # softplus of it is dt
         return {
             self.log_decay: torch.zeros_like,
-            self.step_bias: lambda normal: torch.full_like(normal, step_bias),
-            self.input.weight: lambda normal: torch.eye(len(normal)),
+            self.step_bias: constant(step_bias),
+            self.input.weight: identity(),
         }
 
     def decay(self) -> Tensor:
@@ -69,11 +69,11 @@ class LinearInjection(nn.Module):
         self.state = nn.Linear(width, width, bias=False)
         self.input = nn.Linear(width, width, bias=False)
 
-    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The same function of (h, e) as the initial LTI injection."""
         return {
-            self.state.weight: lambda normal: INITIAL_DECAY * torch.eye(len(normal)),
-            self.input.weight: lambda normal: -math.log(INITIAL_DECAY) * torch.eye(len(normal)),
+            self.state.weight: identity(INITIAL_DECAY),
+            self.input.weight: identity(-math.log(INITIAL_DECAY)),
         }
 
     def spectral_radius(self) -> Tensor:

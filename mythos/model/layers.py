@@ -4,19 +4,12 @@ Shape suffixes in this package: B batch, S sequence, D width, H query heads, K k
 F hidden size of a feed-forward layer, E experts, T tokens (B x S), V vocabulary.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.model_schema import FeedForward
-from mythos.model.parameters import Rule
-
-
-def initial_deviation(width: int) -> float:
-    """Standard deviation of initial weights and of the loop's first state: sqrt(2 / (5 width)) (arXiv 2604.12946)."""
-    return math.sqrt(2 / (5 * width))
+from mythos.model.rules import Rule, Start
 
 
 class SwiGLU(nn.Module):
@@ -27,7 +20,7 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden_size, bias=False)
         self.down = nn.Linear(hidden_size, width, bias=False)
 
-    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The output projection is zero: every block starts as the identity."""
         return {self.down.weight: torch.zeros_like}
 
@@ -41,19 +34,23 @@ class SwiGLU(nn.Module):
 
 
 class SquaredReLU(nn.Module):
-    """y = W_down relu(W_up x)^2 (So et al. 2021, arXiv 2109.08668)."""
+    """y = factor W_down relu(W_up x)^2 (So et al. 2021, arXiv 2109.08668).
 
-    def __init__(self, width: int, hidden_size: int) -> None:
+    Muon's updates of W_down do not depend on the factor, so it also scales how much an update changes y.
+    """
+
+    def __init__(self, width: int, hidden_size: int, factor: float) -> None:
         super().__init__()
+        self.factor = factor
         self.up = nn.Linear(width, hidden_size, bias=False)
         self.down = nn.Linear(hidden_size, width, bias=False)
 
-    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The output projection is zero: every block starts as the identity."""
         return {self.down.weight: torch.zeros_like}
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x_BSD)).square())
+        return self.factor * self.down(F.relu(self.up(x_BSD)).square())
 
 
 def feed_forward(width: int, config: FeedForward) -> nn.Module:
@@ -62,7 +59,7 @@ def feed_forward(width: int, config: FeedForward) -> nn.Module:
         case "swiglu":
             return SwiGLU(width, config.hidden_size)
         case "relu2":
-            return SquaredReLU(width, config.hidden_size)
+            return SquaredReLU(width, config.hidden_size, config.relu2_factor)
 
 
 def rotary_angles(length: int, head_size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:

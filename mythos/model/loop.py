@@ -15,8 +15,8 @@ from mythos.model.block import CoreBlock
 from mythos.model.depth import DepthPlan, due
 from mythos.model.halting import ACTHalting, HaltingState
 from mythos.model.injection import build_injection
-from mythos.model.layers import initial_deviation
 from mythos.model.moe import forget_load, moe_layers
+from mythos.model.rules import initial_deviation
 
 ExitRule = Callable[[Tensor, Tensor, Tensor | None], bool]
 """(state before, state after, which tokens have halted or None) -> whether to leave the loop; for evaluation.

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mythos.config.model_schema import MixtureOfExperts
 from mythos.model.layers import SwiGLU
-from mythos.model.parameters import Role, Rule
+from mythos.model.parameters import Role
+from mythos.model.rules import Rule, Start
 
 TOKENS_PER_EXPERT = "tokens_per_expert"
 
@@ -44,7 +45,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(config.experts, 2 * hidden, width))
         self.down_proj = nn.Parameter(torch.empty(config.experts, width, hidden))
 
-    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The output projections are zero: every block starts as the identity."""
         return {self.down_proj: torch.zeros_like}
 

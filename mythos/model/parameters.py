@@ -4,14 +4,13 @@ A module class that needs more than the defaults has the methods or the attribut
 and optimizer collect them, so a new kind of layer changes neither.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import Enum, auto
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-Rule = Callable[[Tensor], Tensor]
-"""Standard normal numbers in the parameter's shape -> its initial values."""
+from mythos.model.rules import Rule, Start
 
 
 class Role(Enum):
@@ -31,8 +30,8 @@ class Role(Enum):
 class HasInitialValues(Protocol):
     """A module with initial values of its own for some of its parameters."""
 
-    def initial_values(self, mean_depth: float) -> dict[Tensor, Rule]:
-        """The rules of these parameters; ``mean_depth`` is the mean number of loop steps in training."""
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
+        """The rules of these parameters."""
         ...
 
 
@@ -52,12 +51,12 @@ class HasRole(Protocol):
     parameter_role: Role
 
 
-def initial_rules(model: nn.Module, mean_depth: float) -> dict[Tensor, Rule]:
+def initial_rules(model: nn.Module, start: Start) -> dict[Tensor, Rule]:
     """The rules of all modules that have their own."""
     rules: dict[Tensor, Rule] = {}
     for module in model.modules():
         if isinstance(module, HasInitialValues):
-            rules |= module.initial_values(mean_depth)
+            rules |= module.initial_values(start)
     return rules
 
 

@@ -17,6 +17,7 @@ from mythos.model.block import Block
 from mythos.model.depth import DepthPlan, fixed
 from mythos.model.layers import feed_forward
 from mythos.model.loop import ExitRule, Loop
+from mythos.model.rules import Rule, Start, orthogonal
 
 
 class LoopedTransformer(nn.Module):
@@ -99,6 +100,10 @@ class TiedHead(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.weight = embedding.weight
         self.z_loss = z_loss
+
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
+        """The token table has orthogonal columns where ``init.token_table`` says so."""
+        return {} if start.options.token_table == "normal" else {self.weight: orthogonal(start.deviation)}
 
     def forward(self, x_BSD: Tensor, targets_BS: Tensor | None) -> Tensor | Losses:
         x_BSD = self.norm(x_BSD)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from mythos.config.init_schema import Init
 from mythos.model.init import initialise
 from mythos.model.injection import INITIAL_DECAY, AdditiveInjection, LinearInjection, LTIInjection
+from mythos.model.rules import Start
 from tests.model.helpers import numbers, randomise
 
 
@@ -62,7 +64,7 @@ def test_the_forms_for_comparison_compute_their_equations() -> None:
 def test_linear_and_stable_injection_start_as_the_same_function() -> None:
     linear, stable = LinearInjection(6), LTIInjection(6)
     for module in (linear, stable):
-        initialise(torch.nn.ModuleList([module]), 6, seed=0)
+        initialise(torch.nn.ModuleList([module]), Start(Init(), 6), seed=0)
     h, e = numbers(2, 3, 6, seed=3), numbers(2, 3, 6, seed=4)
     assert_close(linear(h, e), stable(h, e))
     assert stable.decay().tolist() == pytest.approx([INITIAL_DECAY] * 6)

@@ -11,9 +11,10 @@ from torch.testing import assert_close
 
 from mythos.config.model_schema import Looped
 from mythos.model.depth import DepthPlan, fixed, plan
-from mythos.model.layers import initial_deviation, rotary_angles
+from mythos.model.layers import rotary_angles
 from mythos.model.loop import Loop, LoopInputs
 from mythos.model.moe import expert_load
+from mythos.model.rules import initial_deviation
 from tests.model.helpers import gradients, numbers, randomise
 from tests.reference.masked_loop import masked_loop
 from tests.tiny import MODELS, tiny_config

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from mythos.loss import IGNORED, cross_entropy_and_z_loss
-from mythos.model import build_model, depth
+from mythos.model import build_model, depth, start
 from mythos.model.init import initialise
 from tests.model.helpers import randomise
 from tests.tiny import MODELS, VOCABULARY, tiny_config
@@ -65,7 +65,7 @@ def test_initial_weights_depend_only_on_seed_and_name() -> None:
     config = tiny_config("looped-moe", PATH, PATH)
     model, other = build_model(config), build_model(config)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-    initialise(other, config.model.width, seed=1)
+    initialise(other, start(config), seed=1)
     assert not torch.equal(model.embedding.weight, other.embedding.weight)
     deviation = math.sqrt(2 / (5 * 32))
     assert model.embedding.weight.std().item() == pytest.approx(deviation, rel=0.05)

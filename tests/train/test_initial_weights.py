@@ -10,7 +10,7 @@ from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.model import build_model
 from tests.spawn import RankPool
-from tests.tiny import tiny_config
+from tests.tiny import PUBLISHED_START, tiny_config
 
 
 def weights(config: Config) -> dict[str, torch.Tensor]:
@@ -24,16 +24,16 @@ def weights(config: Config) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("model", ["mythos", "published"])
+@pytest.mark.parametrize(("model", "options"), [("mythos", {}), ("published", {}), ("published", PUBLISHED_START)])
 def test_sharded_and_complete_models_have_the_same_initial_weights(
-    model: str, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+    model: str, options: dict[str, str], one_rank: RankPool, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
     expected = {
         name: parameter.detach()
-        for name, parameter in build_model(tiny_config(model, tiny_data, tmp_path)).named_parameters()
+        for name, parameter in build_model(tiny_config(model, tiny_data, tmp_path, **options)).named_parameters()
         if "_proj" not in name
     }
     for pool in (one_rank, two_ranks):
-        for found in pool.run(weights, tiny_config(model, tiny_data, tmp_path, ranks=pool.ranks)):
+        for found in pool.run(weights, tiny_config(model, tiny_data, tmp_path, ranks=pool.ranks, **options)):
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], expected[name]) for name in expected)
