@@ -1,16 +1,16 @@
 """The training loss: cross-entropy, and the penalties that are added to it."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
 
 IGNORED = -100
-CHUNK_LOGITS = 1 << 24
-"""Largest number of logits in memory at a time: 64 MiB in fp32."""
+CHUNK_LOGITS = {"cuda": 1 << 27, "cpu": 1 << 24}
+"""Largest number of logits in memory at a time: 512 MiB in fp32 on a GPU, 4,096 tokens with a vocabulary of 32,768."""
 
 
 class Mean(NamedTuple):
@@ -42,54 +42,91 @@ class Losses(NamedTuple):
         return self._replace(total=total, measured=self.measured | measured | dict(diagnostics or {}))
 
 
-def cross_entropy_and_z_loss(
-    hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
+class HeadLoss(NamedTuple):
+    """Means over the targets that are not ``IGNORED``, in fp32; only ``total`` has a gradient."""
+
+    total: Tensor
+    """Cross-entropy + z-loss."""
+    cross_entropy: Tensor
+    z_loss: Tensor
+
+
+def cross_entropy_and_z_loss(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, z_loss: float = 0.0) -> HeadLoss:
     """Means over the targets that are not ``IGNORED`` of
 
         -log softmax(head h)[target]   and   z_loss * logsumexp(head h)^2  (PaLM, arXiv 2204.02311).
 
-    ``hidden_BSD`` is h, ``head_VD`` the output matrix. In fp32; 0 if all targets are ignored. At most ``CHUNK_LOGITS``
-    logits are in memory at a time.
+    ``hidden_BSD`` is h, ``head_VD`` the output matrix; 0 if all targets are ignored. The matrix products are in the
+    type of h; everything else is in fp32, including the sum of the head's gradient over chunks of tokens. At most
+    ``CHUNK_LOGITS`` logits are in memory at a time.
     """
     hidden_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
-    chunk_tokens = max(1, CHUNK_LOGITS // head_VD.shape[0])
-    if len(targets_T) <= chunk_tokens:
-        sums = _sums(hidden_TD, head_VD, targets_T, z_loss)
-    elif z_loss == 0 and hasattr(nn, "LinearCrossEntropyOptions"):  # not in torch 2.11
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens)
-        total = F.linear_cross_entropy(
-            hidden_TD, head_VD, targets_T, reduction="sum", ignore_index=IGNORED, options=options
-        ).float()
-        sums = torch.stack((total, torch.zeros_like(total)))
-    else:
-        sums = _sums_in_chunks(hidden_TD, head_VD, targets_T, z_loss, chunk_tokens)
-    cross_entropy, z = (sums / (targets_T != IGNORED).sum().clamp(min=1)).unbind()
-    return cross_entropy, z
+    with_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or head_VD.requires_grad)
+    sums = _Sums.apply(hidden_TD, head_VD, targets_T, z_loss, with_gradient)
+    count = (targets_T != IGNORED).sum().clamp(min=1)
+    return HeadLoss(*(total / count for total in sums))
 
 
 def sequence_losses(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor) -> Tensor:
     """The cross-entropy of each sequence by itself, (B,)."""
     pairs = zip(hidden_BSD.split(1), targets_BS.split(1), strict=True)
     return torch.stack(
-        [cross_entropy_and_z_loss(hidden_1SD, head_VD, targets_1S)[0] for hidden_1SD, targets_1S in pairs]
+        [cross_entropy_and_z_loss(hidden_1SD, head_VD, targets_1S).cross_entropy for hidden_1SD, targets_1S in pairs]
     )
 
 
-def _sums(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z_loss: float) -> Tensor:
-    """The sums over tokens of both, (2,)."""
-    logits_TV = F.linear(hidden_TD, head_VD).float()
-    total = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
-    if not z_loss:
-        return torch.stack((total, torch.zeros_like(total)))
-    z = (logits_TV.logsumexp(dim=-1).square() * (targets_T != IGNORED)).sum()
-    return torch.stack((total, z_loss * z))
+class _Sums(Function):
+    """Sums over tokens: (cross-entropy + z-loss, cross-entropy, z-loss); the first has a gradient.
 
+    With the logits l = head h, L = logsumexp(l), z the weight of the z-loss and y the target as a unit vector:
 
-def _sums_in_chunks(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z_loss: float, chunk_tokens: int) -> Tensor:
-    """torch's linear_cross_entropy has no z-loss. The logits of a chunk are recomputed in the backward pass."""
-    sums = hidden_TD.new_zeros(2, dtype=torch.float32)
-    for hidden_tD, targets_t in zip(hidden_TD.split(chunk_tokens), targets_T.split(chunk_tokens), strict=True):
-        arguments = (hidden_tD, head_VD, targets_t, z_loss)
-        sums = sums + checkpoint(_sums, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return sums
+        loss = L - l . y + z L^2      dl = (1 + 2 z L) softmax(l) - y      dh = head^T dl      dhead = dl h^T
+
+    The gradients are computed in the forward pass, while the logits of a chunk are in memory; so neither the logits nor
+    the head, which ZeRO-3 has gathered, are needed in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z_loss: float, with_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        product_VD = head_VD.to(hidden_TD.dtype)
+        cross_entropy_T = torch.empty(len(targets_T), device=hidden_TD.device)
+        logsumexp_T = torch.empty_like(cross_entropy_T)
+        if with_gradient:
+            hidden_gradient_TD = torch.empty_like(hidden_TD)
+            head_gradient_VD = torch.zeros_like(head_VD, dtype=torch.float32)
+        kept_T1 = (targets_T != IGNORED)[:, None]
+        safe_targets_T1 = targets_T[:, None].where(kept_T1, 0)
+        chunk_tokens = max(1, CHUNK_LOGITS[hidden_TD.device.type] // len(head_VD))
+        for start in range(0, len(targets_T), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            hidden_tD, kept_t1, target_t1 = hidden_TD[chunk], kept_T1[chunk], safe_targets_T1[chunk]
+            logits_tV = F.linear(hidden_tD, product_VD).float()
+            logit_t1 = logits_tV.gather(1, target_t1)
+            log_softmax_tV = logits_tV.log_softmax(dim=-1)
+            del logits_tV
+            cross_entropy_t1 = -log_softmax_tV.gather(1, target_t1)
+            logsumexp_t1 = cross_entropy_t1 + logit_t1
+            cross_entropy_T[chunk] = (cross_entropy_t1 * kept_t1).squeeze(1)
+            logsumexp_T[chunk] = (logsumexp_t1 * kept_t1).squeeze(1)
+            if with_gradient:
+                gradient_tV = log_softmax_tV.exp_().mul_((1 + 2 * z_loss * logsumexp_t1) * kept_t1)
+                gradient_tV.scatter_add_(1, target_t1, -kept_t1.float())
+                gradient_tV = gradient_tV.to(hidden_TD.dtype)
+                torch.mm(gradient_tV, product_VD, out=hidden_gradient_TD[chunk])
+                if hidden_TD.dtype == torch.float32:
+                    head_gradient_VD.addmm_(gradient_tV.T, hidden_tD)
+                else:
+                    head_gradient_VD += gradient_tV.T @ hidden_tD
+        if with_gradient:
+            ctx.save_for_backward(hidden_gradient_TD, head_gradient_VD)
+        cross_entropy, z = cross_entropy_T.sum(), z_loss * logsumexp_T.square().sum()
+        ctx.mark_non_differentiable(cross_entropy, z)
+        return cross_entropy + z, cross_entropy, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: the head's gradient is large. PyTorch raises an error at a second backward pass.
+        return *(saved.mul_(gradient) for saved in ctx.saved_tensors), None, None, None

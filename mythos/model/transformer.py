@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mythos.config.derive import has_value_embedding
 from mythos.config.model_schema import Dense, Looped
 from mythos.config.schema import Loop as LoopOptions
-from mythos.loss import Losses, cross_entropy_and_z_loss, sequence_losses
+from mythos.loss import Losses, Mean, cross_entropy_and_z_loss, sequence_losses
 from mythos.model.attention import ValueEmbeddings
 from mythos.model.block import Block
 from mythos.model.depth import DepthPlan, fixed
@@ -112,9 +112,8 @@ class TiedHead(nn.Module):
         if not self.training:
             by_sequence_B = sequence_losses(x_BSD, self.weight, targets_BS)
             return Losses(by_sequence_B.mean(), by_sequence_B.mean().detach(), {}, by_sequence_B.detach())
-        cross_entropy, z_loss = cross_entropy_and_z_loss(x_BSD, self.weight, targets_BS, self.z_loss)
-        losses = Losses(cross_entropy, cross_entropy.detach(), {})
-        return losses.plus({"train/z_loss": z_loss}) if self.z_loss else losses
+        loss = cross_entropy_and_z_loss(x_BSD, self.weight, targets_BS, self.z_loss)
+        return Losses(loss.total, loss.cross_entropy, {"train/z_loss": Mean(loss.z_loss)} if self.z_loss else {})
 
 
 def _rotary(blocks: nn.ModuleList, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from mythos.loss import IGNORED, cross_entropy_and_z_loss
 from mythos.model import build_model, depth, start
 from mythos.model.init import initialise
 from tests.model.helpers import randomise
@@ -91,34 +90,3 @@ def test_blocks_start_as_identity() -> None:
 def test_the_head_is_the_embedding_table() -> None:
     model = build_model(tiny_config("looped", PATH, PATH))
     assert model.head.weight is model.embedding.weight
-
-
-@pytest.mark.parametrize("z_loss", [0.0, 0.01])
-def test_the_loss_in_chunks_equals_the_loss_at_once(z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, head = torch.randn(2, 7, 8, requires_grad=True), torch.randn(10, 8, requires_grad=True)
-    targets = torch.randint(10, (2, 7))
-    targets[1, 3:] = IGNORED
-    kept = targets.flatten() != IGNORED
-    logits = (hidden @ head.T).flatten(0, 1)[kept]
-    z = z_loss * logits.logsumexp(-1).square().mean()
-    expected = torch.stack((F.cross_entropy(logits, targets.flatten()[kept]), z))
-    for chunk_logits in (10**6, 30, 10, 1):
-        monkeypatch.setattr("mythos.loss.CHUNK_LOGITS", chunk_logits)
-        found = torch.stack(cross_entropy_and_z_loss(hidden, head, targets, z_loss))
-        assert_close(found, expected)
-        for own, reference in zip(
-            torch.autograd.grad(found.sum(), (hidden, head)),
-            torch.autograd.grad(expected.sum(), (hidden, head), retain_graph=True),
-            strict=True,
-        ):
-            assert_close(own, reference)
-
-
-def test_ignored_targets_count_for_nothing() -> None:
-    hidden, head = torch.randn(2, 4, 8), torch.randn(10, 8)
-    targets = torch.randint(10, (2, 4))
-    expected = F.cross_entropy(hidden[:1].flatten(0, 1) @ head.T, targets[:1].flatten())
-    targets[1] = IGNORED
-    assert_close(cross_entropy_and_z_loss(hidden, head, targets)[0], expected)
-    nothing = torch.full((2, 4), IGNORED)
-    assert [value.item() for value in cross_entropy_and_z_loss(hidden, head, nothing, 0.1)] == [0, 0]

@@ -70,12 +70,9 @@ def test_one_rank_trains_like_the_plain_process(
 
 
 def train_with_chunked_loss(config: Config) -> int:
-    before = loss.CHUNK_LOGITS
-    loss.CHUNK_LOGITS = 10 * VOCABULARY
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loss.CHUNK_LOGITS, "cpu", 10 * VOCABULARY)
         return run_training(config)
-    finally:
-        loss.CHUNK_LOGITS = before
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-3])
