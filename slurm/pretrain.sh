@@ -7,7 +7,7 @@
 #   sbatch --nodes=2-4 --gpus-per-node=4 slurm/pretrain.sh ...           on 2 to 4 nodes, as many as are free
 #   sbatch --cpus-per-gpu=16 slurm/pretrain.sh ...                       not --cpus-per-task: Slurm refuses it with GPUs
 #   sbatch --gpus-per-node=0 --mincpus=32 --ntasks-per-node=4 ...        nodes without GPUs
-#   sbatch --array=1-3 slurm/pretrain.sh MODEL.yaml RUN.yaml 'seed=${oc.decode:${oc.env:SLURM_ARRAY_TASK_ID}}' \
+#   sbatch --array=1-3 slurm/pretrain.sh MODEL.yaml RUN.yaml 'seed=${oc.env:SLURM_ARRAY_TASK_ID}' \
 #       'run.directory=runs/seed-${oc.env:SLURM_ARRAY_TASK_ID}'          one run per task of a job array
 #
 # One process per GPU. With a range of nodes (and no --ntasks-per-node) the job restarts on the remaining nodes when one

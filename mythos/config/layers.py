@@ -20,6 +20,7 @@ CONFIG_FILE = "config.yaml"
 """The configuration in a run directory, which the run itself wrote."""
 CHECKPOINT_DIRECTORY = "checkpoints"
 """The directory next to it, which every run creates."""
+RESTORE = "restore it, or give another run directory"
 
 
 def merge(
@@ -57,6 +58,17 @@ def merge(
 
 
 def _read(file: str | Path, saved: bool) -> dict[str, Any]:
+    layer = _content_of_run(Path(file)) if saved else _content(file)
+    _refuse_missing(layer, str(file))
+    layer = typed(layer)
+    assert isinstance(layer, dict)
+    if saved or (Path(file).name == CONFIG_FILE and (Path(file).parent / CHECKPOINT_DIRECTORY).is_dir()):
+        _keep_effective(layer)
+    return layer
+
+
+def _content(file: str | Path) -> dict[str, Any]:
+    """A file that the user gives, which may also be a pipe."""
     try:
         layer = yaml_file.parse(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -66,20 +78,18 @@ def _read(file: str | Path, saved: bool) -> dict[str, Any]:
     layer = {} if layer is None else layer
     if not isinstance(layer, dict):
         raise UserError(f"{file}: must hold options as `key: value`, not {type(layer).__name__}")
-    _refuse_missing(layer, str(file))
-    layer = typed(layer)
-    assert isinstance(layer, dict)
-    if saved or (Path(file).name == CONFIG_FILE and (Path(file).parent / CHECKPOINT_DIRECTORY).is_dir()):
-        _keep_effective(layer)
     return layer
+
+
+def _content_of_run(file: Path) -> dict[str, Any]:
+    return read_yaml(file, yaml_file.parse, TypeAdapter(dict[str, Any]), RESTORE)
 
 
 def read_saved(file: Path) -> dict[str, Any]:
     """A run's own file, without the options of other kinds, which version 0.1 wrote. Raises UserError."""
-    remedy = "restore it, or choose another run.directory"
-    layer = typed(read_yaml(file, yaml_file.parse, TypeAdapter(dict[str, Any]), remedy))
+    layer = typed(_content_of_run(file))
     if not isinstance(layer.get("model"), dict):
-        raise UserError(f"{file}: damaged, not a configuration: {remedy}")
+        raise UserError(f"{file}: damaged, not a configuration: {RESTORE}")
     _remove_other_kinds(layer)
     _resolve(layer)
     return layer

@@ -87,11 +87,14 @@ def load_run(saved: Path, overrides: Sequence[str] = (), world_size: int = 1) ->
     if isinstance(train, dict) and isinstance(train.get("micro_batch_sequences"), int):
         train["global_batch_sequences"] = train["micro_batch_sequences"] * world_size
         train["global_batch_tokens"] = None
-    return validate(raw, world_size)
+    return validate(raw, world_size, str(saved))
 
 
-def validate(raw: dict[str, Any], world_size: int = 1) -> Config:
-    """Validate a plain tree. Options that are wrong by themselves do not hide broken rules between the others."""
+def validate(raw: dict[str, Any], world_size: int = 1, place: str = "the configuration") -> Config:
+    """Validate a plain tree, which was read from ``place``.
+
+    Options that are wrong by themselves do not hide broken rules between the others.
+    """
     findings: list[Finding] = []
     config = None
     _fill_kinds(raw)
@@ -107,7 +110,7 @@ def validate(raw: dict[str, Any], world_size: int = 1) -> Config:
         ]
     if findings:
         raise UserError(
-            f"{len(findings)} problem{'s' if len(findings) > 1 else ''} in the configuration:\n"
+            f"{len(findings)} problem{'s' if len(findings) > 1 else ''} in {place}:\n"
             + "\n".join(f"  {finding}" for finding in findings)
         )
     assert config is not None

@@ -78,7 +78,10 @@ for _class in (_Reader, _Writer):
 
 def parse(text: str) -> Any:
     """The content of YAML text. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Reader)
+    try:
+        return yaml.load(text, Loader=_Reader)
+    except RecursionError:
+        raise yaml.YAMLError("values are nested too deep") from None
 
 
 def dump(tree: Mapping[str, Any]) -> str:

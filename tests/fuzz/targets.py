@@ -13,20 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import torch
 from hypothesis import strategies as st
 
+from data_prep.parquet_file import ParquetFile
 from data_prep.parts import read_record
 from data_prep.shards import ShardFormat, encode_shard
 from data_prep.tokenizer_file import agreed_validation_percent, load_tokenizer
 from mythos.checkpoint import layout, overview
 from mythos.checkpoint.manifest import FileRecord, _digest, optimizer_file, weights_file
 from mythos.checkpoint.reader import CheckpointReader
+from mythos.checkpoint.tensors import write_tensors
+from mythos.config.load import load_run
 from mythos.data.dataset import TokenDataset
 from mythos.data.format import SPLITS, Manifest, Settings, Source, SplitCounts, fingerprint
 from mythos.data.open import read_tokenizer
 from mythos.errors import UserError
+from mythos.export import INDEX_FILE, load_exported
+from mythos.model import build_structure
 from mythos.run.describe import describe
-from mythos.run.directory import MANIFEST_FILE, STATE_FILE, RunDirectory, prepare
+from mythos.run.directory import CONFIG_FILE, MANIFEST_FILE, STATE_FILE, RunDirectory, prepare
 from mythos.run.journal import STARTED, append_event
 from mythos.run.lock_file import look
 from mythos.run.metrics import read_metrics
@@ -37,6 +45,7 @@ from tests.tiny import tiny_config
 
 CORPUS = Path(__file__).parent / "corpus"
 ROW_TOKENS, ROWS = 16, 5
+EXPORTED_WEIGHTS = "model-00001-of-00001.safetensors"
 VALUES = [None, True, -1, 0, 2**31, 10**30, 10**400, 1e308, "", "../x", "\x1b[2J", "x" * 5000, [], {}, [[]], {"a": 1}]
 
 
@@ -65,6 +74,8 @@ def targets(place: Path) -> dict[str, Target]:
     counts = {"text_bytes": 10, "held_out_bytes": 5, "held_out_tokens": 2}
     note.write_text(json.dumps(hashes | counts), encoding="utf-8")
 
+    texts, exported = make_parquet(place / "texts.parquet"), make_export(place / "exported", run)
+
     def state() -> None:
         RunState.from_dict(checkpoint, layout.read_state(checkpoint))
 
@@ -72,7 +83,7 @@ def targets(place: Path) -> dict[str, Target]:
         run.metrics: lambda: (read_metrics(run.path), describe(read_status(run.path))),
         run.events: lambda: describe(read_status(run.path)),
         run.environment: lambda: describe(read_status(run.path)),
-        run.config: lambda: describe(read_status(run.path)),
+        run.config: lambda: (describe(read_status(run.path)), load_run(run.config)),
         run.latest: lambda: (layout.resumable_checkpoints(run.checkpoints), describe(read_status(run.path))),
         run.lock: lambda: look(run.lock),
         checkpoint / STATE_FILE: lambda: (describe(read_status(run.path)), state()),
@@ -85,6 +96,9 @@ def targets(place: Path) -> dict[str, Target]:
         tokenizer: lambda: (load_tokenizer(tokenizer), read_tokenizer(tokenizer)),
         note: lambda: agreed_validation_percent(tokenizer, "0" * 64, None),
         parts / "p.json": lambda: read_record(parts, "p", 32, 2),
+        texts: lambda: read_parquet(texts),
+        exported / INDEX_FILE: lambda: load_exported(exported),
+        exported / EXPORTED_WEIGHTS: lambda: load_exported(exported),
     }
     return {
         str(path.relative_to(place)).replace("/", "-"): Target(path, path.read_bytes(), read)
@@ -106,6 +120,29 @@ def make_run(path: Path) -> RunDirectory:
     (checkpoint / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
     sign(checkpoint, STATE_FILE)
     return run
+
+
+def make_parquet(path: Path) -> Path:
+    """A few documents in two row groups."""
+    parquet.write_table(pa.table({"text": ["one", "zwei \u00e4", None, "three " * 40]}), path, row_group_size=2)
+    return path
+
+
+def read_parquet(path: Path) -> list[str]:
+    """Every document of a file."""
+    file = ParquetFile(path, "text", "text")
+    return [text for rows in file.row_ranges() for text in file.texts(rows)]
+
+
+def make_export(path: Path, run: RunDirectory) -> Path:
+    """A model of zeros, as `mythos export` writes it."""
+    path.mkdir()
+    shutil.copyfile(run.config, path / CONFIG_FILE)
+    tensors = {name: torch.zeros_like(p) for name, p in build_structure(load_run(run.config)).named_parameters()}
+    write_tensors(path / EXPORTED_WEIGHTS, tensors)
+    index = {"weight_map": dict.fromkeys(tensors, EXPORTED_WEIGHTS)}
+    (path / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+    return path
 
 
 def make_data(path: Path) -> Path:
@@ -197,13 +234,17 @@ def _changed(tree: Any, path: tuple[str | int, ...], value: Any) -> bytes:
 
 
 def try_one(target: Target, content: bytes) -> bool:
-    """Read a damaged file; returns whether it was refused. Everything but a UserError of one line is raised."""
+    """Read a damaged file; returns whether it was refused.
+
+    Everything but a UserError is raised, as is one of several lines, unless it is a configuration's list of problems.
+    """
     beside = {path: path.read_bytes() for path in target.file.parent.iterdir() if path.is_file()}
     try:
         target.file.write_bytes(content)
         target.read()
     except UserError as error:
-        if len(str(error).splitlines()) != 1:
+        first, *others = str(error).splitlines()
+        if not (first.endswith(f"in {target.file}:") and all(line.startswith("  ") for line in others)) and others:
             raise AssertionError(f"not one line: {error!r}") from error
         return True
     finally:
