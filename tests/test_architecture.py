@@ -21,6 +21,7 @@ LAYERS = [
     ("mythos.run",),
     ("mythos.network",),
     ("mythos.ranks",),
+    ("mythos.hardware",),
     ("mythos.engine",),
     ("mythos.checkpoint",),
     ("mythos.eval",),

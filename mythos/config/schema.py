@@ -242,6 +242,20 @@ class Log:
 
 
 @section
+class Perf:
+    """What speed is compared with."""
+
+    peak_flops_per_second: float | None = option(
+        "FLOP/s that the device of one rank can do in matrix products, for perf/mfu; null: from the data sheet of a "
+        "known GPU in bf16, otherwise measured at the start",
+        None,
+        change="free",
+        gt=0,
+        le=10**18,
+    )
+
+
+@section
 class Sample:
     """Text written by the model at the end of the run."""
 
@@ -278,4 +292,5 @@ class Config:
     eval: Eval = option("validation", default_factory=Eval)
     data: Data = option("data set")
     log: Log = option("metrics", default_factory=Log)
+    perf: Perf = option("speed", default_factory=Perf)
     sample: Sample = option("text at the end", default_factory=Sample)

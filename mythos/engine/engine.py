@@ -26,7 +26,7 @@ from mythos.engine.placement import (
     parameter_shards,
     refresh_weights,
 )
-from mythos.engine.sections import check_clipping, deepspeed_config, expert_parallel_section, precision
+from mythos.engine.sections import check_clipping, deepspeed_config, expert_parallel_section, precision, training_dtype
 from mythos.model import build_model, build_structure, start
 from mythos.model.depth import DepthPlan
 from mythos.model.init import initialise
@@ -54,6 +54,7 @@ class TrainingEngine:
         self.expert_parallel_size = expert_parallel_size(config, hosts())
         self.clip = config.optim.gradient_clip
         self.precision = precision(config, device)
+        self.dtype = training_dtype(config, device)
         check_clipping(config, self.precision)
         sections = deepspeed_config(config, dist.get_world_size(), device)
         model = _build_model(config, sections)
@@ -189,9 +190,8 @@ class TrainingEngine:
             names = [group["name"] for group in optimizer.param_groups if group.get("moe")]
             replicas |= {name: groups._get_expert_data_parallel_group(name) for name in names}
         stacked = stacked_matrices(self.module)
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         return {
-            tensor: Exchange(slices, process_group, self.stage == 0, dtype, self.device)
+            tensor: Exchange(slices, process_group, self.stage == 0, self.dtype, self.device)
             for tensor, process_group, slices in muon_placements(
                 self.deepspeed.optimizer, optimizer, self.stage, replicas, stacked
             )

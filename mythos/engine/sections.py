@@ -18,6 +18,11 @@ def precision(config: Config, device: torch.device) -> str:
     return config.precision
 
 
+def training_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The type of matrix products in training."""
+    return torch.bfloat16 if precision(config, device) == "bf16" else torch.float32
+
+
 def check_clipping(config: Config, training_type: str) -> None:
     """Raise UserError where DeepSpeed's gradient norm (FP16_UnfusedOptimizer) omits the experts' gradients."""
     with_experts = isinstance(config.model, Looped) and config.model.core_experts is not None

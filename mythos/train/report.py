@@ -16,6 +16,7 @@ from mythos.config.references import Reference, with_references
 from mythos.config.schema import Config
 from mythos.config.yaml_file import dump
 from mythos.errors import masked
+from mythos.plan.flops import executed_steps, training_flops
 from mythos.run.anomalies import CollapseWatch
 from mythos.run.console import Progress, log
 from mythos.run.metrics import MetricsWriter
@@ -30,10 +31,11 @@ class Report:
     Args:
         resumed_step: step of the checkpoint that was resumed; later metrics of an attempt that was killed are dropped.
             None at the start of a run.
+        peak_flops_per_second: of all ranks.
     """
 
-    def __init__(self, config: Config, rank: int, resumed_step: int | None) -> None:
-        self._config = config
+    def __init__(self, config: Config, rank: int, resumed_step: int | None, peak_flops_per_second: float) -> None:
+        self._config, self._peak_flops_per_second = config, peak_flops_per_second
         directory = Path(config.run.directory)
         self._writer = MetricsWriter(directory, -1 if resumed_step is None else resumed_step) if rank == 0 else None
         self._progress = Progress(resumed_step or 0, config.train.steps, rank)
@@ -74,6 +76,7 @@ class Report:
             "train/rewinds": float(state.rewinds),
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": tokens_per_step(self._config) / seconds,
+            **flops_metrics(self._config, batch.depths, seconds, self._peak_flops_per_second),
         }
         if self._config.loop is not None:
             metrics |= depth_metrics(batch.depths, self._config.loop.backprop_depth)
@@ -121,6 +124,13 @@ def _is_spike(state: RunState, loss: float, sigma: float) -> bool:
 def depth_metrics(depths: np.ndarray, backprop_depth: int) -> dict[str, float]:
     """Mean loop steps of the global batch, and how many of them carried gradient."""
     return {"depth/mean": float(depths.mean()), "depth/with_grad": float(np.minimum(depths, backprop_depth).mean())}
+
+
+def flops_metrics(config: Config, depths: np.ndarray, seconds: float, peak: float) -> dict[str, float]:
+    """Model FLOP/s of a step whose sequences ran the loop to these depths, and their share of the ranks' peak."""
+    steps = executed_steps(depths, config.loop)
+    flops = tokens_per_step(config) * training_flops(config.model, config.data.sequence_length, steps)
+    return {"perf/model_flops_per_second": flops / seconds, "perf/mfu": flops / seconds / peak}
 
 
 def expert_metrics(load_LE: Tensor) -> dict[str, float]:

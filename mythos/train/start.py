@@ -17,10 +17,11 @@ from mythos.config.references import Reference
 from mythos.config.schema import Config
 from mythos.data.open import RunData, check_data_unchanged
 from mythos.engine.engine import TrainingEngine
-from mythos.engine.sections import precision
+from mythos.engine.sections import precision, training_dtype
 from mythos.errors import BAD_INPUT, UserError
 from mythos.eval.generate import sample_text
 from mythos.eval.validation import validate
+from mythos.hardware import peak_of_all_ranks
 from mythos.ranks import group, preflight
 from mythos.ranks.preemption import StopRequest
 from mythos.ranks.watchdog import Watchdog
@@ -55,6 +56,8 @@ class OpenRun:
     run_id: str
     lock: RunLock | None
     """Of the run directory; on rank 0 only."""
+    peak_flops_per_second: float
+    """Of all ranks."""
 
     def restore(self, engine: TrainingEngine) -> RunState:
         """The state to start from; the engine is filled from the checkpoint, if there is one. Collective.
@@ -81,7 +84,7 @@ class OpenRun:
 
     def open_report(self, resumed_step: int) -> Report:
         """The report of this attempt. From here on the run directory describes this configuration."""
-        report = Report(self.config, dist.get_rank(), resumed_step if self.found else None)
+        report = Report(self.config, dist.get_rank(), resumed_step if self.found else None, self.peak_flops_per_second)
         if dist.get_rank() == 0 and (self.changed or not self.found):
             run_directory.write_config(self.config, self.known)
             run_directory.keep_tokenizer(self.directory.path, self.data.tokenizer)
@@ -187,8 +190,11 @@ def open_run(
         started = (str(device), precision(config, device), expert_parallel_size(config, hosts))
         journal.start(environment(hosts, *started) if dist.get_rank() == 0 else {})
         found = restore.newest_valid(directory.checkpoints, watchdog.progress)
+        peak = peak_of_all_ranks(config.perf.peak_flops_per_second, device, training_dtype(config, device))
         watchdog.progress("building the model")
-        yield OpenRun(config, stop, directory, data, changed, accept, known, found, watchdog, journal, run_id, lock)
+        yield OpenRun(
+            config, stop, directory, data, changed, accept, known, found, watchdog, journal, run_id, lock, peak
+        )
 
 
 def _open_directory(

@@ -1,5 +1,6 @@
 """The metrics that a step reports."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 from mythos.loss import Mean
+from mythos.plan.flops import LoopSteps, executed_steps, training_flops
 from mythos.ranks.preemption import StopRequest
-from mythos.train.report import depth_metrics, expert_metrics
+from mythos.train.report import depth_metrics, expert_metrics, flops_metrics
 from mythos.train.step import StepResult, _join, _peak_memory_gib, exchange
 from tests.spawn import RankPool
+from tests.tiny import tiny_config
 
 
 def test_expert_metrics() -> None:
@@ -22,6 +25,18 @@ def test_expert_metrics() -> None:
 
 def test_depth_metrics() -> None:
     assert depth_metrics(np.array([1, 3, 8]), 4) == {"depth/mean": 4.0, "depth/with_grad": pytest.approx(8 / 3)}
+
+
+def test_flops_metrics_count_the_executed_depths() -> None:
+    batch = {"train__global_batch_sequences": 3, "train__micro_batch_sequences": 3}
+    config = tiny_config("looped", Path("data"), Path("run"), **batch)
+    steps = executed_steps(np.array([1, 3, 8]), config.loop)
+    assert steps == LoopSteps(without_grad=(1 + 6) / 3, with_grad=5 / 3), "two steps carry gradient"
+    flops = 3 * 15 * training_flops(config.model, 15, steps)
+    assert flops_metrics(config, np.array([1, 3, 8]), 0.5, 1e9) == {
+        "perf/model_flops_per_second": pytest.approx(flops / 0.5),
+        "perf/mfu": pytest.approx(flops / 0.5 / 1e9),
+    }
 
 
 def test_diagnostics_are_averaged_over_micro_batches() -> None:
