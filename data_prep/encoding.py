@@ -25,7 +25,14 @@ LLAMA_3, QWEN_2 = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in ("{1,3}", "")
 )
-PATTERNS = (GPT_2, LLAMA_3, QWEN_2)
+GPT_4 = {  # tiktoken's cl100k_base, whose groups have at most 3 digits
+    digits: r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,"
+    + str(digits)
+    + r"}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    for digits in (2, 3)
+}
+"""The pattern of GPT-4 by the number of digits that form a word."""
+PATTERNS = (GPT_2, LLAMA_3, QWEN_2, *GPT_4.values())
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 """No character before a space changes what follows it in these forms of Unicode, and the reverse."""
 

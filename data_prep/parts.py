@@ -22,6 +22,7 @@ from data_prep.encoding import encode
 from data_prep.packing import Piece, packer
 from data_prep.text_files import text_file
 from data_prep.tokenizer_file import load_tokenizer, text_bytes_of_ids
+from mythos.data.dataset import text_targets
 from mythos.data.format import SPLITS
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import hash_file, open_regular, opened_atomically, write_atomically
@@ -31,7 +32,7 @@ Progress = Callable[[int], None]
 """Called with the number of bytes that were processed since the last call."""
 
 # Incremented when a change of the code changes the parts that are made from the same input.
-PART_VERSION = 1
+PART_VERSION = 2
 FREE_SPACE = "free space or choose another --output, and run the same command again: finished parts are kept"
 # Text passed to the tokenizer at a time; its encodings take dozens of times as much memory.
 _BATCH_CHARACTERS = 1 << 18
@@ -40,11 +41,16 @@ _VISIBLE_WITHIN_S = 60.0
 
 @dataclass(frozen=True)
 class SplitPart:
-    """One split of a part. ``tail`` gives, for each piece, its length and whether it continues a cut document."""
+    """One split of a part. ``tail`` gives, for each piece, its length and whether it continues a cut document.
+
+    ``text_tokens`` counts the targets in the rows that are text, ``tokens_dropped`` what was cut off from documents.
+    """
 
     documents: Count
     documents_cut: Count
     text_bytes: Count | None
+    text_tokens: Count
+    tokens_dropped: Count
     rows: Count
     tail: list[tuple[Count, bool]]
 
@@ -61,6 +67,7 @@ class PartSettings:
     tokenizer: str
     tokenizer_sha256: str
     bos: str
+    special_ids: tuple[int, ...]
     vocabulary_size: int
     content: str
     column: str
@@ -129,7 +136,7 @@ class MakePart:
         with os_errors_as_user_errors(directory, FREE_SPACE):
             with ExitStack() as files:
                 writers = {
-                    split: _SplitWriter(
+                    split: SplitWriter(
                         files.enter_context(opened_atomically(directory / f"{self.name}.{split}")), settings
                     )
                     for split in SPLITS
@@ -140,32 +147,48 @@ class MakePart:
             write_atomically(directory / f"{self.name}.json", RECORD.dump_json(record))
 
 
-class _SplitWriter:
-    """Packs the documents of one split of a part and writes the full rows at once."""
+class SplitWriter:
+    """Packs the documents of one split and writes the full rows at once, and in the end the remaining pieces."""
 
     def __init__(self, file: BinaryIO, settings: PartSettings) -> None:
         self._file = file
         self._packer = packer(settings.packing, settings.row_tokens)
-        self._documents = self._rows = 0
+        self._special_ids = settings.special_ids
+        self._documents = self._rows = self._text_tokens = 0
         self._text_bytes: int | None = 0
 
     def add(self, document: Document) -> None:
+        """Take a document."""
         self._documents += 1
         if self._text_bytes is not None:
             self._text_bytes = None if document.text_bytes is None else self._text_bytes + document.text_bytes
-        self._write(self._packer.add(Piece(document.tokens)))
+        self.pack(Piece(document.tokens))
+
+    def pack(self, piece: Piece) -> None:
+        """Take a piece of a document that is counted already."""
+        self._write(self._packer.add(piece))
 
     def finish(self) -> SplitPart:
+        """Write what is left; returns what the file holds."""
         rows, tail = self._packer.finish()
         self._write(rows)
         for piece in tail:
             self._file.write(piece.tokens.tobytes())
         lengths = [(len(piece.tokens), piece.continues) for piece in tail]
-        return SplitPart(self._documents, self._packer.documents_cut, self._text_bytes, self._rows, lengths)
+        return SplitPart(
+            documents=self._documents,
+            documents_cut=self._packer.documents_cut,
+            text_bytes=self._text_bytes,
+            text_tokens=self._text_tokens,
+            tokens_dropped=self._packer.tokens_dropped,
+            rows=self._rows,
+            tail=lengths,
+        )
 
     def _write(self, rows: list[np.ndarray]) -> None:
         for row in rows:
             self._file.write(row.tobytes())
+            self._text_tokens += text_targets(row, self._special_ids)
         self._rows += len(rows)
 
 

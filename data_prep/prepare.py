@@ -23,12 +23,12 @@ import xxhash
 from data_prep.documents import RowRange, check_validation_percent
 from data_prep.encoding import ENCODED_AS_A_WHOLE
 from data_prep.lock import locked_directory
-from data_prep.packing import packer
 from data_prep.parts import (
     FREE_SPACE,
     MakePart,
     PartRecord,
     PartSettings,
+    SplitWriter,
     read_record,
     read_tail,
     wait_until_visible,
@@ -89,6 +89,7 @@ def prepare(
         sources=tuple(hashed(sources, workers)),
         settings=settings,
         splits={},
+        special_ids=encoder.special_ids,
     )
     work = output.with_name(f".{output.name}.partial")
     if _is_occupied(output):
@@ -137,6 +138,7 @@ class _Run:
             tokenizer=str(work / TOKENIZER_FILE),
             tokenizer_sha256=plan.tokenizer_sha256,
             bos=plan.settings.bos,
+            special_ids=tokenizer.special_ids,
             vocabulary_size=plan.vocabulary_size,
             content=plan.settings.content,
             column=plan.settings.column,
@@ -206,31 +208,24 @@ class _Run:
 
     def _pack_tails(self, split: str, names: list[str], records: list[PartRecord]) -> SplitCounts:
         """Make the last part from the remaining pieces; returns the counts of the complete split."""
-        packing = packer(self._plan.settings.packing, self._plan.row_tokens)
-        sequences = sum(record[split].rows for record in records)
         with opened_atomically(self._parts / f"{_TAILS}.{split}") as file:
-
-            def write(rows: list[np.ndarray]) -> None:
-                nonlocal sequences
-                sequences += len(rows)
-                for row in rows:
-                    file.write(row.tobytes())
-
+            writer = SplitWriter(file, self._part_settings)
             for name, record in zip(names, records, strict=True):
                 for piece in read_tail(self._parts / f"{name}.{split}", record[split], self._part_settings):
-                    write(packing.add(piece))
-            last_rows, dropped = packing.finish()
-            write(last_rows)
-        text_bytes = [record[split].text_bytes for record in records]
+                    writer.pack(piece)
+            tails = writer.finish()
+        parts = [*(record[split] for record in records), tails]
+        text_bytes = [part.text_bytes for part in parts]
+        sequences = sum(part.rows for part in parts)
         return SplitCounts(
-            documents=sum(record[split].documents for record in records),
+            documents=sum(part.documents for part in parts),
             text_bytes=None if None in text_bytes else sum(size for size in text_bytes if size is not None),
             sequences=sequences,
             tokens=sequences * self._plan.row_tokens,
-            tokens_dropped=sum(len(piece.tokens) for piece in dropped),
-            documents_cut=sum(record[split].documents_cut for record in records)
-            + packing.documents_cut
-            + sum(not piece.continues for piece in dropped),
+            tokens_dropped=sum(part.tokens_dropped for part in parts) + sum(length for length, _ in tails.tail),
+            documents_cut=sum(part.documents_cut for part in parts) + sum(not continues for _, continues in tails.tail),
+            positions=sequences * self._plan.sequence_length,
+            text_tokens=sum(part.text_tokens for part in parts),
         )
 
     def _check_filled(self, split: str, counts: SplitCounts) -> None:

@@ -64,6 +64,12 @@ class TokenizerFile:
         """The largest id plus one."""
         return max(self.encoder.get_vocab().values()) + 1
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The ids that stand for no text, ascending: the BOS, and what the file marks as special."""
+        added = self.encoder.get_added_tokens_decoder().items()
+        return tuple(sorted({self.bos, *(token_id for token_id, token in added if token.special)}))
+
 
 def load_tokenizer(path: Path, bos: str = BOS) -> TokenizerFile:
     """Read a tokenizer, set to no truncation and no padding.

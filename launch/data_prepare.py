@@ -46,10 +46,10 @@ _ValidationPercent = Annotated[
     ),
 ]
 _Packing = Annotated[
-    Literal["best_fit", "straight"],
+    Literal["best_fit", "straight", "crop"],
     typer.Option(
         help="best_fit: choose documents that fill a row together, few are cut; straight: one after the other, cut "
-        "where a row is full"
+        "where a row is full; crop: each row begins with a document, the rest of a document that is cut is dropped"
     ),
 ]
 
@@ -108,7 +108,8 @@ run_import.__doc__ = _IMPORT + _PARALLEL.format(command="import")
 def _print_summary(output: Path, manifest: "Manifest", elapsed_s: float | None) -> None:
     per_split = "; ".join(
         f"{split} {counts.documents:,} documents ({counts.documents_cut:,} cut), {counts.tokens:,} tokens, "
-        f"{counts.sequences:,} sequences"
+        f"{counts.tokens_dropped:,} dropped, {counts.sequences:,} sequences"
+        + (f", {counts.text_tokens:,} text tokens at {counts.positions:,} positions" if counts.positions else "")
         + (f", {counts.bytes_per_token:.2f} bytes/token" if counts.bytes_per_token else "")
         for split, counts in manifest.splits.items()
     )

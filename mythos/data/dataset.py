@@ -20,6 +20,11 @@ KEEP_OPEN = 8
 """Shards that stay open for random access, without ``prepare``."""
 
 
+def text_targets(rows: np.ndarray, special_ids: Sequence[int]) -> int:
+    """At how many positions of rows, of shape (..., sequence_length + 1), the target is none of the special ids."""
+    return int(np.isin(rows[..., 1:], special_ids, invert=True).sum())
+
+
 class TokenDataset:
     """``dataset[i]`` is row i, an int64 array of ``sequence_length + 1`` token ids.
 

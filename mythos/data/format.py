@@ -58,7 +58,7 @@ class Settings:
     column: str
     validation_percent: FiniteFloat
     shard_size_mib: Count
-    packing: Literal["straight", "best_fit"] = "straight"
+    packing: Literal["straight", "best_fit", "crop"] = "straight"
     compression: Literal["zstd"] | None = None
     content: Literal["text", "token_ids"] = "text"
     """What the column holds: text, or the token ids of an earlier tokenisation."""
@@ -68,10 +68,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """The size of one split. ``tokens`` counts those in rows, ``tokens_dropped`` those of the incomplete last row.
+    """The size of one split. ``tokens`` counts those in rows, ``tokens_dropped`` all others.
 
+    Others are those of the incomplete last row, and what was cut off from documents by the packing ``crop``.
     ``text_bytes`` is None for imported token ids of a tokenizer that is not byte-level. ``documents_cut`` counts the
-    documents that are split over several rows.
+    documents that are split over several rows or not in the rows with all of their tokens. An epoch trains on
+    ``positions``, one for each target; at ``text_tokens`` of them the target is text, not a special token.
     """
 
     __pydantic_config__ = _STRICT
@@ -82,6 +84,9 @@ class SplitCounts:
     tokens: Count
     tokens_dropped: Count
     documents_cut: Count
+    positions: Count | None = None
+    """None, like ``text_tokens``, if an earlier version prepared the data."""
+    text_tokens: Count | None = None
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -102,6 +107,8 @@ class Manifest:
     settings: Settings
     splits: dict[str, SplitCounts]
     format_version: int = FORMAT_VERSION
+    special_ids: tuple[Count, ...] | None = None
+    """The ids that stand for no text, such as BOS; None if an earlier version prepared the data."""
 
     @property
     def row_tokens(self) -> int:

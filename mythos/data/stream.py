@@ -49,6 +49,8 @@ class TokenStream:
 
     def __init__(self, sources: Sequence[Source], seed: int, shuffle_shards: int) -> None:
         self.sources = sorted(sources, key=lambda source: source.name)
+        self.special_ids = self.sources[0].dataset.manifest.special_ids
+        """Of the tokenizer that all sources share; None if an earlier version prepared the data."""
         self.mixture = Mixture([source.weight for source in self.sources])
         self._orders = [
             Order(

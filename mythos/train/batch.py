@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mythos.config.derive import global_batch_sequences, micro_steps
 from mythos.config.schema import Config
+from mythos.data.dataset import text_targets
 from mythos.data.stream import TokenStream
 from mythos.errors import UserError
 from mythos.model import depth
@@ -30,6 +31,8 @@ class StepBatch:
     """The depth plan of each micro-step; None for a dense model."""
     depths: np.ndarray
     """Loop steps of each sequence of the global batch, of all ranks."""
+    text_tokens: int | None
+    """Targets in ``rows`` that are text; None if the data does not say which ids are."""
 
 
 def draw_depths(config: Config, step: int, first_sample: int) -> np.ndarray:
@@ -108,7 +111,9 @@ class StepBatches:
             micro_batch_plan(self._config, depths, sample, micro_step) for micro_step in range(self._micro_steps)
         )
         self.restart(step + 1, sample + global_batch_sequences(self._config))
-        return StepBatch(step, rows, plans, depths)
+        special_ids = self._stream.special_ids
+        text_tokens = None if special_ids is None else text_targets(rows, special_ids)
+        return StepBatch(step, rows, plans, depths, text_tokens)
 
     def epochs(self, sample: int) -> dict[str, float]:
         """How many epochs of each source were read before this sample."""

@@ -80,7 +80,7 @@ def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: b
             result = train_step(engine, batch, schedule(config.optim, state.step, steps))
             votes = exchange(result, run.stop, batches, saver, engine.device)
             balance_experts(engine, config.model, result, votes)
-            state.count(global_batch_sequences(config), tokens_per_step(config), result.applied)
+            state.count(global_batch_sequences(config), tokens_per_step(config), votes.text_tokens, result.applied)
             run.watchdog.progress(f"step {state.step}")
             run.watchdog.started()
             seconds = time.perf_counter() - started

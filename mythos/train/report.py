@@ -78,6 +78,8 @@ class Report:
             "perf/tokens_per_second": tokens_per_step(self._config) / seconds,
             **flops_metrics(self._config, batch.depths, seconds, self._peak_flops_per_second),
         }
+        if state.text_tokens is not None:
+            metrics["train/text_tokens"] = float(state.text_tokens)
         if self._config.loop is not None:
             metrics |= depth_metrics(batch.depths, self._config.loop.backprop_depth)
         if votes.load_LE is not None:

@@ -67,7 +67,7 @@ class OpenRun:
                 it.
         """
         if self.found is None:
-            return RunState(self.data.identity, self.run_id)
+            return RunState(self.data.identity, self.run_id, text_tokens=0)
         state = RunState.from_dict(self.found, restore.load(engine, self.found, self.watchdog.progress))
         if state.run_id not in ("", self.run_id):
             raise UserError(

@@ -28,17 +28,21 @@ class RunState:
     step: Count = 0
     samples: Count = 0
     tokens: Count = 0
+    text_tokens: Count | None = None
+    """Of ``tokens``, those whose target is text; None if not all of the data, or a version before, counted them."""
     skipped_steps: Count = 0
     bad_steps_in_a_row: Count = 0
     rewinds: Count = 0
     loss: LossStatistics = field(default_factory=LossStatistics)
     epochs: dict[str, FiniteFloat] = field(default_factory=dict)
 
-    def count(self, sequences: int, tokens: int, applied: bool) -> None:
+    def count(self, sequences: int, tokens: int, text_tokens: int | None, applied: bool) -> None:
         """Count a finished step that read these sequences and tokens; its update was applied or skipped."""
         self.step += 1
         self.samples += sequences
         self.tokens += tokens
+        if self.text_tokens is not None:
+            self.text_tokens = None if text_tokens is None else self.text_tokens + text_tokens
         self.bad_steps_in_a_row = 0 if applied else self.bad_steps_in_a_row + 1
         self.skipped_steps += not applied
 

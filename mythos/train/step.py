@@ -30,6 +30,8 @@ class StepResult:
     applied: bool
     """Whether the weights were updated: the gradient norm was finite."""
     gradient_norm: float
+    text_tokens: int | None
+    """See ``StepBatch``; None on all ranks or on none."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class StepVotes:
     """Of the rank that waited longest."""
     peak_memory_gib: float
     """Of the rank that used most."""
+    text_tokens: int | None
+    """Targets of the global batch that are text; None if the data does not say which ids are."""
 
 
 def train_step(engine: TrainingEngine, batch: StepBatch, groups: Mapping[str, Mapping[str, float]]) -> StepResult:
@@ -66,7 +70,7 @@ def train_step(engine: TrainingEngine, batch: StepBatch, groups: Mapping[str, Ma
         engine.backward(losses.total)
         measured.append({"train/loss": Mean(losses.cross_entropy), **losses.measured})
     update = engine.step(groups)
-    return StepResult(_join(measured), load_LE, update.applied, update.gradient_norm)
+    return StepResult(_join(measured), load_LE, update.applied, update.gradient_norm, batch.text_tokens)
 
 
 def exchange(
@@ -77,7 +81,8 @@ def exchange(
     Waits for this rank's rows of the next step: if one rank cannot read them, all ranks must know.
     """
     data_failed = batches.failed()
-    sums = [float(number) for mean in result.measured.values() for number in mean]
+    means = [float(number) for mean in result.measured.values() for number in mean]
+    sums = [*means, float(result.text_tokens or 0)]
     largest = [
         float(stop.asked),
         float(data_failed),
@@ -89,8 +94,9 @@ def exchange(
     load_LE = result.load_LE
     own = numbers if load_LE is None else torch.cat((numbers, load_LE.double().flatten()))
     rows = group.gather(own)
-    joined = rows[:, : len(sums)].sum(dim=0).view(-1, 2).tolist()
-    measured = {name: total / weight for name, (total, weight) in zip(result.measured, joined, strict=True) if weight}
+    *joined, text_tokens = rows[:, : len(sums)].sum(dim=0).tolist()
+    pairs = zip(joined[::2], joined[1::2], strict=True)
+    measured = {name: total / weight for name, (total, weight) in zip(result.measured, pairs, strict=True) if weight}
     stop_asked, failed, saving, waited, memory = rows[:, len(sums) : len(numbers)].amax(dim=0).tolist()
     total = None if load_LE is None else rows[:, len(numbers) :].sum(dim=0).float().view(load_LE.shape)
     return StepVotes(
@@ -102,6 +108,7 @@ def exchange(
         saving=bool(saving),
         data_wait_seconds=waited,
         peak_memory_gib=memory,
+        text_tokens=None if result.text_tokens is None else int(text_tokens),
     )
 
 

@@ -39,6 +39,7 @@ def write_data_set(
         splits={
             split: SplitCounts(3, 999, counts[split], counts[split] * (SEQUENCE_LENGTH + 1), 5, 2) for split in SPLITS
         },
+        special_ids=(0, 1),
     )
     generator = np.random.default_rng(seed)
     dtype = manifest.encoding.split(":")[1]

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 
 from data_prep import encoding
-from data_prep.encoding import ENCODED_AS_A_WHOLE, LLAMA_3, QWEN_2, can_be_cut, cut_at_words, encode
+from data_prep.encoding import ENCODED_AS_A_WHOLE, GPT_4, LLAMA_3, QWEN_2, can_be_cut, cut_at_words, encode
 from launch.cli import main
 from mythos.data.dataset import TokenDataset
 from mythos.data.format import BOS, Manifest
@@ -56,6 +56,7 @@ CUT = {
     "GPT-2": trained(BYTES),
     "GPT-2 with a first space": trained(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "Llama 3": trained(split(LLAMA_3)),
+    "GPT-4": trained(split(GPT_4[2])),
     "Qwen 2": trained(split(QWEN_2), normalizer="NFC"),
     "words": trained(pre_tokenizers.Whitespace(), normalizer="NFKC"),
     "between spaces": trained(pre_tokenizers.WhitespaceSplit(), normalizer="NFD"),

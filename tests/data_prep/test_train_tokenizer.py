@@ -13,8 +13,10 @@ from tokenizers import Tokenizer
 import data_prep.train_tokenizer as train_tokenizer_module
 from data_prep import documents
 from data_prep.documents import split_of
+from data_prep.encoding import can_be_cut
 from data_prep.prepare import settings_for
-from data_prep.train_tokenizer import train_tokenizer
+from data_prep.train_tokenizer import SampleSize, train_tokenizer
+from launch.cli import main
 from mythos.data.format import BOS
 from mythos.errors import UserError
 from tests.data_prep.conftest import VALIDATION_PERCENT, write_parquet
@@ -87,7 +89,7 @@ def test_special_tokens_follow_bos(source: Path, tmp_path: Path):
         train_tokenizer([source], "text", 258, path, 5, special_tokens=["<|user|>", "<|end|>"])
 
 
-@pytest.mark.parametrize(("name", "value"), [("validation_percent", 0), ("sample_bytes", 0)])
+@pytest.mark.parametrize(("name", "value"), [("validation_percent", 0), ("sample_size", SampleSize(0))])
 def test_unusable_settings(source: Path, tmp_path: Path, name: str, value: float):
     arguments = {"validation_percent": 5.0} | {name: value}
     with pytest.raises(UserError, match="validation-percent|sample-mb"):
@@ -109,7 +111,7 @@ def test_a_sample_comes_from_the_whole_corpus(tmp_path: Path, monkeypatch: pytes
         train_tokenizer_module.Tokenizer, "train_from_iterator", lambda self, texts, trainer: seen.append(list(texts))
     )
     for number in range(2):
-        _, note = train_tokenizer([source], "text", 300, tmp_path / f"{number}.json", 5, sample_bytes=20_000)
+        _, note = train_tokenizer([source], "text", 300, tmp_path / f"{number}.json", 5, sample_size=SampleSize(20_000))
         assert 15_000 < note.text_bytes < 20_100
     assert seen[0] == seen[1]
     assert len({text[0] for text in seen[0]}) >= 15
@@ -148,13 +150,15 @@ def test_repeated_text_that_is_stored_once_counts_each_time_in_the_sample(
     source = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": ["a text of some length"] * 20_000}), source)
     assert source.stat().st_size < 20_000
-    _, note = train_tokenizer([source], "text", 300, tmp_path / "t.json", 1, sample_bytes=30_000)
+    _, note = train_tokenizer([source], "text", 300, tmp_path / "t.json", 1, sample_size=SampleSize(30_000))
     assert 30_000 <= note.text_bytes < 30_100
 
 
 def test_a_small_sample_is_still_measured_on_held_out_text(source: Path, tmp_path: Path):
     """Both documents of the validation split come after the sample is full."""
-    _, note = train_tokenizer([source], "text", 300, tmp_path / "t.json", VALIDATION_PERCENT, sample_bytes=5_000)
+    _, note = train_tokenizer(
+        [source], "text", 300, tmp_path / "t.json", VALIDATION_PERCENT, sample_size=SampleSize(5_000)
+    )
     assert note.text_bytes < 20_000
     assert note.bytes_per_token is not None
 
@@ -164,3 +168,42 @@ def test_an_output_that_cannot_be_written_is_reported_before_the_work(tmp_path: 
         train_tokenizer([tmp_path / "not read.parquet"], "text", 300, tmp_path, 1)
     with pytest.raises(UserError, match="/proc/nowhere/t.json: .*: free space or choose another --output"):
         train_tokenizer([tmp_path / "not read.parquet"], "text", 300, Path("/proc/nowhere/t.json"), 1)
+
+
+@pytest.mark.parametrize(
+    ("digits", "numbers"),
+    [(None, [" 1234567", "89"]), (2, [" ", "12", "34", "56", "7", "89"]), (3, [" ", "123", "456", "7", "89"])],
+)
+def test_words_of_a_split_pattern(source: Path, tmp_path: Path, digits: int | None, numbers: list[str]):
+    train_tokenizer([source], "text", 300, tmp_path / "t.json", 5, gpt4_digits=digits)
+    trained = Tokenizer.from_file(str(tmp_path / "t.json"))
+    words = trained.pre_tokenizer.pre_tokenize_str("I'LL see 1234567.89 (or caf\u00e9)!\n\nThe end")
+    expected = ["I", "'LL", " see", *numbers[:-1], ".", numbers[-1], " (", "or", " caf\u00e9", ")!\n\n", "The", " end"]
+    if digits is None:
+        expected = ["I", "'", "LL", *expected[2:-3], ")!", "\n", "\n", "The", " end"]
+    assert [trained.decoder.decode([word]) for word, _ in words] == expected
+    assert can_be_cut(trained)
+
+
+def test_a_sample_in_characters_of_the_beginnings_of_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    texts = [f"{letter}\u00e9" * 500 for letter in "abcdefgh"]
+    source = write_parquet(tmp_path / "texts.parquet", list(texts))
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        train_tokenizer_module.Tokenizer, "train_from_iterator", lambda self, texts, trainer: seen.append(list(texts))
+    )
+    size = SampleSize(250, in_characters=True, document_characters=100)
+    _, note = train_tokenizer([source], "text", 300, tmp_path / "t.json", 1, sample_size=size)
+    assert [len(text) for text in seen[0]] == [100, 100, 100], "the third one reaches the limit"
+    assert all(text in {whole[:100] for whole in texts} for text in seen[0])
+    assert note.text_bytes == 450
+
+
+def test_options_that_exclude_each_other(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train = ["data", "tokenizer", str(source), "--output", str(tmp_path / "t.json")]
+    assert main([*train, "--sample-characters", "10", "--sample-mb", "1"]) == 2
+    assert "--sample-characters 10: leave out --sample-mb" in capsys.readouterr().err
+    assert main([*train, "--digits", "3"]) == 2
+    assert "--digits 3: has an effect only with --split-pattern gpt4" in capsys.readouterr().err
+    assert main([*train, "--split-pattern", "gpt4", "--digits", "3", "--vocabulary-size", "300"]) == 0
+    assert r"\\p{N}{1,3}" in (tmp_path / "t.json").read_text(encoding="utf-8")

@@ -67,8 +67,8 @@ def targets(place: Path) -> dict[str, Target]:
     parts.mkdir()
     for split in SPLITS:
         (parts / f"p.{split}").write_bytes(bytes(40))
-    part = {"documents": 1, "documents_cut": 0, "text_bytes": 3, "rows": 1, "tail": [[4, False]]}
-    (parts / "p.json").write_text(json.dumps(dict.fromkeys(SPLITS, part)), encoding="utf-8")
+    part = {"documents": 1, "documents_cut": 0, "text_bytes": 3, "text_tokens": 0, "tokens_dropped": 0, "rows": 1}
+    (parts / "p.json").write_text(json.dumps(dict.fromkeys(SPLITS, part | {"tail": [[4, False]]})), encoding="utf-8")
     note = data / "tokenizer.training.json"
     hashes = {"tokenizer_sha256": "0" * 64, "validation_percent": 1.0}
     counts = {"text_bytes": 10, "held_out_bytes": 5, "held_out_tokens": 2}

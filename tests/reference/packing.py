@@ -1,4 +1,4 @@
-"""Best-fit packing in plain lists: the rules of data_prep/packing.py in sequence, without an index of the buffer."""
+"""Packing in plain lists: the rules of data_prep/packing.py in sequence, without an index of the buffer."""
 
 
 class SlowBestFit:
@@ -70,3 +70,42 @@ class SlowBestFit:
     def remove(self, document: list[int]) -> list[int]:
         place = next(place for place, other in enumerate(self.documents) if other is document)
         return self.documents.pop(place)
+
+
+class SlowCrop:
+    """As ``SlowBestFit``, but the rest of a document that is cut is dropped."""
+
+    def __init__(self, row_tokens: int, buffer_tokens: int) -> None:
+        self.row_tokens, self.buffer_tokens = row_tokens, buffer_tokens
+        self.documents: list[list[int]] = []
+        self.cut = self.dropped = 0
+
+    def add(self, document: list[int]) -> list[list[int]]:
+        self.documents.append(document)
+        return self.rows_above(max(self.buffer_tokens, self.row_tokens))
+
+    def finish(self) -> list[list[int]]:
+        return self.rows_above(self.row_tokens)
+
+    def rows_above(self, tokens: int) -> list[list[int]]:
+        rows = []
+        while sum(map(self.length, self.documents)) >= tokens:
+            rows.append(self.row())
+        return rows
+
+    def length(self, document: list[int]) -> int:
+        """How much of a row it can fill."""
+        return min(len(document), self.row_tokens)
+
+    def row(self) -> list[int]:
+        row: list[int] = []
+        while len(row) < self.row_tokens:
+            free = self.row_tokens - len(row)
+            fitting = [document for document in self.documents if self.length(document) <= free]
+            # max and min return the first, that is the oldest, of equals
+            document = max(fitting, key=self.length) if fitting else min(self.documents, key=self.length)
+            self.documents.remove(document)
+            row += document[:free]
+            self.cut += len(document) > free
+            self.dropped += max(len(document) - free, 0)
+        return row

@@ -22,9 +22,12 @@ from tests.tiny import tiny_config
 def rows_of_steps(config: Config, first_step: int, steps: int) -> np.ndarray:
     """The rows of this rank: (steps, micro-steps, micro batch, tokens)."""
     batches = StepBatches(config, open_run_data(config).stream(), first_step, (first_step - 1) * 8)
-    rows = np.stack([batches.take().rows for _ in range(steps)])
+    taken = [batches.take() for _ in range(steps)]
     batches.close()
-    return rows
+    for batch in taken:
+        targets = batch.rows[..., 1:]
+        assert batch.text_tokens == targets.size - (targets == 0).sum() - (targets == 1).sum()
+    return np.stack([batch.rows for batch in taken])
 
 
 @pytest.mark.parametrize("micro_batch", [4, 1])
@@ -72,6 +75,7 @@ class SlowStream:
         self.asked: list[int] = []
         self.gate = threading.Semaphore(0)
         self.error: Exception | None = None
+        self.special_ids = None
 
     def rows(self, first_sample: int, count: int) -> np.ndarray:
         self.gate.acquire()

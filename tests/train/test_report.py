@@ -48,19 +48,20 @@ def test_diagnostics_are_averaged_over_micro_batches() -> None:
     assert _join([{}]) == {}
 
 
-def numbers_of_a_rank(changed: dict[int, Mean]) -> dict[str, float]:
-    """What the exchange makes of a metric that each rank has measured over a part of its own."""
+def numbers_of_a_rank(changed: dict[int, Mean]) -> tuple[dict[str, float], int | None]:
+    """What the exchange makes of numbers that each rank has measured over a part of its own."""
     measured = {"train/loss": Mean(2.0 + dist.get_rank()), "moe/choice_changed": changed[dist.get_rank()]}
-    result = StepResult(measured, None, True, 1.0)
+    result = StepResult(measured, None, True, 1.0, text_tokens=100 + dist.get_rank())
     nothing: Any = SimpleNamespace(failed=lambda: False, waited_seconds=0.0, pending=False)
-    return exchange(result, StopRequest(), nothing, nothing, torch.device("cpu")).measured
+    votes = exchange(result, StopRequest(), nothing, nothing, torch.device("cpu"))
+    return votes.measured, votes.text_tokens
 
 
 def test_a_metric_counts_where_it_was_measured_and_is_absent_where_nothing_was(two_ranks: RankPool) -> None:
     assert two_ranks.run(numbers_of_a_rank, {0: Mean(0.0, 0), 1: Mean(3.0, 12)}) == 2 * [
-        {"train/loss": 2.5, "moe/choice_changed": 0.25}
+        ({"train/loss": 2.5, "moe/choice_changed": 0.25}, 201)
     ]
-    assert two_ranks.run(numbers_of_a_rank, {0: Mean(0.0, 0), 1: Mean(0.0, 0)}) == 2 * [{"train/loss": 2.5}]
+    assert two_ranks.run(numbers_of_a_rank, {0: Mean(0.0, 0), 1: Mean(0.0, 0)}) == 2 * [({"train/loss": 2.5}, 201)]
 
 
 def test_peak_memory_is_that_of_the_process() -> None:

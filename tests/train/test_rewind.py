@@ -111,6 +111,6 @@ def test_a_run_that_is_stopped_at_a_spike_rewinds_before_it_saves(
     for rank in range(2):
         assert first[rank][1] + second[rank][1] == expected[rank][1], "the same sequences, without those of the spike"
     lines, as_expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "straight")
-    for name in ("train/loss", "train/rewinds", "train/tokens"):
+    for name in ("train/loss", "train/rewinds", "train/tokens", "train/text_tokens"):
         found = [(line["step"], line[name]) for line in lines if name in line]
         assert found == [(line["step"], line[name]) for line in as_expected if name in line], name

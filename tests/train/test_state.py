@@ -10,10 +10,10 @@ SAVED_BY_0_1 = Path(__file__).parent / "version_0_1" / "published-muon" / "check
 
 
 def test_it_survives_json() -> None:
-    state = RunState({"seed": 1}, loss=LossStatistics(4.0, 0.5, 60), epochs={"web": 0.25})
-    state.count(8, 120, applied=True)
-    state.count(8, 120, applied=False)
-    assert (state.step, state.samples, state.tokens) == (2, 16, 240)
+    state = RunState({"seed": 1}, loss=LossStatistics(4.0, 0.5, 60), epochs={"web": 0.25}, text_tokens=0)
+    state.count(8, 120, 117, applied=True)
+    state.count(8, 120, 119, applied=False)
+    assert (state.step, state.samples, state.tokens, state.text_tokens) == (2, 16, 240, 236)
     assert (state.skipped_steps, state.bad_steps_in_a_row) == (1, 1)
     assert RunState.from_dict(Path("x"), json.loads(json.dumps(state.to_dict() | {"world": {"ranks": 2}}))) == state
 
@@ -30,4 +30,6 @@ def test_the_state_that_version_0_1_saved_is_read() -> None:
     saved = json.loads(SAVED_BY_0_1.read_text(encoding="utf-8"))
     state = RunState.from_dict(Path("x"), saved)
     assert (state.step, state.samples, state.loss.steps) == (8, 64, 8)
-    assert state.to_dict() | {"world": saved["world"]} == saved | {"run_id": ""}
+    assert state.to_dict() | {"world": saved["world"]} == saved | {"run_id": "", "text_tokens": None}
+    state.count(8, 120, 117, applied=True)
+    assert state.text_tokens is None, "those of the steps before are not known"

@@ -106,7 +106,7 @@ def test_it_resumes_at_the_step_at_which_it_stopped(
     validated = [step for step, _ in metric(run, "val/loss_depth_3")]
     assert saved not in validated
     assert two_ranks.run(run_training, config) == [DONE, DONE]
-    for name in ("train/loss", "val/loss_depth_3", "train/tokens"):
+    for name in ("train/loss", "val/loss_depth_3", "train/tokens", "train/text_tokens"):
         assert metric(run, name) == metric(uninterrupted, name), name
     assert read_status(run).state == "finished"
     assert two_ranks.run(run_training, config) == [DONE, DONE]
