@@ -18,7 +18,7 @@ from mythos.config.depth_distribution import cumulative_distribution
 from mythos.config.derive import has_value_embedding
 from mythos.config.model_schema import VALUE_GATE_CHANNELS, Dense, GroupedQuery, Latent, Looped, MixtureOfExperts
 from mythos.config.schema import Loop
-from mythos.plan.params import attention_matrices, feed_forward_matrices, swiglu_matrices
+from mythos.plan.tensors import attention_shapes, feed_forward_shapes, matrix_elements, swiglu_shapes
 
 FORWARD_AND_BACKWARD = 3
 """For each product of the forward pass the backward pass has two: the gradients of its input and of its weight."""
@@ -101,7 +101,7 @@ def forward_flops(model: Looped | Dense, sequence_length: int, causal: bool = Fa
     """FLOPs a token of a forward pass over sequences of this length, by part."""
     keys = (sequence_length + 1) / 2 if causal else sequence_length
     head = 2.0 * model.vocabulary_size * model.width
-    feed_forward = 2.0 * feed_forward_matrices(model.width, model.feed_forward)
+    feed_forward = 2.0 * matrix_elements(feed_forward_shapes(model.width, model.feed_forward))
     if isinstance(model, Dense):
         return ForwardFlops(_blocks(model, range(model.layers), model.layers, keys, feed_forward), 0.0, 0.0, head)
     first, end = model.prelude_layers, model.prelude_layers + model.core_layers
@@ -118,7 +118,8 @@ def forward_flops(model: Looped | Dense, sequence_length: int, causal: bool = Fa
 def _blocks(model: Looped | Dense, numbers: range, layers: int, keys: float, feed_forward: float) -> float:
     """FLOPs a token of the blocks with these numbers, of ``layers`` in the model (a core layer counts once)."""
     attention = model.attention
-    block = 2.0 * attention_matrices(model.width, attention) + _scores_and_values(attention, keys) + feed_forward
+    projections = 2.0 * matrix_elements(attention_shapes(model.width, attention))
+    block = projections + _scores_and_values(attention, keys) + feed_forward
     if not isinstance(attention, GroupedQuery):
         return len(numbers) * block
     gates = sum(has_value_embedding(model, number, layers) for number in numbers)
@@ -136,8 +137,9 @@ def _scores_and_values(attention: GroupedQuery | Latent, keys: float) -> float:
 
 
 def _experts(width: int, experts: MixtureOfExperts) -> float:
-    routed = experts.experts_per_token * swiglu_matrices(width, experts.expert_hidden_size)
-    return 2.0 * (width * experts.experts + routed + swiglu_matrices(width, experts.shared_hidden_size))
+    routed = experts.experts_per_token * matrix_elements(swiglu_shapes(width, experts.expert_hidden_size))
+    shared = matrix_elements(swiglu_shapes(width, experts.shared_hidden_size))
+    return 2.0 * (width * experts.experts + routed + shared)
 
 
 def _beside_the_blocks(model: Looped) -> float:

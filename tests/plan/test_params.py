@@ -10,7 +10,9 @@ from launch.cli import main
 from mythos.config.load import load_model
 from mythos.config.model_schema import Looped
 from mythos.model import build_structure
+from mythos.model.parameters import Role, parameter_roles, stacked_matrices
 from mythos.plan.params import count_parameters
+from mythos.plan.tensors import Treatment, parameters
 from tests.tiny import MODELS, tiny_config
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -106,7 +108,21 @@ def test_the_command_prints_the_parts_and_their_sums(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("injection", ["lti", "linear", "additive"])
-def test_the_arithmetic_knows_every_option(kind: str, injection: str) -> None:
+def test_every_parameter_has_the_name_shape_and_treatment_that_the_model_gives_it(kind: str, injection: str) -> None:
     overrides = {} if kind == "dense" else {"model__injection": injection}
     config = tiny_config(kind, Path("data"), Path("run"), **overrides)
-    assert count_parameters(config.model).total == size(build_structure(config))
+    model = build_structure(config)
+    found = parameters(config.model)
+    assert {parameter.name: parameter.shape for parameter in found} == {n: p.shape for n, p in model.named_parameters()}
+    assert [parameter.name for parameter in found] == [name for name, _ in model.named_parameters()], "in this order"
+    stacked, roles = stacked_matrices(model), parameter_roles(model)
+    for parameter in found:
+        tensor = model.get_parameter(parameter.name)
+        assert parameter.stacked == stacked.get(tensor, 1)
+        assert parameter.treatment is treatment(roles[tensor], tensor)
+
+
+def treatment(role: Role, tensor: torch.Tensor) -> Treatment:
+    if role is Role.BLOCK:
+        return Treatment.MATRIX if tensor.ndim > 1 else Treatment.OTHER
+    return {Role.EXPERT: Treatment.EXPERT, Role.ROUTER: Treatment.ROUTER}.get(role, Treatment.OTHER)
