@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mythos.checkpoint.manifest import Manifest, ShardRecord, weights_file
+from mythos.checkpoint.manifest import Manifest, SavedParameter, ShardRecord, weights_file
 from mythos.readers import one_line
 from mythos.run.directory import STATE_FILE
 
@@ -29,7 +29,7 @@ def wrong_tensors(path: Path, manifest: Manifest) -> str | None:
     if path.name == weights_file(number):
         problem = _wrong_weights(number, shards, tensors)
     else:
-        problem = _wrong_optimizer_state(shards, tensors)
+        problem = _wrong_optimizer_state(manifest.parameters, shards, tensors)
     return None if problem is None else f"{path}: {problem}, which contradicts the manifest"
 
 
@@ -41,22 +41,28 @@ def _wrong_weights(number: int, shards: Mapping[str, ShardRecord], tensors: Tens
     found = {name for name in tensors if number > 0 or not name.startswith(BUFFER)}
     for name in sorted(found ^ set(shards)):
         return f"{name} is {'in it' if name in found else 'missing'}"
-    return next(filter(None, (_wrong_tensor(name, shards[name], tensors[name]) for name in sorted(found))), None)
+    problems = (_wrong_tensor(name, shards[name].elements, tensors[name]) for name in sorted(found))
+    return next(filter(None, problems), None)
 
 
-def _wrong_optimizer_state(shards: Mapping[str, ShardRecord], tensors: Tensors) -> str | None:
-    parameters = {key: key.rpartition(".")[0] for key in tensors}
-    missing = {name for name, shard in shards.items() if shard.optimizer_steps} - set(parameters.values())
+def _wrong_optimizer_state(
+    saved: Mapping[str, SavedParameter], shards: Mapping[str, ShardRecord], tensors: Tensors
+) -> str | None:
+    parts = {key: key.rpartition(".") for key in tensors}
+    missing = {name for name, shard in shards.items() if shard.optimizer_steps} - {
+        name for name, _, _ in parts.values()
+    }
     for name in sorted(missing):
         return f"the state of {name} is missing"
-    for key, name in sorted(parameters.items()):
+    for key, (name, _, state) in sorted(parts.items()):
         if name not in shards:
             return f"{key} is in it"
-        if problem := _wrong_tensor(key, shards[name], tensors[key]):
+        start, stop = (saved[name].state_before(state, element) for element in (shards[name].start, shards[name].stop))
+        if problem := _wrong_tensor(key, stop - start, tensors[key]):
             return problem
     return None
 
 
-def _wrong_tensor(name: str, shard: ShardRecord, found: tuple[str, list[int]]) -> str | None:
-    expected = (DTYPE, [shard.stop - shard.start])
+def _wrong_tensor(name: str, numbers: int, found: tuple[str, list[int]]) -> str | None:
+    expected = (DTYPE, [numbers])
     return None if found == expected else f"{name} has dtype {found[0]} and shape {found[1]}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 import xxhash
 from pydantic import Field, TypeAdapter
@@ -14,11 +14,13 @@ from typing_extensions import TypedDict
 
 from mythos.errors import UserError
 from mythos.files import hash_file, write_atomically
+from mythos.plan.moments import SECOND_MOMENT, moments_before
 from mythos.readers import LARGE_FILE_BYTES, Count, check_value, json_object, read_utf8
 from mythos.run.directory import MANIFEST_FILE, STATE_FILE
 
 FORMAT_VERSION = 1
 REMEDY = "restore this checkpoint, or choose another one"
+Side = Annotated[int, Field(gt=0, le=2**53)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 
 
@@ -57,6 +59,11 @@ class ShardRecord(NamedTuple):
     optimizer_steps: Annotated[float, Field(ge=0, le=2**53)]
     """Updates of these elements so far."""
 
+    @property
+    def elements(self) -> int:
+        """How many they are."""
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class SavedParameter:
@@ -64,6 +71,12 @@ class SavedParameter:
 
     shape: tuple[int, ...]
     shards: tuple[ShardRecord, ...]
+    matrix: tuple[int, int] | None = None
+    """Rows and columns of the matrices in it that have second moments; None if it has none."""
+
+    def state_before(self, state: str, element: int) -> int:
+        """How many numbers of a state tensor are kept with the elements before ``element``."""
+        return element if state != SECOND_MOMENT or self.matrix is None else moments_before(self.matrix, element)
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ class Manifest:
             "files": self.files,
             "parameters": {
                 name: {"shape": parameter.shape, "pieces": parameter.shards}
+                | ({} if parameter.matrix is None else {"matrix": parameter.matrix})
                 for name, parameter in self.parameters.items()
             },
         }
@@ -123,7 +137,8 @@ class Manifest:
             step=checked["step"],
             files=checked["files"],
             parameters={
-                name: SavedParameter(entry["shape"], entry["pieces"]) for name, entry in checked["parameters"].items()
+                name: SavedParameter(entry["shape"], entry["pieces"], entry.get("matrix"))
+                for name, entry in checked["parameters"].items()
             },
         )
         if problem := manifest._problem():
@@ -140,6 +155,8 @@ class Manifest:
         for name, parameter in self.parameters.items():
             if problem := _tiling_problem(math.prod(parameter.shape), parameter.shards, ranks):
                 return f"{name}: {problem}"
+            if parameter.matrix is not None and math.prod(parameter.shape) % math.prod(parameter.matrix):
+                return f"{name}: matrices of shape {parameter.matrix} do not fill {parameter.shape}"
         return None
 
 
@@ -148,6 +165,7 @@ class _Parameter(TypedDict):
 
     shape: Annotated[tuple[Count, ...], Field(max_length=8)]
     pieces: tuple[ShardRecord, ...]
+    matrix: NotRequired[tuple[Side, Side]]
 
 
 class _Content(TypedDict):

@@ -6,7 +6,7 @@ expert-parallel size without a conversion.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,8 +69,11 @@ class CheckpointReader:
                 raise UserError(f"{self.checkpoint}: its files hold different optimizer states of {name}: {REMEDY}")
             for state_name in state_names:
                 saved = self._open(optimizer_file(number)).get_slice(f"{name}.{state_name}")
-                out = state.setdefault(state_name, torch.zeros(stop - start))
-                out[overlap.first - start : overlap.last - start] = saved[overlap.in_shard]
+                before = partial(self.manifest.parameters[name].state_before, state_name)
+                begin, of_shard = before(start), before(overlap.shard.start)
+                first, last = before(overlap.first), before(overlap.last)
+                out = state.setdefault(state_name, torch.zeros(before(stop) - begin))
+                out[first - begin : last - begin] = saved[first - of_shard : last - of_shard]
         return state
 
     def buffers(self) -> dict[str, Tensor]:

@@ -97,8 +97,9 @@ def _read_shards(engine: TrainingEngine, reader: CheckpointReader, progress: Pro
         raise UserError(f"{reader.checkpoint}: cannot be read ({' '.join(str(error).split())[:200]})") from error
     if converted:
         log.info(
-            f"{reader.checkpoint.name} was written with another optim.kind: {converted} parameters on this rank keep "
-            "exp_avg, and their exp_avg_sq is dropped or starts at its square"
+            f"{reader.checkpoint.name} was written with another optim.kind or optim.muon_beta2: {converted} parameters "
+            "on this rank keep exp_avg; of their other moments, exp_avg_sq starts at its square, second_moment at 0, "
+            "and those that are not used are dropped"
         )
 
 

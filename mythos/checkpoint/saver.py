@@ -257,9 +257,11 @@ def _receipt(future: "Future[dict[str, FileRecord]]", part: Snapshot) -> Receipt
 
 def _manifest(step: int, receipts: list[Receipt], shapes: Mapping[str, tuple[int, ...]]) -> Manifest:
     shards: dict[str, list[ShardRecord]] = {}
+    matrices: dict[str, tuple[int, int] | None] = {}
     for number, receipt in enumerate(receipts):
         for name, shard in receipt.shards.items():
-            shards.setdefault(name, []).append(ShardRecord(number, *shard))
+            shards.setdefault(name, []).append(ShardRecord(number, shard.start, shard.stop, shard.optimizer_steps))
+            matrices[name] = shard.matrix
     for name, shape in shapes.items():
         saved = sum(shard.stop - shard.start for shard in shards.get(name, ()))
         if saved != math.prod(shape):
@@ -267,7 +269,9 @@ def _manifest(step: int, receipts: list[Receipt], shapes: Mapping[str, tuple[int
     return Manifest(
         step=step,
         files={name: record for receipt in receipts for name, record in receipt.files.items()},
-        parameters={name: SavedParameter(shapes[name], tuple(found)) for name, found in sorted(shards.items())},
+        parameters={
+            name: SavedParameter(shapes[name], tuple(found), matrices[name]) for name, found in sorted(shards.items())
+        },
     )
 
 

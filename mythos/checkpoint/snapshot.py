@@ -21,6 +21,8 @@ class ShardRange(NamedTuple):
     start: int
     stop: int
     optimizer_steps: float
+    matrix: tuple[int, int] | None
+    """Rows and columns of its matrices if they have second moments."""
 
 
 class Snapshot(NamedTuple):
@@ -71,7 +73,7 @@ def snapshot(engine: TrainingEngine, buffer: HostBuffer) -> Snapshot:
         for state, values in shard.optimizer_state(start, stop).items():
             name = f"{shard.name}.{state}"
             optimizer[name] = buffer.copy(name, values)
-        shards[shard.name] = ShardRange(start, stop, shard.steps)
+        shards[shard.name] = ShardRange(start, stop, shard.steps, shard.moments and shard.moments.matrix)
     if dist.get_rank() == 0:
         for name, tensor in engine.buffers().items():
             weights[BUFFER + name] = buffer.copy(BUFFER + name, tensor)

@@ -73,6 +73,20 @@ class Muon(OptimCommon):
         ge=0,
         change="ask",
     )
+    muon_decay_by_shape: bool = option(
+        "Muon: the decay of a matrix with more rows than columns is multiplied by sqrt(rows / columns), as its update "
+        "is; the code of arXiv 2604.12946: true",
+        False,
+        change="ask",
+    )
+    muon_beta2: float = option(
+        "Muon: decay of the running mean of the squared update, one number for each row or column, by whose root the "
+        "update is divided (NorMuon, arXiv 2510.05491); 0: not divided; arXiv 2604.12946: 0.95",
+        0.0,
+        ge=0,
+        lt=1,
+        change="ask",
+    )
 
 
 Optim = Annotated[AdamW | Muon, Field(discriminator="kind")]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mythos.config.derive import expert_parallel_size
 from mythos.config.model_schema import Looped
 from mythos.config.schema import Config
-from mythos.engine.muon import Exchange, MuonAdamW
+from mythos.engine.exchange import Exchange
+from mythos.engine.muon import MuonAdamW
 from mythos.engine.optimizer import build_optimizer
 from mythos.engine.placement import (
     GlobalParameter,
@@ -131,7 +132,8 @@ class TrainingEngine:
     def shards(self) -> Iterator[ParameterShard]:
         """The fp32 weights and the optimizer state on this rank, parameter by parameter."""
         by_id = {id(parameter): _global(name, parameter) for name, parameter in self.module.named_parameters()}
-        return parameter_shards(self.deepspeed.optimizer, self.optimizer, self.stage, lambda p: by_id[id(p)])
+        stacked = stacked_matrices(self.module)
+        return parameter_shards(self.deepspeed.optimizer, self.optimizer, self.stage, stacked, lambda p: by_id[id(p)])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter, including the experts of all ranks."""

@@ -45,8 +45,9 @@ def _muon(model: nn.Module, config: Muon) -> torch.optim.Optimizer:
     which the published runs leave to AdamW for stability (arXiv 2604.12946). Muon's decay comes from the schedule.
     """
     parameters = _split(model, {Role.BLOCK})
+    of_muon = {"beta2": config.muon_beta2, "decay_by_shape": config.muon_decay_by_shape}
     groups = [
-        {"params": parameters[name], "role": name, "muon": name != OTHERS, "weight_decay": 0.0}
+        {"params": parameters[name], "role": name, "muon": name != OTHERS, "weight_decay": 0.0} | of_muon
         for name in (OTHERS, MATRICES, EXPERTS)
         if parameters[name]
     ]

@@ -5,7 +5,7 @@ rank an equal part of the result. ZeRO-3 gives each rank an equal part of every 
 within a sub-group, and calls the optimizer once for each sub-group.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos.engine.muon import FlatSlice, MuonAdamW
+from mythos.engine.exchange import FlatSlice
+from mythos.engine.muon import MuonAdamW
+from mythos.plan.moments import SECOND_MOMENT, moments_before
 
-MUON_STATES = ("exp_avg",)
 ADAMW_STATES = ("exp_avg", "exp_avg_sq")
 """State tensors of the shape of their parameter."""
 
@@ -61,6 +62,14 @@ class GlobalParameter(NamedTuple):
     replicas: int
 
 
+class MomentsPlace(NamedTuple):
+    """Where the second moments of a shard are in the state tensor of its owner."""
+
+    matrix: tuple[int, int]  # rows and columns of the matrices that have them
+    position: int  # of the shard's first one
+    total: int  # in the state tensor
+
+
 @dataclass(frozen=True)
 class ParameterShard:
     """The part of a parameter whose fp32 weights and optimizer state are on this rank."""
@@ -75,6 +84,7 @@ class ParameterShard:
     owner: Tensor  # the tensor that is the key of ``states``
     states: MutableMapping[Tensor, dict[str, Any]]  # of the optimizer
     state_names: tuple[str, ...]  # the state tensors that the optimizer uses for this parameter
+    moments: MomentsPlace | None = None  # if they include second moments
 
     def weights(self, start: int, stop: int) -> Tensor:
         """A view of the fp32 weights of elements start to stop."""
@@ -83,7 +93,7 @@ class ParameterShard:
     def optimizer_state(self, start: int, stop: int) -> dict[str, Tensor]:
         """Views of the state tensors of elements start to stop, by name; empty before the first update."""
         state = self.states.get(self.owner, {})
-        return {name: self._view(state[name].view(-1), start, stop) for name in self.state_names if name in state}
+        return {name: self._view_of(name, state[name], start, stop) for name in self.state_names if name in state}
 
     @property
     def steps(self) -> float:
@@ -96,7 +106,8 @@ class ParameterShard:
 
         The checkpoint of a run with another ``optim.kind`` may have more or fewer state tensors. Those that are not
         used are dropped. A missing ``exp_avg_sq`` (AdamW after Muon) starts at the square of ``exp_avg``, so that the
-        first update is at most about one learning rate; at zero it would be several times that.
+        first update is at most about one learning rate; at zero it would be several times that. Missing second moments
+        start at zero, as in a new run.
         """
         if not steps:
             return
@@ -105,25 +116,46 @@ class ParameterShard:
         state["step"] = torch.tensor(steps, dtype=torch.float32, device=self.owner.device)
         for name in self.state_names:
             if name not in state:
-                state[name] = torch.zeros_like(self.owner, requires_grad=False)
-            missing = name == "exp_avg_sq" and name not in values
-            value = values["exp_avg"].square() if missing else values[name]
-            self._view(state[name].view(-1), self.start, self.stop).copy_(value)
+                state[name] = self._empty(name)
+            view = self._view_of(name, state[name], self.start, self.stop)
+            if name in values:
+                view.copy_(values[name])
+            elif name == "exp_avg_sq":
+                view.copy_(values["exp_avg"].square())
+
+    def _empty(self, name: str) -> Tensor:
+        """A state tensor as it is before the first update."""
+        if name != SECOND_MOMENT or self.moments is None:
+            return torch.zeros_like(self.owner, requires_grad=False)
+        return torch.zeros(self.moments.total, device=self.owner.device)
+
+    def _view_of(self, name: str, state: Tensor, start: int, stop: int) -> Tensor:
+        if name != SECOND_MOMENT or self.moments is None:
+            return self._view(state.view(-1), start, stop)
+        matrix, position, _ = self.moments
+        before = position - moments_before(matrix, self.start)
+        return state[before + moments_before(matrix, start) : before + moments_before(matrix, stop)]
 
     def _view(self, flat: Tensor, start: int, stop: int) -> Tensor:
         return flat[self.position + start - self.start : self.position + stop - self.start]
 
 
 def parameter_shards(
-    zero: Any, optimizer: torch.optim.Optimizer, stage: int, global_parameter: Callable[[Any], GlobalParameter]
+    zero: Any,
+    optimizer: torch.optim.Optimizer,
+    stage: int,
+    stacked: Mapping[Tensor, int],
+    global_parameter: Callable[[Any], GlobalParameter],
 ) -> Iterator[ParameterShard]:
     """Everything that ``optimizer`` updates on this rank.
 
     Args:
         zero: DeepSpeed's wrapper of ``optimizer``, or ``optimizer`` itself.
+        stacked: how many matrices a parameter stacks along its rows, where that is more than one.
         global_parameter: maps a parameter of this rank's model to the global one.
     """
-    for parameter, part, owner, group in _updated(zero, optimizer, stage):
+    updated = list(_updated(zero, optimizer, stage, stacked))
+    for (parameter, part, owner, group), moments in zip(updated, _moments_places(updated), strict=True):
         of = global_parameter(parameter)
         count = part.stop - part.start
         first, last = (
@@ -142,15 +174,41 @@ def parameter_shards(
                 position=part.position,
                 owner=owner,
                 states=optimizer.state,
-                state_names=MUON_STATES if group.get("muon") else ADAMW_STATES,
+                state_names=_state_names(group),
+                moments=moments,
             )
 
 
-def _updated(zero: Any, optimizer: Any, stage: int) -> Iterator[tuple[Any, FlatSlice, Tensor, dict[str, Any]]]:
-    """(parameter of the model, its elements on this rank, the tensor passed to the optimizer, its group)."""
+def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """The state tensors that the optimizer has for the parameters of a group."""
+    if not group.get("muon"):
+        return ADAMW_STATES
+    return ("exp_avg", SECOND_MOMENT) if group["beta2"] else ("exp_avg",)
+
+
+Updated = tuple[Any, FlatSlice, Tensor, dict[str, Any]]
+"""Parameter of the model, its elements on this rank, the tensor passed to the optimizer, its group."""
+
+
+def _moments_places(updated: Sequence[Updated]) -> list[MomentsPlace | None]:
+    """Where the second moments of each parameter are; None for those that have none."""
+    totals: dict[Tensor, int] = {}
+    positions: list[int | None] = []
+    for _, part, owner, group in updated:
+        has_moments = SECOND_MOMENT in _state_names(group)
+        positions.append(totals.get(owner, 0) if has_moments else None)
+        if has_moments:
+            totals[owner] = totals.get(owner, 0) + part.moments
+    return [
+        None if position is None else MomentsPlace(part.matrix, position, totals[owner])
+        for position, (_, part, owner, _) in zip(positions, updated, strict=True)
+    ]
+
+
+def _updated(zero: Any, optimizer: Any, stage: int, stacked: Mapping[Tensor, int]) -> Iterator[Updated]:
     if stage == 3:
         for number, parameters in enumerate(zero.fp16_groups):
-            slices = _zero3_slices(parameters, dist.get_rank(zero.sub_group_process_groups[number]), {})
+            slices = _zero3_slices(parameters, dist.get_rank(zero.sub_group_process_groups[number]), stacked)
             group = optimizer.param_groups[zero.sub_group_to_group_id[number]]
             for parameter, part in zip(parameters, slices, strict=True):
                 yield parameter, part, zero.fp32_partitioned_groups_flat[number], group
@@ -158,11 +216,12 @@ def _updated(zero: Any, optimizer: Any, stage: int) -> Iterator[tuple[Any, FlatS
     for number, group in enumerate(optimizer.param_groups):
         if stage:
             for parameter in zero.bit16_groups[number]:
-                yield parameter, _zero12_slice(parameter, {}), group["params"][0], group
+                yield parameter, _zero12_slice(parameter, stacked), group["params"][0], group
         else:
             parameters = group["params"] if zero is optimizer else zero.fp16_groups[number]
             for parameter, owner in zip(parameters, group["params"], strict=True):
-                yield parameter, FlatSlice(parameter.shape, 1, 0, parameter.numel(), 0), owner, group
+                whole = FlatSlice(parameter.shape, stacked.get(parameter, 1), 0, parameter.numel(), 0)
+                yield parameter, whole, owner, group
 
 
 def refresh_weights(zero: Any, optimizer: Any, stage: int) -> None:

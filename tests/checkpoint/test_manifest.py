@@ -70,6 +70,8 @@ def listed(name: str) -> Callable[[dict[str, Any]], object]:
         shape("2", 3),
         shape(7),
         shape(),
+        lambda content: content["parameters"]["w"].update(matrix=[2, 2]),
+        lambda content: content["parameters"]["w"].update(matrix=[0, 3]),
         lambda content: content["parameters"].update(w=None),
     ],
 )
@@ -122,6 +124,7 @@ def test_only_regular_files_count(tmp_path: Path, replace: Callable[[Path], None
         (optimizer_file(0), {}, "the state of w is missing"),
         (optimizer_file(0), {"w.exp_avg": torch.zeros(7)}, "w.exp_avg has"),
         (optimizer_file(0), {"w.exp_avg": torch.zeros(6), "x.exp_avg": torch.zeros(6)}, "x.exp_avg is in it"),
+        (optimizer_file(0), {"w.second_moment": torch.zeros(3)}, r"w.second_moment has .* shape \[3\]"),
         (W, None, "damaged .*header"),
     ],
 )

@@ -19,6 +19,11 @@ from mythos.checkpoint.tensors import write_tensors
 from mythos.files import hash_file
 from mythos.run.directory import STATE_FILE
 
+MATRICES = {"a": (3, 7), "b": (10, 5)}
+"""Two matrices with a second moment for each column, and one with one for each row."""
+FIRST_ELEMENTS = {"a": [*range(7), *range(21, 28)], "b": list(range(0, 50, 5))}
+"""Of these columns and rows."""
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
 def test_a_file_is_read_back_with_its_hash_and_size(dtype: torch.dtype, tmp_path: Path) -> None:
@@ -46,6 +51,7 @@ def test_parameters_are_read_back_from_any_division(tmp_path: Path) -> None:
         optimizer: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
         saved = {}
         for name, tensor in parameters.items():
+            values, kept_with = tensor.flatten(), FIRST_ELEMENTS.get(name)
             cuts = [0, *sorted(generator.integers(0, tensor.numel() + 1, ranks - 1)), tensor.numel()]
             shards = []
             for rank, (start, stop) in enumerate(pairwise(cuts)):
@@ -54,8 +60,11 @@ def test_parameters_are_read_back_from_any_division(tmp_path: Path) -> None:
                     weights[rank][name] = flat
                     if name != "c":  # has had no update yet
                         optimizer[rank][f"{name}.exp_avg"] = 2 * flat
+                    if kept_with is not None:
+                        here = [element for element in kept_with if start <= element < stop]
+                        optimizer[rank][f"{name}.second_moment"] = 3 * values[here]
                     shards.append(manifest.ShardRecord(rank, int(start), int(stop), 0.0 if name == "c" else 5.0))
-            saved[name] = manifest.SavedParameter(tuple(tensor.shape), tuple(shards))
+            saved[name] = manifest.SavedParameter(tuple(tensor.shape), tuple(shards), MATRICES.get(name))
         weights[0][f"{BUFFER}router.bias"] = torch.arange(4.0)
         (directory / STATE_FILE).write_text("{}", encoding="utf-8")
         files = {STATE_FILE: manifest.FileRecord.of(directory / STATE_FILE)}
@@ -81,7 +90,9 @@ def test_parameters_are_read_back_from_any_division(tmp_path: Path) -> None:
                     assert state == {}
                 else:
                     assert torch.equal(state["exp_avg"], 2 * out)
-                    assert set(state) == {"exp_avg"}
+                    here = [element for element in FIRST_ELEMENTS[name] if start <= element < stop]
+                    assert torch.equal(state["second_moment"], 3 * tensor.flatten()[here])
+                    assert set(state) == {"exp_avg", "second_moment"}
             assert reader.optimizer_steps(name) == (0 if name == "c" else 5)
         assert torch.equal(reader.buffers()["router.bias"], torch.arange(4.0))
 

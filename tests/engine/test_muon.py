@@ -10,7 +10,8 @@ import torch
 
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
-from mythos.engine.muon import FlatSlice, _matrices, _owners, orthogonalise
+from mythos.engine.exchange import FlatSlice, choose_owners, matrices_of
+from mythos.engine.muon import orthogonalise
 from mythos.engine.optimizer import build_optimizer
 from mythos.model import build_model
 from mythos.model.depth import fixed
@@ -29,6 +30,8 @@ MUON: dict[str, Any] = {
     "optim__muon_momentum_warmup_steps": 8,
     "optim__beta1": 0.8,
     "optim__epsilon": 1e-10,
+    "optim__muon_beta2": 0.95,
+    "optim__muon_decay_by_shape": True,
 }
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ZeRO-0, EP 1": ("looped-moe", {"parallel__zero_stage": 0, "parallel__expert_parallel_size": 1}),
@@ -42,12 +45,14 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "all options, ZeRO-3, EP 2": ("mythos", {"parallel__expert_parallel_size": 2}),
     "published, ZeRO-3": ("published", {}),
     "baseline, ZeRO-2": ("dense", {"parallel__zero_stage": 2}),
+    "without the second moment": ("looped-moe", {"optim__muon_beta2": 0.0, "optim__muon_decay_by_shape": False}),
 }
 
 
 @lru_cache
-def plain_curve(model: str, data: Path) -> list[tuple[float, float]]:
-    return train_plainly(tiny_config(model, data, Path("unused"), **MUON), STEPS)
+def plain_curve(model: str, data: Path, beta2: float, by_shape: bool) -> list[tuple[float, float]]:
+    options = MUON | {"optim__muon_beta2": beta2, "optim__muon_decay_by_shape": by_shape}
+    return train_plainly(tiny_config(model, data, Path("unused"), **options), STEPS)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -57,7 +62,7 @@ def test_two_ranks_train_like_one_plain_process(
     model, overrides = FORMS[form]
     config = tiny_config(model, tiny_data, tmp_path / "run", ranks=2, **(MUON | overrides))
     assert two_ranks.run(run_training, config) == [0, 0]
-    plain = plain_curve(model, tiny_data)
+    plain = plain_curve(model, tiny_data, config.optim.muon_beta2, config.optim.muon_decay_by_shape)
     assert curve(config, "train/loss") == pytest.approx([loss for loss, _ in plain], rel=1e-4)
     assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-3)
     assert plain[-1][0] < plain[0][0] - 0.15, "the loss falls"
@@ -183,7 +188,7 @@ def test_which_parameters_muon_and_adamw_update(tiny_data: Path) -> None:
 
 def test_matrices_of_a_parameter_and_their_owners() -> None:
     # (2, 6, 4), gate and up fused: 4 matrices of 3 x 4; elements 10 to 30 are at position 100 of the flat tensor
-    matrices = _matrices(FlatSlice((2, 6, 4), 2, 10, 30, 100))
+    matrices = matrices_of([FlatSlice((2, 6, 4), 2, 10, 30, 100)])
     assert [(m.rows, m.columns, m.start, m.stop) for m in matrices] == [
         (3, 4, 10, 12),
         (3, 4, 0, 12),
@@ -191,6 +196,6 @@ def test_matrices_of_a_parameter_and_their_owners() -> None:
         (3, 4, 0, 0),
     ]
     assert [m.origin + m.start for m in matrices[:3]] == [100, 102, 114]
-    big, small = _matrices(FlatSlice((8, 8), 1, 0, 64, 0)), _matrices(FlatSlice((4, 4, 4), 1, 0, 64, 0))
-    owners = _owners([*small, *big], 2)
+    big, small = (matrices_of([FlatSlice(shape, 1, 0, 64, 0)]) for shape in ((8, 8), (4, 4, 4)))
+    owners = choose_owners([*small, *big], 2)
     assert owners == [1, 1, 1, 1, 0], "the big matrix costs more than all the small ones"

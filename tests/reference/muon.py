@@ -25,15 +25,22 @@ def newton_schulz(matrix: Tensor) -> Tensor:
 
 
 class PlainMuon:
-    """Muon over named parameters; ``halves`` are the names of those that stack two matrices."""
+    """Muon over named parameters; ``halves`` are the names of those that stack two matrices.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], halves: set[str]) -> None:
+    With ``beta2``, the update O (R x C) is normalised as in NorMuon (arXiv 2510.05491), in its factored form.
+    """
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], halves: set[str], beta2: float = 0.0, decay_by_shape: bool = False
+    ) -> None:
+        self.beta2, self.decay_by_shape = beta2, decay_by_shape
         self.matrices = []
         for name, parameter in parameters.items():
             for matrix in parameter.data.unbind() if parameter.ndim == 3 else [parameter.data]:
                 self.matrices.extend(matrix.chunk(2) if name in halves else [matrix])
         self.parameters, self.halves = parameters, halves
         self.means = [torch.zeros_like(matrix) for matrix in self.matrices]
+        self.squares = [torch.zeros(max(matrix.shape), dtype=torch.double) for matrix in self.matrices]
 
     def step(self, learning_rate: float, momentum: float, decay: float) -> None:
         """One update from the parameters' gradients."""
@@ -42,9 +49,27 @@ class PlainMuon:
             assert parameter.grad is not None
             for gradient in parameter.grad.unbind() if parameter.ndim == 3 else [parameter.grad]:
                 gradients.extend(gradient.chunk(2) if name in self.halves else [gradient])
-        for weight, mean, gradient in zip(self.matrices, self.means, gradients, strict=True):
+        for weight, mean, squares, gradient in zip(self.matrices, self.means, self.squares, gradients, strict=True):
             mean.mul_(momentum).add_((1 - momentum) * gradient)
             rows, columns = weight.shape
-            update = newton_schulz((1 - momentum) * gradient + momentum * mean) * max(1, rows / columns) ** 0.5
+            shape = max(1, rows / columns) ** 0.5
+            update = newton_schulz((1 - momentum) * gradient + momentum * mean) * shape
+            if self.beta2:
+                update = divide(update, squares, self.beta2)
             decayed = torch.where(update * weight >= 0, decay * weight, 0)
+            if self.decay_by_shape:
+                decayed = shape * decayed
             weight.sub_((learning_rate * (update + decayed)).type_as(weight))
+
+
+def divide(update: Tensor, squares: Tensor, beta2: float) -> Tensor:
+    """One row, or one column where these are more, after the other; ``squares`` are their second moments."""
+    lines = update if update.shape[0] >= update.shape[1] else update.T
+    divided = torch.empty_like(lines)
+    for number, line in enumerate(lines):
+        squares[number] = beta2 * squares[number] + (1 - beta2) * sum(x**2 for x in line.tolist()) / len(line)
+        divided[number] = line / max(float(squares[number]), 1e-10) ** 0.5
+    norm_before, norm_after = (sum(x**2 for x in each.flatten().tolist()) ** 0.5 for each in (lines, divided))
+    if norm_after:
+        divided = divided * norm_before / norm_after
+    return divided if update.shape[0] >= update.shape[1] else divided.T

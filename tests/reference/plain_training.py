@@ -30,7 +30,8 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
             for name, p in parameters.items()
             if p.ndim >= 2 and any(part in name for part in BY_MUON) and "router" not in name
         }
-    muon = PlainMuon(by_muon, {name for name in by_muon if name.endswith(HALVES)})
+    normalised = (optim.muon_beta2, optim.muon_decay_by_shape) if by_muon else ()
+    muon = PlainMuon(by_muon, {name for name in by_muon if name.endswith(HALVES)}, *normalised)
     rest = {name: p for name, p in parameters.items() if name not in by_muon}
     matrices = [p for name, p in rest.items() if p.ndim >= 2 and "embedding" not in name]
     others = [p for name, p in rest.items() if p.ndim < 2 or "embedding" in name]

@@ -22,6 +22,11 @@ STEPS = 18
 TOLERANCE = {"train/loss": 1e-6, "val/loss_depth_3": 1e-6, "train/gradient_norm": 1e-4, "moe/load_max_over_mean": 1e-6}
 """Relative: another layout sums in another order."""
 
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "muon": {"optim__kind": "muon", "optim__muon_beta2": 0.95, "optim__muon_decay_by_shape": True},
+}
+
 
 @pytest.fixture
 def pools(one_rank: RankPool, two_ranks: RankPool, four_ranks: RankPool) -> dict[int, RankPool]:
@@ -50,7 +55,7 @@ def test_losses_continue_across_layouts(
     tiny_data: Path,
     tmp_path: Path,
 ) -> None:
-    options: dict[str, Any] = {"optim__kind": optimizer, "eval__every": 6}
+    options: dict[str, Any] = OPTIMIZERS[optimizer] | {"eval__every": 6}
     straight = of(model, tiny_data, tmp_path / "straight", *layouts[0], **options)
     assert set(pools[layouts[0][0]].run(run_training, straight)) == {0}
     for number, each in enumerate(layouts):
@@ -88,12 +93,12 @@ def test_every_number_is_restored_on_another_layout(
     stage: int, optimizer: str, one_rank: RankPool, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
     """Weights, moments, step counts, hyperparameters of every group and balance biases, bit for bit."""
-    written = of("looped-moe", tiny_data, tmp_path / "run", 2, 2, stage, optim__kind=optimizer)
+    written = of("looped-moe", tiny_data, tmp_path / "run", 2, 2, stage, **OPTIMIZERS[optimizer])
     two_ranks.run(run_some_steps, written, 3)
     found = layout.latest(RunDirectory(tmp_path / "run").checkpoints)
     assert found is not None
     reader = CheckpointReader(found)
-    alone = of("looped-moe", tiny_data, tmp_path / "other", 1, 1, (stage + 1) % 4, optim__kind=optimizer)
+    alone = of("looped-moe", tiny_data, tmp_path / "other", 1, 1, (stage + 1) % 4, **OPTIMIZERS[optimizer])
     fresh = one_rank.run(everything, alone, None)[0]
     shards, rest = one_rank.run(everything, alone, found)[0]
     assert rest["groups"] == fresh[1]["groups"], "every group keeps its own hyperparameters"
@@ -107,6 +112,8 @@ def test_every_number_is_restored_on_another_layout(
         assert values == {key: value.tolist() for key, value in reader.optimizer_state(name, start, stop).items()}
         assert values, "there is optimizer state"
         assert values["exp_avg"] != [0.0] * stop
+        by_muon = optimizer == "muon" and name.endswith(("query.weight", "key_value.weight", "experts.w1"))
+        assert not by_muon or 0 < len(values["second_moment"]) < stop / 4
 
 
 def failure(config: Config, found: Path) -> str:
