@@ -21,9 +21,10 @@ from data_prep.documents import RowRange, split_of
 from data_prep.encoding import encode
 from data_prep.packing import Piece, packer
 from data_prep.text_files import text_file
-from data_prep.tokenizer_file import load_tokenizer, text_bytes_of_ids
+from data_prep.tokenizer_file import load_tokenizer
 from mythos.data.dataset import text_targets
 from mythos.data.format import SPLITS
+from mythos.data.text_bytes import text_bytes_of_ids
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import hash_file, open_regular, opened_atomically, write_atomically
 from mythos.readers import Count, read_json

@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter
 from tokenizers import Tokenizer
 
@@ -120,23 +119,6 @@ def agreed_validation_percent(tokenizer: Path, sha256: str, asked: float | None)
             f"with --validation-percent {asked}"
         )
     return note.validation_percent if asked is None else asked
-
-
-def text_bytes_of_ids(encoder: Tokenizer) -> np.ndarray | None:
-    """Bytes of text per id, int64 of shape (vocabulary,); None for tokenizers that are not byte-level.
-
-    The vocabulary of a byte-level tokenizer represents each byte by one character. Special tokens count as no text.
-    """
-    decoder = json.loads(encoder.to_str()).get("decoder") or {}
-    if decoder.get("type") != "ByteLevel":
-        return None
-    vocabulary = encoder.get_vocab()
-    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-    for token, token_id in vocabulary.items():
-        sizes[token_id] = len(token)
-    for token_id, added in encoder.get_added_tokens_decoder().items():
-        sizes[token_id] = 0 if added.special else len(added.content.encode())
-    return sizes
 
 
 def _note_path(tokenizer: Path) -> Path:

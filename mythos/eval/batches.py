@@ -22,8 +22,16 @@ def validation_rows(dataset: TokenDataset, sequences: int | None) -> np.ndarray:
 
 def random_rows(fingerprint: str, available: int, sequences: int) -> np.ndarray:
     """A random set of row numbers, ascending; a smaller set is a part of every larger one."""
-    seed = int(fingerprint[:16], 16)
-    return np.sort(random_order(available, seed, 0, Purpose.VALIDATION_ROWS, 0)[:sequences])
+    return np.sort(_order(fingerprint, available)[:sequences])
+
+
+def rows_in_random_order(dataset: TokenDataset) -> np.ndarray:
+    """The numbers of all rows, in an order whose beginnings are the sets of ``random_rows``."""
+    return _order(dataset.fingerprint, len(dataset))
+
+
+def _order(fingerprint: str, available: int) -> np.ndarray:
+    return random_order(available, int(fingerprint[:16], 16), 0, Purpose.VALIDATION_ROWS, 0)
 
 
 def validation_batches(

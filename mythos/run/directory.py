@@ -106,6 +106,11 @@ class RunDirectory:
         return self.path / "evaluations"
 
     @property
+    def evaluation_points(self) -> Path:
+        """The same results for TensorBoard. Not among the files that training still writes."""
+        return self.tensorboard / "evaluations"
+
+    @property
     def exports(self) -> Path:
         """The default place of exported weights."""
         return self.path / "export"

@@ -121,6 +121,18 @@ class MetricsWriter:
             log.error(f"the last metrics were not written ({error})")
 
 
+def write_points(directory: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """One point in each TensorBoard curve, in a file of its own. Raises OSError.
+
+    TensorBoard reads the files of a directory one after the other, so only files that are complete may share one.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(directory)) as writer:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+
 def json_values(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """The metrics with null for a non-finite value, which JSON cannot hold."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

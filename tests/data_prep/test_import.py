@@ -9,9 +9,10 @@ import pyarrow.parquet as parquet
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_prep.tokenizer_file import load_tokenizer, text_bytes_of_ids
+from data_prep.tokenizer_file import load_tokenizer
 from mythos.data.dataset import TokenDataset
 from mythos.data.format import BOS, SPLITS, Manifest
+from mythos.data.text_bytes import text_bytes_of_ids
 from mythos.errors import UserError
 from tests.data_prep.conftest import SEQUENCE_LENGTH, content_of, run
 

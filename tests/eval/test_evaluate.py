@@ -1,6 +1,7 @@
 """`mythos eval` keeps every result: its file holds the settings, and only the same evaluation replaces it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from mythos.checkpoint.layout import find
 from mythos.config.schema import Config
 from mythos.data.dataset import TokenDataset
-from mythos.eval.evaluate import evaluate_checkpoint
+from mythos.eval.evaluate import open_evaluator
+from mythos.eval.measure import Wanted
 from mythos.ranks.watchdog import Watchdog
 from mythos.run.directory import RunDirectory
 from mythos.run.metrics import read_metrics
@@ -23,8 +25,8 @@ STEPS = 4
 
 
 def evaluate(config: Config) -> dict[str, float]:
-    found = find(Path(config.run.directory), None)
-    return evaluate_checkpoint(config, torch.device("cpu"), found)
+    with open_evaluator(config, torch.device("cpu"), Wanted()) as evaluator:
+        return losses_in(evaluator.measure(find(Path(config.run.directory), None)))
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +91,12 @@ def activities(config: Config) -> list[str]:
 def test_every_long_phase_is_progress_for_the_watchdog(run: Path, one_rank: RankPool, tiny_data: Path) -> None:
     config = tiny_config("looped", tiny_data, run, train__steps=STEPS)
     assert one_rank.run(activities, config)[0] == [
-        "checking step_00000004",
         "building the model",
+        "checking step_00000004",
         "reading step_00000004",
         "validation after step 4",
     ]
 
 
-def losses_in(result: dict[str, Any]) -> dict[str, float]:
+def losses_in(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in result.items() if name.startswith("val/")}
