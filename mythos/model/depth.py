@@ -21,11 +21,13 @@ BLOCK = 1 << BLOCK_BITS
 
 @dataclass(frozen=True)
 class DepthPlan:
-    """Loop steps of the sequences of one rank's micro batch, and the maxima over all ranks.
+    """Loop steps of the sequences of one rank's micro batch, deepest first, and the maxima over all ranks.
 
-    ``state_seeds`` are the seeds of the sequences' initial states.
+    ``order[row]`` is the place that the sequence of this row has in the caller's micro batch. ``state_seeds`` are the
+    seeds of the sequences' initial states.
     """
 
+    order: tuple[int, ...]
     without_grad: tuple[int, ...]
     with_grad: tuple[int, ...]
     most_without_grad: int
@@ -71,12 +73,14 @@ def plan(depths: np.ndarray, backprop_depth: int, own: slice, state_seeds: Seque
     """
     with_grad = np.minimum(depths, backprop_depth)
     without_grad = depths - with_grad
+    order = np.argsort(-depths[own], kind="stable")
     return DepthPlan(
-        without_grad=tuple(without_grad[own].tolist()),
-        with_grad=tuple(with_grad[own].tolist()),
+        order=tuple(order.tolist()),
+        without_grad=tuple(without_grad[own][order].tolist()),
+        with_grad=tuple(with_grad[own][order].tolist()),
         most_without_grad=int(without_grad.max()),
         most_with_grad=int(with_grad.max()),
-        state_seeds=tuple(state_seeds),
+        state_seeds=tuple(state_seeds[row] for row in order),
     )
 
 
@@ -84,7 +88,8 @@ def fixed(depth: int, sequences: int, state_seeds: Sequence[int] | None = None) 
     """``depth`` loop steps for every sequence, all of them with gradient unless it is switched off."""
     if depth < 1:
         raise ValueError(f"depth {depth}: must be at least 1")
-    return DepthPlan((0,) * sequences, (depth,) * sequences, 0, depth, tuple(state_seeds or range(sequences)))
+    seeds = tuple(state_seeds or range(sequences))
+    return DepthPlan(tuple(range(sequences)), (0,) * sequences, (depth,) * sequences, 0, depth, seeds)
 
 
 def state_seed(seed: int, sample: int) -> int:
@@ -92,9 +97,12 @@ def state_seed(seed: int, sample: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + sample) % 2**63
 
 
-def due(steps: Sequence[int], steps_left: int) -> list[int]:
-    """Sequences that take part when ``steps_left`` loop steps remain: all end together, shallow ones join late."""
-    return [i for i, own_steps in enumerate(steps) if own_steps >= steps_left]
+def due(steps: Sequence[int], steps_left: int) -> int:
+    """How many sequences, from the deepest, take part when ``steps_left`` loop steps remain.
+
+    All end together, shallow ones join late.
+    """
+    return sum(own_steps >= steps_left for own_steps in steps)
 
 
 def _generator(seed: int, number: int) -> np.random.Generator:

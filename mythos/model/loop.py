@@ -1,6 +1,7 @@
 """The recurrent core: one set of weights, run as often as the depth plan requires."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from mythos.model.injection import build_injection
 from mythos.model.moe import forget_load, moe_layers
 from mythos.model.rules import initial_deviation
 
+NOISE_LIMIT = 3
+"""Standard deviations at which the noise of the first state is cut."""
 ExitRule = Callable[[Tensor, Tensor, Tensor | None], bool]
 """(state before, state after, which tokens have halted or None) -> whether to leave the loop; for evaluation.
 
@@ -33,10 +36,12 @@ class LoopInputs:
     value_embeddings: Sequence[Tensor | None]
     rotary: tuple[Tensor, Tensor]
 
-    def rows(self, index: Tensor) -> "LoopInputs":
-        """The inputs of some sequences."""
-        chosen = [None if value is None else value[index] for value in self.value_embeddings]
-        return LoopInputs(self.e_BSD[index], chosen, self.rotary)
+    def first(self, sequences: int) -> "LoopInputs":
+        """The inputs of the first sequences."""
+        if sequences == len(self.e_BSD):
+            return self
+        values = [None if value is None else value[:sequences] for value in self.value_embeddings]
+        return LoopInputs(self.e_BSD[:sequences], values, self.rotary)
 
 
 class ObservedRouting(NamedTuple):
@@ -52,7 +57,7 @@ class LoopState:
 
     ``loop_step_B`` counts a sequence's own loop steps; ``penalties_BP`` sums the two routing penalties (balance, z),
     in fp32, over the steps with gradient and the core's layers; ``routing`` has an entry for each core layer with
-    experts, from the last observed step, and none before.
+    experts if the last step was observed, of the sequences that took part in it.
     """
 
     h_BSD: Tensor
@@ -61,42 +66,40 @@ class LoopState:
     halting: HaltingState | None = None
     routing: tuple[ObservedRouting, ...] = ()
 
-    def rows(self, index: Tensor) -> "LoopState":
-        """The state of some sequences."""
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.h_BSD)
+
+    def rows(self, first: int, end: int) -> "LoopState":
+        """The state of the sequences from ``first`` to ``end``, as views."""
         return LoopState(
-            self.h_BSD[index],
-            self.loop_step_B[index],
-            self.penalties_BP[index],
-            None if self.halting is None else HaltingState(*(tensor[index] for tensor in self.halting)),
-            tuple(ObservedRouting(*(tensor[index] for tensor in layer)) for layer in self.routing),
+            self.h_BSD[first:end],
+            self.loop_step_B[first:end],
+            self.penalties_BP[first:end],
+            None if self.halting is None else HaltingState(*(tensor[first:end] for tensor in self.halting)),
         )
 
-    def put(self, index: Tensor, part: "LoopState") -> "LoopState":
-        """This state with ``part`` in the place of some sequences.
-
-        Routing that only ``part`` has is zero for all other sequences.
-        """
+    def followed_by(self, others: "LoopState") -> "LoopState":
+        """The state of these sequences and of others behind them."""
+        if not (len(self) and len(others)):
+            return self if len(self) else others
         halting = self.halting
-        if halting is not None and part.halting is not None:
-            halting = HaltingState(*_put(halting, index, part.halting))
-        batch = len(self.h_BSD)
-        routing = self.routing or tuple(
-            ObservedRouting(*(tensor.new_zeros(batch, *tensor.shape[1:]) for tensor in layer)) for layer in part.routing
+        if halting is not None and others.halting is not None:
+            halting = HaltingState(*map(_join, halting, others.halting))
+        return LoopState(
+            _join(self.h_BSD, others.h_BSD),
+            _join(self.loop_step_B, others.loop_step_B),
+            _join(self.penalties_BP, others.penalties_BP),
+            halting,
+            self.routing,
         )
-        h_BSD, loop_step_B, penalties_BP = _put(
-            (self.h_BSD, self.loop_step_B, self.penalties_BP), index, (part.h_BSD, part.loop_step_B, part.penalties_BP)
-        )
-        routing = tuple(
-            ObservedRouting(*_put(before, index, layer)) for before, layer in zip(routing, part.routing, strict=True)
-        )
-        return LoopState(h_BSD, loop_step_B, penalties_BP, halting, routing)
 
 
 class Loop(nn.Module):
     """h_{t+1} = core(inject(h_t, e)), T times; the last steps carry gradient.
 
-    Shapes: h and e are (B, S, D). A sequence with a smaller T than others of its batch joins late, and all end
-    together.
+    Shapes: h and e are (B, S, D), the deepest sequences first, so that those which are due at a step are a slice. A
+    sequence with a smaller T than others of its batch joins late, and all end together.
 
     This module is the unit that ZeRO-3 gathers as one leaf: its weights are gathered once forward and once backward,
     whatever T is. Therefore every use of its parameters, also for diagnostics, must be inside ``forward``.
@@ -111,6 +114,7 @@ class Loop(nn.Module):
             "train/ponder_loss": halting.ponder_weight if halting else 0.0,
         }
         self.recompute = recompute
+        self.exchanges_tokens = experts is not None
         self.noise_deviation = initial_deviation(config.width) if config.initial_state == "noise" else 0.0
         self.injection = build_injection(config)
         layers = config.prelude_layers + config.core_layers + config.coda_layers
@@ -138,7 +142,7 @@ class Loop(nn.Module):
         halting = state.halting
         if self.halting is not None and halting is not None:
             halting = self.halting(h_BSD, halting, last)
-        return LoopState(h_BSD, state.loop_step_B + 1, penalties_BP, halting, tuple(routing) or state.routing)
+        return LoopState(h_BSD, state.loop_step_B + 1, penalties_BP, halting, tuple(routing))
 
     def forward(
         self,
@@ -150,32 +154,38 @@ class Loop(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         """The final state, or its halting-weighted mean, (B, S, D); the penalties to add to the loss (3,); diagnostics.
 
-        ``exit_rule`` may end the loop early, in evaluation.
+        All sequences are in the plan's order. ``exit_rule`` may end the loop early, in evaluation.
         """
         inputs = LoopInputs(e_BSD, value_embeddings, rotary)
-        state = self._initial_state(e_BSD, plan)
+        start = self._initial_state(e_BSD, plan)
         with torch.no_grad():
-            state, _, done_before = self._advance(state, inputs, plan.without_grad, plan.most_without_grad, False, None)
+            none = start.rows(0, 0)
+            steps, most = plan.without_grad, plan.most_without_grad
+            state, _, done_before = self._advance(none, start, inputs, steps, most, False, None)
         # From here on the counters hold only the load of the steps with gradient; recomputation happens later.
         forget_load(moe_layers(self))
-        state, previous, done = self._advance(state, inputs, plan.with_grad, plan.most_with_grad, True, exit_rule)
-        output_BSD = state.h_BSD if state.halting is None else state.halting.weighted_mean(state.h_BSD)
-        health = self._health(state, previous, plan)
+        steps, most = plan.with_grad, plan.most_with_grad
+        state, previous, done = self._advance(state, start, inputs, steps, most, True, exit_rule)
+        health = self._health(state, previous)
         health["depth/done_over_due"] = Mean(done_before + done, sum(plan.without_grad) + sum(plan.with_grad))
+        state = state.followed_by(start.rows(len(state), len(start)))  # an early exit leaves sequences at their start
+        output_BSD = state.h_BSD if state.halting is None else state.halting.weighted_mean(state.h_BSD)
         return output_BSD, self._penalties(state, plan), health
 
     def _initial_state(self, e_BSD: Tensor, plan: DepthPlan) -> LoopState:
-        """h_0: zero, or normal noise like the embedding's, truncated at 3 deviations, from each sequence's own seed."""
-        h_BSD = torch.zeros_like(e_BSD)
+        """h_0: zero, or normal noise like the embedding's, truncated at 3 deviations, from each sequence's own seed.
+
+        sqrt(2) erf^-1(u), u uniform in (-p, p) with p = erf(3 / sqrt(2)), is such noise for deviation 1. Unlike
+        torch's ``trunc_normal_``, which rejects and repeats, it never waits for the device.
+        """
+        h_BSD = torch.zeros_like(e_BSD, dtype=torch.float32)  # bf16 would draw from a coarse grid
         if self.noise_deviation:
-            generator = torch.Generator(e_BSD.device)
-            limit = 3 * self.noise_deviation
-            drawn_SD = torch.empty(e_BSD.shape[1:], device=e_BSD.device)  # fp32: bf16 would draw from a coarse grid
+            generator, limit = torch.Generator(e_BSD.device), math.erf(NOISE_LIMIT / math.sqrt(2))
             for row_SD, seed in zip(h_BSD, plan.state_seeds, strict=True):
-                nn.init.trunc_normal_(drawn_SD, 0.0, self.noise_deviation, -limit, limit, generator.manual_seed(seed))
-                row_SD.copy_(drawn_SD)
+                row_SD.uniform_(-limit, limit, generator=generator.manual_seed(seed))
+            h_BSD.erfinv_().mul_(self.noise_deviation * math.sqrt(2))
         return LoopState(
-            h_BSD,
+            h_BSD.type_as(e_BSD),
             loop_step_B=torch.zeros(len(e_BSD), dtype=torch.long, device=e_BSD.device),
             penalties_BP=torch.zeros(len(e_BSD), 2, device=e_BSD.device),
             halting=None if self.halting is None else self.halting.start(e_BSD),
@@ -184,29 +194,28 @@ class Loop(nn.Module):
     def _advance(
         self,
         state: LoopState,
+        start: LoopState,
         inputs: LoopInputs,
         steps: Sequence[int],
         most: int,
         final: bool,
         exit_rule: ExitRule | None,
     ) -> tuple[LoopState, LoopState, int]:
-        """``most`` loop steps, each on the sequences that are due.
+        """``most`` loop steps, each on the sequences that are due: those of ``state`` and, joining, some of ``start``.
 
         Also returns the state before the last step and the number of loop steps done, summed over sequences.
 
-        If no sequence is due, the step runs on an empty batch, so that the collectives of all processes match.
+        If no sequence is due, a core with experts runs on an empty batch, so that the collectives of all processes
+        match.
         """
         previous, done = state, 0
         for steps_left in range(most, 0, -1):
-            previous = state
             last, observe = final and steps_left == 1, final and steps_left <= 2
             rows = due(steps, steps_left)
-            done += len(rows)
-            if len(rows) == len(steps):
-                state = self._checkpointed_step(state, inputs, last, observe)
-            else:
-                index = torch.tensor(rows, dtype=torch.long, device=inputs.e_BSD.device)
-                state = state.put(index, self._checkpointed_step(state.rows(index), inputs.rows(index), last, observe))
+            done += rows
+            previous = state = state.followed_by(start.rows(len(state), rows))
+            if rows or self.exchanges_tokens:
+                state = self._checkpointed_step(state, inputs.first(rows), last, observe)
             if exit_rule is not None and exit_rule(previous.h_BSD, state.h_BSD, self._halted(state)):
                 break
         return state, previous, done
@@ -228,7 +237,8 @@ class Loop(nn.Module):
 
         Those of routing are averaged over sequences, their steps with gradient and the core's layers.
         """
-        steps_B1 = torch.tensor(plan.with_grad, device=state.h_BSD.device)[:, None]
+        # The copy of so few numbers does not wait for the device.
+        steps_B1 = torch.tensor(plan.with_grad)[:, None].to(state.h_BSD.device, non_blocking=True)
         routing_P = (state.penalties_BP / steps_B1).mean(dim=0) / len(self.core)
         ponder = routing_P.new_zeros(())
         if state.halting is not None:
@@ -241,7 +251,7 @@ class Loop(nn.Module):
         return penalties_P
 
     @torch.no_grad()
-    def _health(self, state: LoopState, previous: LoopState, plan: DepthPlan) -> dict[str, Mean]:
+    def _health(self, state: LoopState, previous: LoopState) -> dict[str, Mean]:
         norm = state.h_BSD.float().norm()
         health = {
             "loop/spectral_radius": Mean(self.injection.spectral_radius()),
@@ -255,24 +265,24 @@ class Loop(nn.Module):
                 [layer.scores_BSE / layer.scores_BSE.sum(dim=-1, keepdim=True) for layer in state.routing]
             )
             health["moe/router_entropy"] = Mean(-(shares * shares.clamp(min=1e-20).log()).sum(dim=-1).mean())
-            health["moe/choice_changed"] = _choice_changed(state, previous, plan)
+            health["moe/choice_changed"] = _choice_changed(state, previous)
         return health
 
 
-def _choice_changed(state: LoopState, previous: LoopState, plan: DepthPlan) -> Mean:
+def _choice_changed(state: LoopState, previous: LoopState) -> Mean:
     """Share of tokens that went to other experts at the last step than at the one before.
 
     Only sequences with two steps with gradient are compared.
     """
-    deep_enough = torch.tensor(plan.with_grad, device=state.h_BSD.device) >= 2
     changed = [
-        (now.chosen_BSE != before.chosen_BSE).any(dim=-1)[deep_enough].float().flatten()
+        (now.chosen_BSE[: len(before.chosen_BSE)] != before.chosen_BSE).any(dim=-1)
         for now, before in zip(state.routing, previous.routing, strict=False)  # no step before: nothing was observed
     ]
-    together = torch.cat(changed) if changed else state.h_BSD.new_zeros(0)
+    if not changed:
+        return Mean(0.0, 0)
+    together = torch.stack(changed)
     return Mean(together.sum(), together.numel())
 
 
-def _put(before: Sequence[Tensor], index: Tensor, part: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Each tensor with the sequences ``index`` replaced."""
-    return (tensor.index_copy(0, index, rows) for tensor, rows in zip(before, part, strict=True))
+def _join(first: Tensor, others: Tensor) -> Tensor:
+    return torch.cat((first, others))

@@ -5,6 +5,7 @@ Both are called alike, and return logits (B, S, V), or ``Losses`` when they are 
     model(tokens_BS)        model(tokens_BS, depth=8)        model(tokens_BS, targets_BS, plan)
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,9 +49,13 @@ class LoopedTransformer(nn.Module):
         depth: DepthPlan | int | None = None,
         exit_rule: ExitRule | None = None,
     ) -> Tensor | Losses:
-        """The logits or the losses; ``depth`` is the mean depth of training if it is not given."""
+        """The logits or the losses, in the order of ``tokens_BS``; inside, the sequences are in the plan's order.
+
+        ``depth`` is the mean depth of training if it is not given.
+        """
         if not isinstance(depth, DepthPlan):
             depth = fixed(self.mean_depth if depth is None else depth, len(tokens_BS))
+        tokens_BS = _reordered(tokens_BS, depth.order)
         rotary = _rotary(self.prelude, tokens_BS)
         x_BSD, values = self.embedding(tokens_BS), self.value_embeddings(tokens_BS)
         first, end = len(self.prelude), len(self.prelude) + self.config.core_layers
@@ -60,12 +65,15 @@ class LoopedTransformer(nn.Module):
         x_BSD = self.readout(h_BSD)
         for block, value in zip(self.coda, values[end:], strict=True):
             x_BSD = block(x_BSD, rotary, value)
-        result = self.head(x_BSD, targets_BS)
+        places = _inverse(depth.order)
         if targets_BS is None:
-            return result
+            return _reordered(self.head(x_BSD, None), places)
+        losses = self.head(x_BSD, _reordered(targets_BS, depth.order))
+        if losses.by_sequence_B is not None:
+            losses = losses._replace(by_sequence_B=_reordered(losses.by_sequence_B, places))
         weighted = zip(self.loop.penalty_weights.items(), penalties_P, strict=True)
         penalties = {name: penalty for (name, weight), penalty in weighted if weight and self.training}
-        return result.plus(penalties, health)
+        return losses.plus(penalties, health)
 
 
 class DenseTransformer(nn.Module):
@@ -128,3 +136,15 @@ def _blocks(config: Looped | Dense, numbers: range, layers: int) -> nn.ModuleLis
         Block(config, feed_forward(config.width, config.feed_forward), has_value_embedding(config, number, layers))
         for number in numbers
     )
+
+
+def _reordered(tensor_B: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Row ``order[i]`` as row i. Slices are joined, since an index tensor would be a copy that waits for the device."""
+    if order == tuple(range(len(order))):
+        return tensor_B
+    rows = tensor_B.split(1)
+    return torch.cat([rows[place] for place in order])
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))

@@ -24,7 +24,10 @@ class StepResult:
     """What one rank knows after its part of a step; ``applied`` and ``gradient_norm`` are the same on every rank."""
 
     measured: dict[str, Mean]
-    """The cross-entropy, each penalty and the model's diagnostics, joined over this rank's micro batches, by metric."""
+    """The cross-entropy, each penalty and the model's diagnostics, joined over this rank's micro batches, by metric.
+
+    On the device: nothing waits for it before the exchange.
+    """
     load_LE: Tensor | None
     """Tokens that this rank sent to each expert of each layer; None without experts."""
     applied: bool
@@ -81,8 +84,9 @@ def exchange(
     Waits for this rank's rows of the next step: if one rank cannot read them, all ranks must know.
     """
     data_failed = batches.failed()
-    means = [float(number) for mean in result.measured.values() for number in mean]
-    sums = [*means, float(result.text_tokens or 0)]
+    means = result.measured.values()
+    totals = [torch.as_tensor(mean.total, dtype=torch.float64).to(device, non_blocking=True) for mean in means]
+    sums = [*(mean.weight for mean in means), float(result.text_tokens or 0)]
     largest = [
         float(stop.asked),
         float(data_failed),
@@ -90,14 +94,16 @@ def exchange(
         batches.waited_seconds,
         _peak_memory_gib(device),
     ]
-    numbers = torch.tensor([*sums, *largest], dtype=torch.float64, device=device)
+    on_device = torch.tensor([*sums, *largest], dtype=torch.float64).to(device, non_blocking=True)
+    numbers = torch.cat((torch.stack(totals), on_device))
     load_LE = result.load_LE
     own = numbers if load_LE is None else torch.cat((numbers, load_LE.double().flatten()))
     rows = group.gather(own)
-    *joined, text_tokens = rows[:, : len(sums)].sum(dim=0).tolist()
-    pairs = zip(joined[::2], joined[1::2], strict=True)
+    summed = len(totals) + len(sums)
+    *joined, text_tokens = rows[:, :summed].sum(dim=0).tolist()
+    pairs = zip(joined[: len(totals)], joined[len(totals) :], strict=True)
     measured = {name: total / weight for name, (total, weight) in zip(result.measured, pairs, strict=True) if weight}
-    stop_asked, failed, saving, waited, memory = rows[:, len(sums) : len(numbers)].amax(dim=0).tolist()
+    stop_asked, failed, saving, waited, memory = rows[:, summed : len(numbers)].amax(dim=0).tolist()
     total = None if load_LE is None else rows[:, len(numbers) :].sum(dim=0).float().view(load_LE.shape)
     return StepVotes(
         loss=measured["train/loss"],
@@ -119,11 +125,15 @@ def balance_experts(engine: TrainingEngine, model: Looped | Dense, result: StepR
 
 
 def _join(parts: Sequence[Mapping[str, Mean]]) -> dict[str, Mean]:
-    """The means over several micro batches."""
+    """The means over several micro batches; totals are added in fp64."""
     return {
-        name: Mean(sum(float(part[name].total) for part in parts), sum(part[name].weight for part in parts))
+        name: Mean(sum(_double(part[name].total) for part in parts), sum(part[name].weight for part in parts))
         for name in parts[0]
     }
+
+
+def _double(total: Tensor | float) -> Tensor | float:
+    return total.double() if isinstance(total, Tensor) else total
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -107,23 +107,26 @@ def test_per_batch_depths_are_one_number_a_step() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_plans_of_the_ranks_form_the_global_plan(ranks: int) -> None:
     depths = draw_depths(Loop(mean_depth=4.0), 0, 1, range(16))
-    own = 16 // ranks
-    parts = [plan(depths, 3, slice(rank * own, (rank + 1) * own), ()) for rank in range(ranks)]
-    complete = plan(depths, 3, slice(0, 16), ())
-    assert sum((part.with_grad for part in parts), ()) == complete.with_grad
-    assert sum((part.without_grad for part in parts), ()) == complete.without_grad
-    assert {(part.most_without_grad, part.most_with_grad) for part in parts} == {
-        (max(depths) - 3 if max(depths) > 3 else 0, min(max(depths), 3))
-    }
+    own, found = 16 // ranks, []
+    for rank in range(ranks):
+        first = rank * own
+        part = plan(depths, 3, slice(first, first + own), range(100 + first, 100 + first + own))
+        assert part.state_seeds == tuple(100 + first + place for place in part.order)
+        assert list(part.with_grad) == sorted(part.with_grad, reverse=True), "the deepest first"
+        assert list(part.without_grad) == sorted(part.without_grad, reverse=True)
+        found += sorted(zip([first + place for place in part.order], part.without_grad, part.with_grad, strict=True))
+        assert part.most_without_grad == max(0, max(depths) - 3)
+        assert part.most_with_grad == min(max(depths), 3)
+    assert found == [(row, max(0, depth - 3), min(depth, 3)) for row, depth in enumerate(depths)]
 
 
 def test_the_last_steps_carry_gradient() -> None:
-    own = plan(np.array([1, 2, 3, 9]), 3, slice(0, 4), ())
-    assert own.with_grad == (1, 2, 3, 3)
-    assert own.without_grad == (0, 0, 0, 6)
+    own = plan(np.array([1, 2, 9, 3]), 3, slice(0, 4), range(4))
+    assert own.order == (2, 3, 1, 0)
+    assert own.with_grad == (3, 3, 2, 1)
+    assert own.without_grad == (6, 0, 0, 0)
     assert fixed(5, 2).with_grad == (5, 5)
 
 
 def test_shallow_sequences_join_late_and_all_end_together() -> None:
-    steps = [1, 3, 2]
-    assert [due(steps, left) for left in (3, 2, 1)] == [[1], [1, 2], [0, 1, 2]]
+    assert [due([3, 2, 1, 1], left) for left in (4, 3, 2, 1)] == [0, 1, 2, 4]

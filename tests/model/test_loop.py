@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mythos.config.model_schema import Looped
+from mythos.model import build_model
 from mythos.model.depth import DepthPlan, fixed, plan
 from mythos.model.layers import rotary_angles
 from mythos.model.loop import Loop, LoopInputs
@@ -17,7 +18,7 @@ from mythos.model.moe import expert_load
 from mythos.model.rules import initial_deviation
 from tests.model.helpers import gradients, numbers, randomise
 from tests.reference.masked_loop import masked_loop
-from tests.tiny import MODELS, tiny_config
+from tests.tiny import MODELS, VOCABULARY, tiny_config
 
 DEPTHS = np.array([1, 6, 3, 2, 4])
 ROTARY = rotary_angles(7, 16, 50_000.0, torch.device("cpu"))
@@ -89,10 +90,25 @@ def test_each_sequence_goes_through_the_core_as_often_as_planned() -> None:
     loop, own = make_loop("dense core, everything", recompute=False), make_plan(2)
     e, values = make_inputs(loop, 5)
     together, _, _ = loop(e, values, ROTARY, own)
-    for row, depth in enumerate(DEPTHS):
+    for row, place in enumerate(own.order):
         alone = [None if value is None else value[row : row + 1] for value in values]
-        single, _, _ = loop(e[row : row + 1], alone, ROTARY, fixed(int(depth), 1, [10 + row]))
+        single, _, _ = loop(e[row : row + 1], alone, ROTARY, fixed(int(DEPTHS[place]), 1, [10 + place]))
         assert_close(together[row : row + 1], single, rtol=1e-5, atol=1e-6)
+
+
+def test_results_are_in_the_order_of_the_caller() -> None:
+    model = build_model(tiny_config("published", "data", "run"))
+    randomise(model, deviation=0.1)
+    tokens = torch.randint(VOCABULARY, (5, 9), generator=torch.Generator().manual_seed(3))
+    own = make_plan(2)
+    logits = model(tokens, None, own)
+    with torch.no_grad():
+        losses = model.eval()(tokens[:, :-1], tokens[:, 1:], own)
+    for place, depth in enumerate(DEPTHS):
+        alone = fixed(int(depth), 1, [10 + place])
+        row = tokens[place : place + 1]
+        assert_close(logits[place : place + 1], model(row, None, alone), rtol=1e-5, atol=1e-5)
+        assert_close(losses.by_sequence_B[place], model(row[:, :-1], row[:, 1:], alone).by_sequence_B[0])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -149,6 +165,16 @@ def test_a_rank_without_sequences_due_makes_all_steps_and_computes_nothing_else(
         loop(*make_inputs(loop, 2), ROTARY, plan(np.array([1, 2, 9, 5]), 3, slice(0, 2), [0, 1]))
     assert calls == [0] * 6 + [0, 1, 2]
     assert sum(calls) == 1 + 2, "only the sequences that are due are computed"
+
+
+def test_a_core_without_experts_skips_the_steps_that_no_sequence_needs() -> None:
+    loop = make_loop("dense core, everything")
+    calls = []
+    step = loop.step
+    loop.step = lambda state, *rest: calls.append(len(state)) or step(state, *rest)  # type: ignore[method-assign]
+    with torch.no_grad():
+        loop(*make_inputs(loop, 2), ROTARY, plan(np.array([1, 2, 9, 5]), 3, slice(0, 2), [0, 1]))
+    assert calls == [1, 2]
 
 
 def test_load_counts_the_steps_with_gradient_and_no_recomputation() -> None:
