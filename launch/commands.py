@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from launch import (
+    bench,
     checkpoint,
     config,
     data_prepare,
@@ -77,6 +78,7 @@ APP = group(
         "export": export.run,
         "config": config.run,
         "params": params.run,
+        "bench": bench.run,
         "job": job.run,
     },
 )

@@ -26,6 +26,7 @@ LAYERS = [
     ("mythos.checkpoint",),
     ("mythos.eval",),
     ("mythos.train",),
+    ("mythos.bench",),
     ("mythos.export",),
     ("data_prep",),
     ("launch",),

@@ -27,6 +27,13 @@ OUTSIDE_A_RUN: dict[str, Any] = {
     "data": {"directory": "none", "sequence_length": 2},
 }
 """The required options of a run, for a model's configuration without a run."""
+NOT_NEEDED: dict[str, Any] = {
+    "run": {"directory": "none"},
+    "train": {},
+    "optim": {"learning_rate": 1e-4},
+    "data": {},
+}
+"""Of the required options, those that have no effect where there are no data and no files."""
 
 
 def load(files: Sequence[str | Path], overrides: Sequence[str] = (), world_size: int = 1) -> Config:
@@ -52,6 +59,29 @@ def load_model(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Lo
     if isinstance(raw.get("parallel"), dict):
         raw["parallel"].pop("expert_parallel_size", None)
     return validate(raw).model
+
+
+def load_without_data(files: Sequence[str | Path], overrides: Sequence[str], world_size: int, steps: int) -> Config:
+    """The configuration of a run of ``steps`` steps that reads no data and writes no files.
+
+    Its directories and learning rate may be missing. Without a global batch, each rank has one micro batch.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    raw = merge(files, overrides)
+    for name, section in NOT_NEEDED.items():
+        if isinstance(given := raw.get(name, {}), dict):
+            raw[name] = section | given
+    train, data = raw["train"], raw["data"]
+    if isinstance(train, dict):
+        train["steps"] = steps
+    if isinstance(data, dict) and "sources" not in data:
+        data.setdefault("directory", "none")
+    if isinstance(train, dict) and not train.keys() & {"global_batch_sequences", "global_batch_tokens"}:
+        own = train.get("micro_batch_sequences")
+        train["global_batch_sequences"] = own * world_size if isinstance(own, int) else 1
+    return validate(raw, world_size)
 
 
 def load_for_most(files: Sequence[str | Path], overrides: Sequence[str], sizes: Sequence[int]) -> tuple[Config, int]:

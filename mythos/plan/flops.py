@@ -42,6 +42,21 @@ class ForwardFlops:
 
 
 @dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs a token of a forward and backward pass, by part; of a dense model in ``prelude`` and ``head``."""
+
+    prelude: float
+    loop: float
+    coda: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """Of all parts."""
+        return self.prelude + self.loop + self.coda + self.head
+
+
+@dataclass(frozen=True)
 class LoopSteps:
     """How often a sequence runs the core, or the means of several sequences; a dense model has no loop steps."""
 
@@ -75,8 +90,20 @@ def training_flops(
     model: Looped | Dense, sequence_length: int, steps: LoopSteps = LoopSteps(), causal: bool = False
 ) -> float:
     """FLOPs a token of a forward and backward pass; of a batch, times its tokens, with its mean ``executed_steps``."""
+    return training_flops_by_part(model, sequence_length, steps, causal).total
+
+
+def training_flops_by_part(
+    model: Looped | Dense, sequence_length: int, steps: LoopSteps = LoopSteps(), causal: bool = False
+) -> TrainingFlops:
+    """The same, by part."""
     forward = forward_flops(model, sequence_length, causal)
-    return FORWARD_AND_BACKWARD * forward.total(steps.with_grad) + forward.loop_step * steps.without_grad
+    return TrainingFlops(
+        prelude=FORWARD_AND_BACKWARD * forward.prelude,
+        loop=(steps.without_grad + FORWARD_AND_BACKWARD * steps.with_grad) * forward.loop_step,
+        coda=FORWARD_AND_BACKWARD * forward.coda,
+        head=FORWARD_AND_BACKWARD * forward.head,
+    )
 
 
 def recomputation_flops(
