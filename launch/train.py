@@ -1,5 +1,6 @@
 """`mythos train`: one process, or many under torchrun, mpiexec or srun."""
 
+import functools
 import signal
 import time
 from collections.abc import Callable
@@ -102,10 +103,11 @@ def run_ranks(
         log.info(world.describe())
         world.export()
         from mythos.ranks import group
+        from mythos.ranks.preflight import check_ranks
 
         try:
             with journal(config, world.rank):
-                device = group.start(config.device, world)
+                device = group.start(config.device, world, functools.partial(check_ranks, config))
             exit_code = work(config, device)
             group.finish()
             return exit_code

@@ -113,7 +113,6 @@ def open_evaluator(config: Config, device: torch.device, wanted: Wanted) -> Iter
     Raises:
         UserError: the ranks or the data do not fit the configuration.
     """
-    preflight.check_ranks(config, device)
     with Watchdog(config.train.watchdog_s) as watchdog:
         data = preflight.open_data_everywhere(config)
         watchdog.progress("building the model")

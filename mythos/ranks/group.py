@@ -31,11 +31,15 @@ _store: dist.Store | None = None
 _questions = itertools.count()
 
 
-def start(device_option: str, world: World | None = None) -> torch.device:
+def start(
+    device_option: str, world: World | None = None, check: Callable[[torch.device], None] = lambda device: None
+) -> torch.device:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; returns this rank's device.
 
     Args:
         world: this rank's place, if the ranks themselves agree on a port; torchrun has opened MASTER_PORT.
+        check: called with the device before the first collective, once the ranks can exchange texts. NCCL connects the
+            ranks at once, with errors that do not say which rank runs another version or uses another one's GPU.
 
     Raises:
         UserError: there is no GPU for this rank, MASTER_ADDR does not resolve on this host, no port is free, or the
@@ -58,14 +62,26 @@ def start(device_option: str, world: World | None = None) -> torch.device:
     else:
         _store = _meet(world)
         os.environ["MASTER_PORT"] = str(_store.port)
+    check(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("ranks", _store),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=own_rank(),
+        world_size=number_of_ranks(),
         timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
     )
     return device
+
+
+def own_rank() -> int:
+    """The rank of this process, known before the process group exists."""
+    return int(os.environ["RANK"])
+
+
+def number_of_ranks() -> int:
+    """The number of ranks, known before the process group exists."""
+    return int(os.environ["WORLD_SIZE"])
 
 
 def _meet_at_master_port() -> dist.Store:
@@ -152,10 +168,10 @@ def ask_rank_0(own: str, answer: Callable[[list[str]], str]) -> str:
     """
     assert _store is not None
     store = dist.PrefixStore(f"question {next(_questions)}", _store)
-    store.set(f"rank {dist.get_rank()}", own)
+    store.set(f"rank {own_rank()}", own)
     try:
-        if dist.get_rank() == 0:
-            texts = [store.get(f"rank {rank}").decode() for rank in range(dist.get_world_size())]
+        if own_rank() == 0:
+            texts = [store.get(f"rank {rank}").decode() for rank in range(number_of_ranks())]
             store.set("answer", answer(texts))
         return store.get("answer").decode()
     except dist.DistError as error:
@@ -184,8 +200,10 @@ def _choose_device(option: str) -> torch.device:
     if option == "cpu" or (option == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if count == 1 and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
-        return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each process only its own GPU, as number 0
+    if count == 1:
+        # srun --gpus-per-task=1, and wrappers that set CUDA_VISIBLE_DEVICES, show each process only its own GPU, as
+        # number 0. If all see the same one, the preflight checks name the ranks.
+        return torch.device("cuda", 0)
     if local_rank >= count:
         raise UserError(
             f"device = {option!r}: this rank needs GPU {local_rank} of its node, which has {count}: "

@@ -5,7 +5,6 @@ Every finding names the rank and its host, and all ranks raise the same error.
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import platform
 import shutil
@@ -33,7 +32,7 @@ from mythos.ranks import group
 from mythos.ranks.group import agree
 from mythos.run.console import log
 from mythos.run.directory import RunDirectory
-from mythos.run.journal import PACKAGES
+from mythos.run.journal import package_versions
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """fp32 weights and AdamW's two moments; Muon needs less."""
@@ -50,7 +49,7 @@ class RankReport:
     device: str
     gpu: str | None
     """The GPU's unique identifier; None on a CPU."""
-    versions: Mapping[str, str]
+    versions: Mapping[str, str | None]
     options: Mapping[str, Any]
 
     def __str__(self) -> str:
@@ -63,25 +62,30 @@ class RankReport:
         return f"rank {self.rank} on {self.host}"
 
 
-def check_ranks(config: Config, device: torch.device) -> list[RankReport]:
-    """Compare the ranks before their first collective; returns all reports on rank 0, and only its own on other ranks.
+def check_ranks(config: Config, device: torch.device) -> None:
+    """Compare the ranks before their first collective.
 
     Raises:
         UserError: the ranks differ in code, versions or configuration, or two of them use the same GPU.
     """
-    own = own_report(config, device)
-    reports = [own]
+    size = config.parallel.expert_parallel_size
 
     def compare(texts: list[str]) -> str:
-        reports[:] = [RankReport(**json.loads(text)) for text in texts]
+        reports = [RankReport(**json.loads(text)) for text in texts]
+        if size is not None and (warning := expert_groups_across_hosts(size, [report.host for report in reports])):
+            log.warning(warning)
         return "\n".join(f"  {finding}" for finding in (*differing(reports), *shared_gpus(reports)))
 
-    if findings := group.ask_rank_0(json.dumps(asdict(own)), compare):
+    if findings := group.ask_rank_0(json.dumps(asdict(own_report(config, device))), compare):
         raise UserError(f"the ranks do not match:\n{findings}", agreed=True)
-    size = config.parallel.expert_parallel_size
-    if size is not None and (warning := expert_groups_across_hosts(size, [report.host for report in reports])):
-        log.warning(warning)
-    return reports
+
+
+def gather_reports(config: Config, device: torch.device) -> list[RankReport]:
+    """The reports of all ranks on rank 0, and only its own on other ranks. Collective."""
+    own = own_report(config, device)
+    reports: list[Any] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, reports)
+    return reports or [own]
 
 
 def check_run_directory(run: Run, model: Model) -> None:
@@ -125,13 +129,13 @@ def own_report(config: Config, device: torch.device) -> RankReport:
         name = f"{device} {properties.name} {properties.total_memory / GIB:.0f} GiB"
         gpu = str(getattr(properties, "uuid", None) or device)
     options = flatten(to_dict(config))
-    return RankReport(dist.get_rank(), socket.gethostname(), name, gpu, versions(), options)
+    return RankReport(group.own_rank(), socket.gethostname(), name, gpu, versions(), options)
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     """The version of everything that must be the same on all ranks for the run to be correct."""
-    found = {"python": platform.python_version(), "code": code_version()}
-    found |= {name: importlib.metadata.version(name) for name in PACKAGES if name != "mythos"}
+    found = {"python": platform.python_version(), "code": code_version(), **package_versions()}
+    del found["mythos"]  # the code's own digest says more
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found

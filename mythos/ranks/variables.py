@@ -18,8 +18,10 @@ def set_training_variables(device_type: str, environ: MutableMapping[str, str]) 
     if device_type == "cuda":
         environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         environ.setdefault("NCCL_DEBUG", "WARN")  # errors then name the network interface and the peer
-        # A collective that has timed out ends the process instead of blocking it.
-        environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+        # The number of sequences that are due changes from loop step to loop step: blocks of fixed sizes would fragment
+        # the memory. torch reads the variable at the first allocation; it also knows it by its older name.
+        if "PYTORCH_CUDA_ALLOC_CONF" not in environ:
+            environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def set_data_variables(environ: MutableMapping[str, str]) -> None:

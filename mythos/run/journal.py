@@ -149,10 +149,21 @@ def environment(hosts: Sequence[str], device: str, precision: str, expert_parall
         "expert_parallel_size": expert_parallel_size,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "git_commit": _git_commit(),
         "slurm": {name: value for name, value in os.environ.items() if name.startswith(JOB_VARIABLES)},
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """The version of each of ``PACKAGES``; None if it is not installed, like a source tree that is run in place."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def append_event(directory: Path, event: str, **details: Any) -> None:

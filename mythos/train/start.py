@@ -164,21 +164,21 @@ def open_run(
     accept: Sequence[str],
     known: Mapping[str, Reference],
 ) -> Iterator[OpenRun]:
-    """Check that all ranks match, open data and run directory, and watch the run until the block ends.
+    """Open data and run directory, and watch the run until the block ends.
 
     The end of the block and its cause are recorded in the run's journal. Collective.
 
     Raises:
-        UserError: the ranks, the run directory or the data do not fit the configuration.
+        UserError: the run directory or the data do not fit the configuration.
     """
     directory = RunDirectory(Path(config.run.directory))
-    with Journal(directory.path, dist.get_rank()) as journal:
-        reports = preflight.check_ranks(config, device)
+    journal = Journal(directory.path, dist.get_rank())
     stop.has_begun = True
     # The journal is the outer context: when a rank fails only because another rank died, it records the watchdog's
     # diagnosis, not the secondary error.
     with journal, Watchdog(config.train.watchdog_s, journal) as watchdog, ExitStack() as cleanup:
         stop.watchdog = watchdog
+        reports = preflight.gather_reports(config, device)
         data = preflight.open_data_everywhere(config)
         changed, lock = _open_directory(config, accept, known, device, reports)
         if lock is not None:

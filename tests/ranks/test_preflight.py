@@ -16,6 +16,7 @@ from deepspeed.utils import groups
 from mythos.config.schema import Config, Data, Run
 from mythos.errors import UserError
 from mythos.ranks import group, preflight, variables
+from mythos.run import journal
 from tests.spawn import RankPool
 from tests.tiny import tiny_config
 from tests.train.runs import run_training
@@ -180,36 +181,34 @@ def test_the_local_rank_chooses_the_gpu(eight_gpus: pytest.MonkeyPatch) -> None:
         group._choose_device("cuda")
 
 
-def test_srun_may_show_each_process_only_its_own_gpu(eight_gpus: pytest.MonkeyPatch) -> None:
-    eight_gpus.setattr(torch.cuda, "device_count", lambda: 1)
+def test_a_process_that_sees_only_its_own_gpu_takes_it(eight_gpus: pytest.MonkeyPatch) -> None:
+    eight_gpus.setattr(torch.cuda, "device_count", lambda: 1)  # as under srun --gpus-per-task=1
     eight_gpus.setenv("LOCAL_RANK", "3")
-    eight_gpus.setenv("LOCAL_WORLD_SIZE", "8")
-    with pytest.raises(UserError, match="needs GPU 3"):
-        group._choose_device("auto")
-    eight_gpus.setenv("SLURM_STEP_ID", "0")
     assert group._choose_device("auto") == torch.device("cuda", 0)
 
 
 def test_gpus_communicate_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mythos.engine.sections import deepspeed_config, precision
 
-    chosen: dict[str, object] = {}
+    calls: list[object] = []
     place = {"LOCAL_RANK": "2", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     eight_gpus.setattr(os, "environ", place)
     eight_gpus.setattr(group, "_store", None)
-    eight_gpus.setattr(torch.cuda, "set_device", lambda device: chosen.update(device=device))
+    eight_gpus.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
     eight_gpus.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
-    eight_gpus.setattr(group.dist, "init_process_group", lambda backend, **__: chosen.update(backend=backend))
-    device = group.start("auto")
-    assert chosen == {"device": torch.device("cuda", 2), "backend": "nccl"}
+    eight_gpus.setattr(
+        group.dist, "init_process_group", lambda backend, device_id, **__: calls.append((backend, device_id))
+    )
+    device = group.start("auto", check=lambda device: calls.append(("check", device)))
+    # NCCL connects the ranks at once: whether they match is checked before that.
+    assert calls == [("set_device", device), ("check", device), ("nccl", device)]
+    assert device == torch.device("cuda", 2)
     assert os.environ["DS_ACCELERATOR"] == "cuda"
     assert os.environ["LOCAL_RANK"] == "2"
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
     # srun --gpus-per-task=1 shows each process one GPU: DeepSpeed must choose number 0 as well.
     eight_gpus.setattr(torch.cuda, "device_count", lambda: 1)
-    place |= {"LOCAL_RANK": "2", "SLURM_STEP_ID": "0", "LOCAL_WORLD_SIZE": "8"}
-    assert group.start("auto") == chosen["device"] == torch.device("cuda", 0)
+    assert group.start("auto") == torch.device("cuda", 0)
     assert os.environ["LOCAL_RANK"] == "0"
 
     config = tiny_config("looped-moe", tmp_path, tmp_path / "run")
@@ -217,6 +216,23 @@ def test_gpus_communicate_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyP
     assert precision(config, CPU) == "fp32"
     assert deepspeed_config(config, 1, device)["bf16"] == {"enabled": True}
     assert deepspeed_config(config, 1, device)["zero_optimization"]["overlap_comm"]
+
+
+def test_the_allocator_grows_its_blocks_unless_the_user_has_chosen_otherwise() -> None:
+    environ: dict[str, str] = {}
+    variables.set_training_variables("cuda", environ)
+    assert environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert not any("ASYNC_ERROR_HANDLING" in name for name in environ), "torch's own default is safer"
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        environ = {name: "max_split_size_mb:64"}
+        variables.set_training_variables("cuda", environ)
+        assert {name: value for name, value in environ.items() if "ALLOC" in name} == {name: "max_split_size_mb:64"}
+
+
+def test_a_package_that_is_not_installed_is_recorded_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "PACKAGES", ("numpy", "no-such-package", "mythos"))
+    assert preflight.versions()["no-such-package"] is None
+    assert preflight.versions()["numpy"] == np.__version__
 
 
 def test_batches_reach_a_gpu_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
