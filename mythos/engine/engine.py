@@ -18,6 +18,7 @@ from mythos.config.derive import expert_parallel_size
 from mythos.config.model_schema import Looped
 from mythos.config.schema import Config
 from mythos.engine.exchange import Exchange
+from mythos.engine.initial import draw_by_ranks
 from mythos.engine.muon import MuonAdamW
 from mythos.engine.optimizer import build_optimizer
 from mythos.engine.placement import (
@@ -28,9 +29,8 @@ from mythos.engine.placement import (
     refresh_weights,
 )
 from mythos.engine.sections import check_clipping, deepspeed_config, expert_parallel_section, precision, training_dtype
-from mythos.model import build_model, build_structure, start
+from mythos.model import build_structure, draws
 from mythos.model.depth import DepthPlan
-from mythos.model.init import initialise
 from mythos.model.loop import ExitRule, Loop
 from mythos.model.moe import TOKENS_PER_EXPERT, MoE
 from mythos.model.parameters import stacked_matrices
@@ -58,7 +58,7 @@ class TrainingEngine:
         self.dtype = training_dtype(config, device)
         check_clipping(config, self.precision)
         sections = deepspeed_config(config, dist.get_world_size(), device)
-        model = _build_model(config, sections)
+        model = _build_model(config, sections, device)
         moe_names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
         # Before initialisation: marked later, the children of the loop would keep their gathering hooks.
         if any(isinstance(module, Loop) for module in model.modules()):
@@ -71,7 +71,7 @@ class TrainingEngine:
             log.info(f"each set of experts is distributed over {size} rank{'s' if size > 1 else ''}")
             # ZeRO 1 and 2 find the experts' process group by these marks.
             optimizer.param_groups[-1] |= {"moe": True, "name": f"ep_size_{size}"}
-            sections["expert_parallel"] = expert_parallel_section(config.model.core_experts, size, moe_names)
+            sections["expert_parallel"] = expert_parallel_section(config.model.core_experts, size, moe_names, device)
         if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:  # of DeepSpeed; the tests of Mythos cover its own
             ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
         self.optimizer = optimizer
@@ -231,17 +231,19 @@ def _global(name: str, parameter: Any) -> GlobalParameter:
     )
 
 
-def _build_model(config: Config, sections: dict[str, Any]) -> nn.Module:
-    """The model with its initial weights; at stage 3 no rank ever holds more than one complete parameter."""
+def _build_model(config: Config, sections: dict[str, Any], device: torch.device) -> nn.Module:
+    """The model with its initial weights; at stage 3 every rank keeps only its part of each parameter."""
     if config.parallel.zero_stage < 3:
-        return build_model(config)
+        with device:
+            model = build_structure(config)
+        draw_by_ranks(draws(model, config), device)
+        return model
     with deepspeed.zero.Init(config_dict_or_path=sections):
         model = build_structure(config)
-    initialise(
-        model,
-        start(config),
-        config.seed,
-        gather=lambda parameter: deepspeed.zero.GatheredParameters([parameter], modifier_rank=0),
+    draw_by_ranks(
+        draws(model, config),
+        device,
+        lambda parameter, rank: deepspeed.zero.GatheredParameters([parameter], modifier_rank=rank),
     )
     return model
 

@@ -1,5 +1,6 @@
 """DeepSpeed's configuration from ours, without importing DeepSpeed."""
 
+import importlib.util
 import re
 from typing import Any
 
@@ -51,9 +52,11 @@ def deepspeed_config(config: Config, world_size: int, device: torch.device) -> d
     return sections
 
 
-def expert_parallel_section(experts: MixtureOfExperts, size: int, moe_names: list[str]) -> dict[str, Any]:
+def expert_parallel_section(
+    experts: MixtureOfExperts, size: int, moe_names: list[str], device: torch.device
+) -> dict[str, Any]:
     """AutoEP's section. It ignores misspelt keys, so the engine checks that every layer was converted."""
-    return {
+    return _expert_kernels(size, device) | {
         "enabled": True,
         "autoep_size": size,
         "moe_layer_pattern": "|".join(re.escape(name) for name in moe_names),
@@ -72,4 +75,23 @@ def expert_parallel_section(experts: MixtureOfExperts, size: int, moe_names: lis
         "route_scale": experts.route_scale,
         "num_expert_groups": experts.groups,
         "num_limited_groups": experts.groups_per_token,
+    }
+
+
+def _expert_kernels(size: int, device: torch.device) -> dict[str, Any]:
+    """AutoEP's faster forms on NVIDIA GPUs: it refuses to start with one that the device does not support.
+
+    fused_weighted_sum: the experts' outputs are weighted and summed in one Triton kernel, in fp32, instead of a scatter
+        and an fp32 copy of all of them.
+    fused: gate and up projections are one grouped product. torch has that kernel from compute capability 9.0 on; on
+        older GPUs AutoEP uses a Triton kernel, which has only the separate form.
+    async_split_plan: the host waits for the numbers of tokens to exchange while the GPU already packs them.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return {}
+    grouped = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {
+        "combine_impl": "fused_weighted_sum",
+        "gate_up_impl": "fused" if grouped else "separate",
+        "async_split_plan": size > 1,
     }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mythos.config.model_schema import Dense, Looped
 from mythos.config.schema import Config
 from mythos.model.depth import DepthPlan
-from mythos.model.init import initialise
+from mythos.model.init import Draw, initial_draws, initialise
 from mythos.model.rules import Start
 from mythos.model.transformer import DenseTransformer, LoopedTransformer
 
@@ -28,8 +28,13 @@ def start(config: Config) -> Start:
     return Start(config.init, config.model.width, config.loop.mean_depth if config.loop else 1.0)
 
 
+def draws(model: nn.Module, config: Config) -> dict[nn.Parameter, Draw]:
+    """How to make the initial values of each parameter of the configuration's model."""
+    return initial_draws(model, start(config), config.seed)
+
+
 def build_structure(config: Config) -> nn.Module:
-    """The model of the configuration, before ``initialise`` sets its weights."""
+    """The model of the configuration, before its parameters have their initial values."""
     match config.model:
         case Looped():
             assert config.loop is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 from mythos.config.init_schema import Init
 
 Rule = Callable[[Tensor], Tensor]
+"""It may overwrite the numbers that it is given."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,23 @@ def uniform(bound: float) -> Rule:
 
 def orthogonal(deviation: float, stacked: int = 1) -> Rule:
     """Matrices (the last two dimensions) with orthonormal rows or columns, times a factor that makes ``deviation`` the
-    root mean square of their entries; ``stacked`` matrices along the rows, each by itself."""
+    root mean square of their entries; ``stacked`` matrices along the rows, each by itself.
+
+    They are replaced one by one in place: the experts of a layer may fill a fifth of a GPU's memory.
+    """
 
     def rule(normal: Tensor) -> Tensor:
-        return torch.cat([deviation * _orthogonal(part) for part in normal.chunk(stacked, dim=-2)], dim=-2)
+        for part in normal.chunk(stacked, dim=-2):
+            for matrix in part if part.ndim > 2 else (part,):
+                matrix.copy_(deviation * _orthogonal(matrix))
+        return normal
 
     return rule
 
 
 def _orthogonal(normal: Tensor) -> Tensor:
-    rows, columns = normal.shape[-2:]
+    rows, columns = normal.shape
     tall = normal if rows >= columns else normal.mT
     q, r = torch.linalg.qr(tall)
-    q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1))[..., None, :]  # uniform over orthogonal matrices
+    q = q * torch.sign(torch.diagonal(r))  # uniform over orthogonal matrices
     return (q if rows >= columns else q.mT) * math.sqrt(max(rows, columns))
