@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from mythos.config.model_schema import Dense, GroupedQuery, Looped
 from mythos.config.schema import Config, Data
 
+BF16_BYTES = 2
+GATHERED_EXPERTS_BYTES = 16 * 2**30
+"""Of routed experts on one rank: a fifth of the memory of a GPU with 80 GB."""
+
 
 def global_batch_sequences(config: Config) -> int:
     """Sequences in one optimizer step over all ranks, whichever of the two ways it was given."""
@@ -34,15 +38,20 @@ def whole_mean_depth(config: Config) -> int | None:
 def expert_parallel_size(config: Config, hosts: Sequence[str]) -> int:
     """Number of ranks over which one set of experts is distributed, given the host of each rank; 1 without experts.
 
-    A set belongs to consecutive ranks. Unless the option gives another size, it is the largest one for which every set
-    stays on one host.
+    A set belongs to consecutive ranks. Unless the option gives another size, every set stays on one host. Tokens are
+    exchanged at every loop step, weights are gathered once, so the size is the smallest for which a rank can hold its
+    experts of all core layers: those are what ZeRO-3 gathers at once.
     """
-    experts = config.model.core_experts if isinstance(config.model, Looped) else None
-    if experts is None:
+    model = config.model
+    experts = model.core_experts if isinstance(model, Looped) else None
+    if not isinstance(model, Looped) or experts is None:
         return 1
     if config.parallel.expert_parallel_size is not None:
         return config.parallel.expert_parallel_size
-    return math.gcd(experts.experts, *(len(list(ranks)) for _, ranks in itertools.groupby(hosts)))
+    largest = math.gcd(experts.experts, *(len(list(ranks)) for _, ranks in itertools.groupby(hosts)))
+    total_bytes = BF16_BYTES * model.core_layers * experts.experts * 3 * experts.expert_hidden_size * model.width
+    sizes = (size for size in range(2, largest) if largest % size == 0)
+    return next((size for size in sizes if total_bytes <= size * GATHERED_EXPERTS_BYTES), largest)
 
 
 def eval_depths(config: Config) -> tuple[int, ...]:

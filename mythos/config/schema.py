@@ -138,8 +138,9 @@ class Parallel:
         "ZeRO: 0 nothing sharded, 1 optimizer, 2 gradients, 3 weights", 3, change="free", ge=0, le=3
     )
     expert_parallel_size: int | None = option(
-        "number of ranks over which one set of experts is distributed; null: the greatest common divisor of the number "
-        "of experts and the numbers of ranks on each node, so that a set stays on one node; 1 without experts",
+        "number of ranks over which one set of experts is distributed; null: the smallest above 1 that keeps a set on "
+        "one node and leaves a rank at most 16 GiB of routed experts in bf16, else the largest that keeps a set on one "
+        "node; 1 without experts",
         None,
         change="free",
         gt=0,

@@ -3,7 +3,10 @@ from pathlib import Path
 import pytest
 
 from mythos.config.derive import expert_parallel_size
+from mythos.config.load import load
 from tests.tiny import tiny_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
@@ -12,8 +15,8 @@ from tests.tiny import tiny_config
         ("a", 1),
         ("aa", 2),
         ("aaa", 1),  # 4 experts
-        ("aaaaaaaa", 4),
-        ("aaaabbbb", 4),
+        ("aaaaaaaa", 2),
+        ("aaaabbbb", 2),
         ("aaaabb", 2),
         ("aaabbb", 1),
         ("abab", 1),  # consecutive ranks are on different hosts
@@ -24,6 +27,20 @@ def test_a_set_of_experts_stays_on_one_host(hosts: str, size: int) -> None:
     assert expert_parallel_size(config, list(hosts)) == size
     for first in range(0, len(hosts), size):
         assert len(set(hosts[first : first + size])) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        ("looped-moe-770m", 2),  # 6 layers x 64 experts x 3 x 304 x 1280 x 2 bytes: 0.8 GiB
+        ("mythos-10b", 2),  # 6 x 128 x 3 x 896 x 4096 x 2: 15.75 GiB
+        ("mythos-50b", 8),  # 8 x 256 x 3 x 1216 x 6144 x 2: 85.5 GiB, of which 8 ranks have 10.7 each
+        ("mythos-1t", 8),  # none fits; the largest on a node
+    ],
+)
+def test_a_set_of_experts_is_spread_no_further_than_its_memory_needs(model: str, size: int) -> None:
+    config = load([CONFIGS / "model" / f"{model}.yaml", CONFIGS / "run" / "pretrain.yaml"], [], 16)
+    assert expert_parallel_size(config, list("aaaaaaaabbbbbbbb")) == size
 
 
 def test_a_size_that_is_given_is_taken_and_a_model_without_experts_has_1() -> None:

@@ -1,14 +1,21 @@
 """Every model of configs/model starts with every run of configs/run."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from mythos.config.derive import expert_parallel_size, global_batch_sequences, tokens_per_step
 from mythos.config.load import load
+from mythos.config.model_schema import Looped
+from mythos.config.optim_schema import Muon
 from mythos.engine.optimizer import build_optimizer
 from mythos.engine.sections import check_clipping, deepspeed_config
 from mythos.model import build_structure
+from mythos.plan.params import count_parameters
+from mythos.plan.schedule import learning_rate, schedule
 from mythos.run.describe import describe
 from mythos.run.status import read_status
 from tests.spawn import RankPool
@@ -18,16 +25,72 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS, RUNS = (sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("model", "run"))
 
 
+@lru_cache
+def structure(model: Path) -> nn.Module:
+    """The model without memory for its weights; the run file has no influence on it."""
+    with torch.device("meta"):
+        return build_structure(load([model, CONFIGS / "run" / "demo.yaml"], [], 2))
+
+
 @pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("run", RUNS, ids=lambda path: path.stem)
 def test_model_and_optimizer_are_built(model: Path, run: Path) -> None:
     config = load([model, run], [], 2)
-    with torch.device("meta"):
-        built = build_structure(config)
+    built = structure(model)
     groups = build_optimizer(built, config.optim).param_groups
     assert sum(len(group["params"]) for group in groups) == len(list(built.parameters()))
     check_clipping(config, "bf16")
     assert deepspeed_config(config, 2, torch.device("cpu"))["gradient_accumulation_steps"] > 0
+
+
+# Tokens in billions, and the learning rate of AdamW (arXiv 2604.12946); all else is the same for all.
+PUBLISHED = {"140m": (11.2, 8e-3), "370m": (29.6, 8e-3), "770m": (61.6, 6e-3), "1.3b": (104, 6e-3)}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("kind", ["looped", "transformer"])
+def test_each_published_model_has_a_run_with_the_published_recipe(kind: str, size: str) -> None:
+    name = f"{kind}-{size}"
+    config = load([CONFIGS / "model" / f"{name}.yaml", CONFIGS / "run" / f"{name}.yaml"], [], 8)
+    billions, rate = PUBLISHED[size]
+    steps, optim = config.train.steps, config.optim
+    assert steps == int(billions * 1e9 / 524_288)
+    assert (global_batch_sequences(config), tokens_per_step(config)) == (256, 524_288)
+    assert isinstance(optim, Muon)
+    assert (optim.beta1, optim.beta2, optim.epsilon, optim.gradient_clip) == (0.8, 0.95, 1e-10, 1.0)
+    # No warm-up, constant, then linear to 0 over the last half; Muon's momentum rises over 300 steps, its decay falls.
+    rates = [learning_rate(optim, step, steps) for step in (0, steps // 2 - 1, steps * 3 // 4, steps - 1)]
+    assert rates == pytest.approx([rate, rate, rate / 2, 0], rel=1e-3, abs=3 * rate / steps)
+    first, later = (schedule(optim, step, steps)["matrices"] for step in (0, 300))
+    assert (first["lr"], later["lr"]) == (8e-3, 8e-3)
+    assert (first["momentum"], later["momentum"]) == (0.85, 0.95)
+    assert first["weight_decay"] == 0.2
+    assert Path(config.run.directory).name == name
+
+
+def test_the_readme_says_what_the_layouts_of_the_flagship_send() -> None:
+    """ZeRO-3 gathers weights twice and reduces gradients once, ZeRO-2 only the latter; 2 bytes a number."""
+    config = load([CONFIGS / "model" / "looped-moe-770m.yaml", CONFIGS / "run" / "pretrain.yaml"], [], 16)
+    model, loop = config.model, config.loop
+    assert isinstance(model, Looped)
+    assert model.core_experts is not None
+    assert loop is not None
+    experts = count_parameters(model).parts["routed experts"]
+    others = count_parameters(model).total - experts
+    routed = config.train.micro_batch_sequences * config.data.sequence_length * model.core_experts.experts_per_token
+    # To the experts and back: forward at every loop step, backward at those with gradient; nothing is recomputed.
+    exchanges = 2 * model.core_layers * (loop.mean_depth + loop.backprop_depth)
+
+    def row(gathered: int, size: int) -> str:
+        weights = gathered * 2 * (others + experts / size) / 1e9
+        tokens = 2 * exchanges * routed * model.width * (1 - 1 / size) / 1e9
+        return f"| {weights:.1f} GB | {f'{tokens:.1f} GB' if tokens else '0'} |"
+
+    readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    table = [line for line in readme.splitlines() if "parallel_size" in line or "expert-parallel size" in line]
+    expected = [row(3, expert_parallel_size(config, ["a"] * 8 + ["b"] * 8)), row(3, 8), row(3, 1), row(1, 1)]
+    found = [line for line in table if line.startswith("|")]
+    assert [line.endswith(end) for line, end in zip(found, expected, strict=True)] == [True] * 4, (found, expected)
 
 
 @pytest.mark.parametrize(
