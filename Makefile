@@ -2,6 +2,7 @@
 # make demo    prepares the text in demo/ and trains a tiny looped mixture-of-experts model in two processes
 # make test    runs the whole test suite
 # make lint    checks style and types
+# make gpu-check   runs the checks of docs/gpu.md on a GPU
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 TESTS_OF_FAULTS := tests/faults
 TESTS_OF_LAUNCHERS := tests/slurm tests/launch
 
-.PHONY: setup demo test test-faults test-launchers test-rest lint
+.PHONY: setup demo test test-faults test-launchers test-rest lint gpu-check
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -55,3 +56,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The checks that need a GPU; their results replace those in docs/gpu.md. PYTHON has torch and DeepSpeed: nothing is
+# installed, because such a machine may have no network.
+gpu-check:
+	PYTHONPATH=$(CURDIR) MYTHOS_GPU_REPORT=docs/gpu.md $(PYTHON) -m pytest tests/gpu -m gpu

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import xxhash
-import zstd
 
 from data_prep.parts import FREE_SPACE, Progress, read_rows, wait_until_visible
 from mythos.data.format import COLUMN, INDEX_FILE, SHARD_HASH
@@ -74,6 +73,8 @@ def encode_shard(layout: ShardFormat, number: int, rows: np.ndarray) -> tuple[st
     name = shard_name(number)
     entry = {"samples": len(rows), "raw_data": _describe(content, name), "zip_data": None, **layout.settings()}
     if layout.compression:
+        import zstd
+
         name, content = f"{name}.{layout.compression}", zstd.compress(content, ZSTD_LEVEL)
         entry["zip_data"] = _describe(content, name)
     return name, content, entry

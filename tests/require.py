@@ -1,5 +1,6 @@
 """Tests that this machine cannot run are skipped with the reason. With CI=true they fail instead."""
 
+import functools
 import os
 import shutil
 from typing import NoReturn
@@ -20,3 +21,16 @@ def require(command: str) -> str:
     if found is None:
         missing(f"no {command} on this machine")
     return found
+
+
+def require_gpu() -> None:
+    """Skip the test without a GPU, also where CI=true: it is the machine of `make gpu-check` that must have one."""
+    if not _has_gpu():
+        pytest.skip("torch finds no GPU on this machine")
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,5 +1,6 @@
 """Every model of configs/model starts with every run of configs/run."""
 
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_each_published_model_has_a_run_with_the_published_recipe(kind: str, siz
     assert Path(config.run.directory).name == name
 
 
-def test_the_readme_says_what_the_layouts_of_the_flagship_send() -> None:
+def test_the_documents_say_what_the_layouts_of_the_flagship_send() -> None:
     """ZeRO-3 gathers weights twice and reduces gradients once, ZeRO-2 only the latter; 2 bytes a number."""
     config = load([CONFIGS / "model" / "looped-moe-770m.yaml", CONFIGS / "run" / "pretrain.yaml"], [], 16)
     model, loop = config.model, config.loop
@@ -86,11 +87,13 @@ def test_the_readme_says_what_the_layouts_of_the_flagship_send() -> None:
         tokens = 2 * exchanges * routed * model.width * (1 - 1 / size) / 1e9
         return f"| {weights:.1f} GB | {f'{tokens:.1f} GB' if tokens else '0'} |"
 
-    readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
-    table = [line for line in readme.splitlines() if "parallel_size" in line or "expert-parallel size" in line]
     expected = [row(3, expert_parallel_size(config, ["a"] * 8 + ["b"] * 8)), row(3, 8), row(3, 1), row(1, 1)]
-    found = [line for line in table if line.startswith("|")]
+    text = (CONFIGS.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+    found = [line for line in text.splitlines() if line.startswith("| `") and "parallel_size" in line]
     assert [line.endswith(end) for line, end in zip(found, expected, strict=True)] == [True] * 4, (found, expected)
+    readme = " ".join((CONFIGS.parent / "README.md").read_text(encoding="utf-8").split())
+    for number in re.findall(r"[0-9.]+ GB", expected[0] + expected[3]):
+        assert number in readme
 
 
 @pytest.mark.parametrize(

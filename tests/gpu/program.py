@@ -1,0 +1,40 @@
+"""`mythos train` without its command line, which needs packages that a borrowed machine may lack:
+
+    python -m tests.gpu.program CONFIG.json [STEP]
+
+With STEP, the process sends itself SIGTERM in the backward pass of that step.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from mythos.config.load import validate
+from mythos.engine.engine import TrainingEngine
+from mythos.ranks import group
+from mythos.ranks.preemption import StopRequest
+from mythos.train.loop import train
+
+
+def main(config_file: str, stop_in_step: str = "") -> int:
+    """Train in this process, which is rank 0 of 1; returns the exit code."""
+    stop = StopRequest()
+    config = validate(json.loads(Path(config_file).read_text(encoding="utf-8")), 1)
+    stop.exit_after(config.preemption.grace_s)
+    device = group.start(config.device)
+    if stop_in_step:
+        backward, calls = TrainingEngine.backward, iter(range(1, config.train.steps + 1))
+
+        def with_signal(engine: TrainingEngine, loss: object) -> None:
+            if next(calls) == int(stop_in_step):
+                os.kill(os.getpid(), signal.SIGTERM)
+            backward(engine, loss)  # type: ignore[arg-type]
+
+        TrainingEngine.backward = with_signal  # type: ignore[method-assign,assignment]
+    return train(config, device, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
