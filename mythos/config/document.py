@@ -24,6 +24,8 @@ what would be right.
   those of another `kind`.
 - A file or a command line that chooses another `kind` (`optim.kind=adamw`) or switches a feature off
   (`sample.tokens=0`) also removes that feature's options from the files before it.
+- A recipe (`recipe: true` in the file, see `configs/recipe/`) is for several models: options that have no effect with
+  the model, which is given before it, are left out. `mythos train MODEL.yaml RECIPE.yaml RUN.yaml`.
 - Files are merged option by option: a later file adds to `data.sources`. `data.sources.b=null` removes the source b of
   the files before it, and `data.sources=null` removes all.
 - The option's type decides what a value means. Text is taken as it is on the command line, quotes included, and as YAML

@@ -18,6 +18,11 @@ class Init:
         "2604.12946: orthogonal",
         "normal",
     )
+    head_norm: Literal["ones", "small"] = option(
+        "scale of the norm before the tied head: 1, or 1/(s width), with which a fresh model predicts all tokens "
+        "alike; arXiv 2604.12946: ones, with which a fresh standard transformer predicts its own input token",
+        "ones",
+    )
     value_tables: Literal["normal", "standard_normal"] = option(
         "value tables: normal with deviation s, or 1; the code of arXiv 2604.12946: standard_normal",
         "normal",

@@ -1,5 +1,6 @@
 """YAML files and key=value -> one plain tree."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ CONFIG_FILE = "config.yaml"
 """The configuration in a run directory, which the run itself wrote."""
 CHECKPOINT_DIRECTORY = "checkpoints"
 """The directory next to it, which every run creates."""
+RECIPE = "recipe"
+"""``recipe: true`` in a file: it is for several models, and what the model does not have is left out of it."""
 RESTORE = "restore it, or give another run directory"
 
 
@@ -30,7 +33,8 @@ def merge(
 
     A layer that chooses another kind (``optim.kind=adamw``) or switches something off (``sample.tokens=0``) also
     removes the options that now have no effect from the layers before it, so no file has to be edited. A named section
-    that is null (``data.sources.b=null``) removes that of the layers before it.
+    that is null (``data.sources.b=null``) removes that of the layers before it. A recipe's options that have no effect
+    with the model, which is in the layers before it, are left out.
 
     Args:
         saved: Mythos wrote the files, perhaps in version 0.1, which wrote options without effect as well.
@@ -44,7 +48,9 @@ def merge(
     for override in overrides:
         _update(given, _parse(override))
     merged: dict[str, Any] = {}
-    for layer in (*layers, given):
+    for layer, file in zip((*layers, given), (*files, None), strict=True):
+        if file is not None and layer.pop(RECIPE, False):
+            _keep_what_applies(layer, merged, file)
         for path in _superseded(merged, layer):
             remove(merged, path)
         _check_removed(merged, layer)
@@ -105,6 +111,24 @@ def _keep_effective(layer: dict[str, Any]) -> None:
         needs = needs_of(field)
         if needs and (not has(layer, needs.path) or _switched_off(layer, path)):
             remove(layer, path)
+
+
+def _keep_what_applies(layer: dict[str, Any], lower: dict[str, Any], file: str | Path) -> None:
+    """Remove a recipe's options that have no effect because of the model in the layers before. Raises UserError."""
+    if get(lower, "model.kind") is None:
+        raise UserError(f"{file}: a recipe comes after the model: give a file of configs/model before it")
+    together = copy.deepcopy(lower)
+    _update(together, layer)
+    for union in unions():
+        if union.startswith("model"):
+            for name in options_of_others(union, get(together, f"{union}.kind")):
+                remove(layer, f"{union}.{name}")
+    for path, field in options().items():
+        needs = needs_of(field)
+        if needs and needs.path.startswith("model.") and has(layer, path):
+            found = get(together, needs.path) if has(together, needs.path) else options()[needs.path].default
+            if not needs.met(found):
+                remove(layer, path)
 
 
 def _remove_other_kinds(layer: dict[str, Any]) -> None:

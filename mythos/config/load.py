@@ -54,6 +54,9 @@ def load_model(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Lo
         UserError: as ``load``.
     """
     raw = OUTSIDE_A_RUN | merge(files, overrides)
+    for name in ("train", "optim"):  # a recipe gives some of their options
+        if isinstance(raw[name], dict):
+            raw[name] = OUTSIDE_A_RUN[name] | raw[name]
     if isinstance(raw["train"], dict):
         raw["train"] = raw["train"] | {"global_batch_tokens": None} | ONE_SEQUENCE
     if isinstance(raw.get("parallel"), dict):
