@@ -4,7 +4,6 @@ import gc
 import time
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from mythos.bench.timeline import Observer, Part, Timeline
 from mythos.config.derive import tokens_per_step
 from mythos.config.schema import Config
-from mythos.data.stream import TokenStream
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
 from mythos.plan.flops import TrainingFlops, executed_steps, training_flops_by_part
@@ -70,7 +68,7 @@ class Speed:
 class SyntheticTokens:
     """Random rows in the place of a ``TokenStream``; each is a function of the seed and its sample's number."""
 
-    special_ids = None
+    special_ids: None = None
 
     def __init__(self, config: Config) -> None:
         self._seed, self._vocabulary = config.seed, config.model.vocabulary_size
@@ -80,6 +78,10 @@ class SyntheticTokens:
         """Token ids, int64 of shape (count, sequence_length + 1)."""
         generators = (np.random.default_rng((self._seed, first_sample + row)) for row in range(count))
         return np.stack([generator.integers(self._vocabulary, size=self._length) for generator in generators])
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """There are no sources."""
+        return {}
 
     def close(self) -> None:
         """Nothing is open."""
@@ -106,10 +108,9 @@ def measure_speed(config: Config, device: torch.device, warmup: int, peak: float
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     engine = TrainingEngine(config, device)
-    nobody = cast(Any, NeverAsked())
+    nobody = NeverAsked()
     seconds, parts, depths, memory = [], [], [], 0.0
-    stream = cast(TokenStream, SyntheticTokens(config))
-    with closing(StepBatches(config, stream, 1, 0)) as batches, Observer(engine, batches) as observer:
+    with closing(StepBatches(config, SyntheticTokens(config), 1, 0)) as batches, Observer(engine, batches) as observer:
         for step in range(config.train.steps):
             dist.barrier()
             observer.timeline = Timeline(device)

@@ -1,10 +1,11 @@
 """What a rank works on at a step: its rows of the data and its part of the depth plan."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from mythos.config.derive import global_batch_sequences, micro_steps
 from mythos.config.schema import Config
 from mythos.data.dataset import text_targets
-from mythos.data.stream import TokenStream
 from mythos.errors import UserError
 from mythos.model import depth
 
@@ -66,6 +66,16 @@ def micro_batch_plan(config: Config, depths: np.ndarray, first_sample: int, micr
     return depth.plan(depths[everyone], config.loop.backprop_depth, own, seeds)
 
 
+class Samples(Protocol):
+    """Numbered rows of tokens: a ``TokenStream``, or what stands for one where there are no data."""
+
+    @property
+    def special_ids(self) -> Sequence[int] | None: ...
+    def rows(self, first_sample: int, count: int) -> np.ndarray: ...
+    def epochs(self, samples: int) -> dict[str, float]: ...
+    def close(self) -> None: ...
+
+
 class StepBatches:
     """This rank's batches, step after step; the rows of the next step are read while this one runs.
 
@@ -73,7 +83,7 @@ class StepBatches:
     size. Close it when done.
     """
 
-    def __init__(self, config: Config, stream: TokenStream, first_step: int, first_sample: int) -> None:
+    def __init__(self, config: Config, stream: Samples, first_step: int, first_sample: int) -> None:
         self._config, self._stream = config, stream
         self._micro_steps = micro_steps(config, dist.get_world_size())
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")

@@ -3,17 +3,16 @@
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mythos.checkpoint.saver import Saver
 from mythos.config.model_schema import Dense, Looped
 from mythos.engine.engine import TrainingEngine
 from mythos.loss import Losses, Mean
 from mythos.model.moe import balance, expert_load, moe_layers
 from mythos.ranks import group
-from mythos.ranks.preemption import StopRequest
 from mythos.train.batch import StepBatch, StepBatches, tokens_and_targets
 
 GIB = 2**30
@@ -76,8 +75,22 @@ def train_step(engine: TrainingEngine, batch: StepBatch, groups: Mapping[str, Ma
     return StepResult(_join(measured), load_LE, update.applied, update.gradient_norm, batch.text_tokens)
 
 
+class MayStop(Protocol):
+    """A ``StopRequest``, or what stands for one where no signal is awaited."""
+
+    @property
+    def asked(self) -> bool: ...
+
+
+class MaySave(Protocol):
+    """A ``Saver``, or what stands for one where nothing is saved."""
+
+    @property
+    def pending(self) -> bool: ...
+
+
 def exchange(
-    result: StepResult, stop: StopRequest, batches: StepBatches, saver: Saver, device: torch.device
+    result: StepResult, stop: MayStop, batches: StepBatches, saver: MaySave, device: torch.device
 ) -> StepVotes:
     """Exchange the values that only one rank knows, in one collective.
 

@@ -42,12 +42,11 @@ def parts_of_a_step(config: Config) -> tuple[list[str], list[float], bool]:
     methods = collective_methods()
     engine, stream, nobody = TrainingEngine(config, CPU), SyntheticTokens(config), NeverAsked()
     losses: list[float] = []
-    arguments: Any = (config, stream, 1, 0)
-    with closing(StepBatches(*arguments)) as batches:
+    with closing(StepBatches(config, stream, 1, 0)) as batches:
 
         def step(number: int) -> None:
             result = train_step(engine, batches.take(), schedule(config.optim, number, 20))
-            losses.append(exchange(result, nobody, batches, nobody, CPU).loss)  # type: ignore[arg-type]
+            losses.append(exchange(result, nobody, batches, nobody, CPU).loss)
 
         with Observer(engine, batches) as observer:
             step(0)
@@ -89,9 +88,8 @@ def test_time_in_a_collective_is_communication(two_ranks: RankPool) -> None:
 
 def seconds_of_a_slow_rank(config: Config) -> float:
     """How long this rank waits in a collective, into which rank 1 comes 0.3 s late."""
-    engine: Any = TrainingEngine(config, CPU)
-    arguments: Any = (config, SyntheticTokens(config), 1, 0)
-    with closing(StepBatches(*arguments)) as batches, Observer(engine, batches) as observer:
+    engine = TrainingEngine(config, CPU)
+    with closing(StepBatches(config, SyntheticTokens(config), 1, 0)) as batches, Observer(engine, batches) as observer:
         dist.barrier()
         observer.timeline = Timeline(CPU)
         if dist.get_rank() == 1:
