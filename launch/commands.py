@@ -19,6 +19,7 @@ from launch import (
     export,
     job,
     params,
+    plan,
     status,
     train,
 )
@@ -79,6 +80,7 @@ APP = group(
         "config": config.run,
         "params": params.run,
         "bench": bench.run,
+        "plan": plan.run,
         "job": job.run,
     },
 )

@@ -48,6 +48,8 @@ class Collective:
     group: Group
     calls: float
     bytes: float
+    waited: bool = True
+    """The computation needs the result at once."""
 
 
 @dataclass(frozen=True)
@@ -61,32 +63,33 @@ class Loops:
 
 
 def collectives(
-    config: Config, layout: Layout, width: Bytes, loops: Loops, limits: Limits = DEEPSPEED
+    config: Config, layout: Layout, width: Bytes, loops: Loops, recompute: bool, limits: Limits = DEEPSPEED
 ) -> list[Collective]:
     """Everything that the engine exchanges in one optimizer step, apart from gradient norms of a few bytes."""
-    parameters, micro = held_by_rank(config, layout), micro_steps(config, layout.ranks)
+    parameters, micro = held_by_rank(config.model, layout), micro_steps(config, layout.ranks)
     stage = config.parallel.zero_stage
     if stage == 3:
-        found = _zero_3(config, parameters, micro, width, limits)
+        found = _zero_3(config, layout, micro, width, limits)
     else:
         found = _zero_0_to_2(config, parameters, micro if stage == 2 else 1, width, limits)
-    found += [*_experts(config, layout, micro, width, loops), *_muon(config, parameters, width, limits)]
+    found += [*_experts(config, layout, micro, width, loops, recompute), *_muon(config, parameters, width, limits)]
     return [each for each in found if each.group.ranks > 1 and each.calls]
 
 
-def _zero_3(config: Config, parameters: Sequence[Held], micro: int, width: Bytes, limits: Limits) -> list[Collective]:
+def _zero_3(config: Config, layout: Layout, micro: int, width: Bytes, limits: Limits) -> list[Collective]:
     kept = config.parallel.persistent_parameter_elements
-    gathered = micro_step(parameters, kept, limits).together
-    fetches = [_by_group(together) for together in gathered]
-    reduced = [{_group_key(bucket[0]): bucket} for bucket in reduce_buckets(config, parameters, limits.reduce)]
-    found = []
-    for purpose, kind, calls, size in (
-        ("weights", "all_gather", fetches, width.gathered),
-        ("gradients", "reduce_scatter", reduced, width.reduced),
-    ):
-        found += _sum(purpose, kind, calls, size * micro, micro)  # type: ignore[arg-type]
+    parameters = held_by_rank(config.model, layout)
+    gathered = micro_step(config.model, layout, kept, limits)
     always = [parameter for parameter in parameters if parameter.size <= kept]
-    return found + _sum("weights", "all_gather", [_by_group(always)] if always else [], width.gathered, 1)
+    found = []
+    for fetches, times, waited in (
+        (gathered.waited, micro, True),
+        (gathered.prefetched, micro, False),
+        ([always] if always else [], 1, True),
+    ):
+        found += _sum("weights", "all_gather", map(_by_group, fetches), width.gathered, times, waited)
+    reduced = map(_by_group, reduce_buckets(config, parameters, limits.reduce))
+    return found + _sum("gradients", "reduce_scatter", reduced, width.reduced, micro, False)
 
 
 _GroupKey = tuple[Group, Treatment | None]
@@ -106,16 +109,21 @@ def _by_group(parameters: Iterable[Held]) -> dict[_GroupKey, list[Held]]:
 
 
 def _sum(
-    purpose: str, kind: Kind, calls: Iterable[Mapping[_GroupKey, Sequence[Held]]], size: float, times: int
+    purpose: str,
+    kind: Kind,
+    calls: Iterable[Mapping[_GroupKey, Sequence[Held]]],
+    size: float,
+    times: int,
+    waited: bool,
 ) -> list[Collective]:
     """The collectives of all calls by process group; ``size`` bytes for each padded element."""
     count: Counter[Group] = Counter()
-    total: Counter[Group] = Counter()
+    elements: Counter[Group] = Counter()
     for call in calls:
         for (group, _), parameters in call.items():
             count[group] += times
-            total[group] += sum(parameter.padded for parameter in parameters)
-    return [Collective(purpose, kind, group, count[group], total[group] * size) for group in count]
+            elements[group] += times * sum(parameter.padded for parameter in parameters)
+    return [Collective(purpose, kind, group, count[group], elements[group] * size, waited) for group in count]
 
 
 def reduce_buckets(config: Config, parameters: Sequence[Held], largest: int) -> list[list[Held]]:
@@ -165,11 +173,11 @@ def _zero_0_to_2(
     in_order = chain(*groups) if config.parallel.zero_stage == 1 else reversed(parameters)
     buckets = _filled(in_order, limits.reduce)
     reduced = [_by_owner(bucket) for bucket in buckets]
-    found = []
+    found: list[Collective] = []
     for key in dict.fromkeys(key for bucket in reduced for key in bucket):
         parts = [bucket[key] for bucket in reduced if key in bucket]
         size = sum(parameter.size for part in parts for parameter in part) * width.reduced
-        found.append(Collective("gradients", "all_reduce", parts[0][0].group, len(parts) * times, size * times))
+        found.append(Collective("gradients", "all_reduce", parts[0][0].group, len(parts) * times, size * times, False))
     for own in groups if config.parallel.zero_stage else ():
         size = flat_elements(own) * width.gathered
         found.append(Collective("weights", "all_gather", own[0].group, 1, size))
@@ -203,17 +211,18 @@ def flat_elements(parameters: Sequence[Held]) -> int:
     return -(-sum(parameter.size for parameter in parameters) // unit) * unit
 
 
-def _experts(config: Config, layout: Layout, micro: int, width: Bytes, loops: Loops) -> Iterator[Collective]:
+def _experts(
+    config: Config, layout: Layout, micro: int, width: Bytes, loops: Loops, recompute: bool
+) -> Iterator[Collective]:
     if not isinstance(config.model, Looped) or config.model.core_experts is None or config.loop is None:
         return
     model, experts = config.model, config.model.core_experts
-    again = config.loop.recompute
     tokens = config.train.micro_batch_sequences * config.data.sequence_length
-    rows = micro * model.core_layers * tokens * experts.experts_per_token * model.width * width.exchanged
+    rows = micro * model.core_layers * tokens * experts.experts_per_token * model.width * width.products
     layers = micro * model.core_layers
     group = layout.sharing
-    forward = loops.executed + again * loops.executed_with_grad
-    mean_forward = loops.mean + again * loops.mean_with_grad
+    forward = loops.executed + recompute * loops.executed_with_grad
+    mean_forward = loops.mean + recompute * loops.mean_with_grad
     calls = layers * forward
     yield Collective("expert counts", "all_to_all", group, calls, calls * experts.experts * COUNTS_BYTES)
     yield Collective("experts forward", "all_to_all", group, 2 * calls, 2 * rows * mean_forward)
@@ -233,7 +242,7 @@ def _muon(config: Config, parameters: Sequence[Held], width: Bytes, limits: Limi
         # To the owner of each matrix a rank sends its part, and gets it back; under ZeRO 0 all get the whole result.
         sent = elements if stage == 0 else 2 * elements / group.ranks
         calls = flat * (1 if stage == 0 else 2)
-        yield Collective("Muon", "all_to_all", group, calls, sent * width.orthogonalised)
+        yield Collective("Muon", "all_to_all", group, calls, sent * width.products)
 
 
 def sub_groups(parameters: Sequence[Held], largest: int) -> list[list[Held]]:

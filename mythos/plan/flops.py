@@ -145,12 +145,16 @@ def forward_flops(model: Looped | Dense, sequence_length: int, causal: bool = Fa
 def _blocks(model: Looped | Dense, numbers: range, layers: int, keys: float, feed_forward: float) -> float:
     """FLOPs a token of the blocks with these numbers, of ``layers`` in the model (a core layer counts once)."""
     attention = model.attention
-    projections = 2.0 * matrix_elements(attention_shapes(model.width, attention))
-    block = projections + _scores_and_values(attention, keys) + feed_forward
+    block = attention_flops(model.width, attention, keys) + feed_forward
     if not isinstance(attention, GroupedQuery):
         return len(numbers) * block
     gates = sum(has_value_embedding(model, number, layers) for number in numbers)
     return len(numbers) * block + gates * 2.0 * VALUE_GATE_CHANNELS * attention.kv_heads
+
+
+def attention_flops(width: int, attention: GroupedQuery | Latent, keys: float) -> float:
+    """FLOPs a token of one attention layer over so many keys, without a gate on value embeddings."""
+    return 2.0 * matrix_elements(attention_shapes(width, attention)) + _scores_and_values(attention, keys)
 
 
 def _scores_and_values(attention: GroupedQuery | Latent, keys: float) -> float:

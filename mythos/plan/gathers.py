@@ -9,8 +9,10 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
-from mythos.plan.layout import Held
+from mythos.config.model_schema import Dense, Looped
+from mythos.plan.layout import Held, Layout, held_by_rank
 from mythos.plan.tensors import Treatment
 
 LISTS = ("prelude", "coda", "blocks", "value_embeddings.tables")
@@ -58,8 +60,10 @@ class Module:
 class Gathers:
     """What one micro-step gathers."""
 
-    together: list[list[Held]]
-    """The parameters of each fetch or prefetch, of all process groups."""
+    waited: list[list[Held]]
+    """The parameters of each fetch, of all process groups: a module waits for them."""
+    prefetched: list[list[Held]]
+    """Those of each prefetch, while modules compute."""
     peak_elements: int
     """The most elements that are gathered at a time."""
 
@@ -101,13 +105,14 @@ def _created(parameter: Held) -> tuple[bool, float, bool]:
     return by_autoep, 0 if by_autoep else block, not first
 
 
-def micro_step(parameters: Sequence[Held], kept: int, limits: Limits = DEEPSPEED) -> Gathers:
+@cache
+def micro_step(model: Looped | Dense, layout: Layout, kept: int, limits: Limits = DEEPSPEED) -> Gathers:
     """The gathers of one micro-step, once DeepSpeed knows the order of the modules (from the third one on).
 
     Args:
         kept: parameters with at most so many elements are never released, ``parallel.persistent_parameter_elements``.
     """
-    root = module_tree(parameters)
+    root = module_tree(held_by_rank(model, layout))
     events = [*_forward(root), *_backward(root)]
     return _Coordinator([module for fetch, module in events if fetch], kept, limits).run(events)
 
@@ -141,7 +146,8 @@ class _Coordinator:
         self._queue = deque(uses)
         self._fetched_for: dict[str, int] = {}
         self._present: set[str] = set(self._kept)
-        self._gathered: list[list[Held]] = []
+        self._waited: list[list[Held]] = []
+        self._prefetched: list[list[Held]] = []
 
     def run(self, events: Sequence[Event]) -> Gathers:
         """Follow the calls."""
@@ -150,10 +156,10 @@ class _Coordinator:
                 self._enter(module)
             else:
                 self._leave(module)
-        return Gathers(self._gathered, self._peak)
+        return Gathers(self._waited, self._prefetched, self._peak)
 
     def _enter(self, module: Module) -> None:
-        self._gather(module.parameters)
+        self._gather(module.parameters, self._waited)
         new = {p.name for p in module.parameters if self._fetched_for.get(p.name, -1) < self._step}
         for _ in new:
             parameter, step = self._queue.popleft()
@@ -167,13 +173,13 @@ class _Coordinator:
             if parameter.name not in self._present and parameter.name not in wanted:
                 wanted[parameter.name] = parameter
                 elements += parameter.size
-        self._gather(list(wanted.values()))
+        self._gather(list(wanted.values()), self._prefetched)
         self._step += 1
 
-    def _gather(self, parameters: Sequence[Held]) -> None:
+    def _gather(self, parameters: Sequence[Held], calls: list[list[Held]]) -> None:
         missing = [parameter for parameter in parameters if parameter.name not in self._present]
         if missing:
-            self._gathered.append(missing)
+            calls.append(missing)
             self._present |= {parameter.name for parameter in missing}
             self._elements += sum(parameter.size for parameter in missing)
             self._peak = max(self._peak, self._elements)

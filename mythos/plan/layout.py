@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 from mythos.config.derive import expert_parallel_size
+from mythos.config.model_schema import Dense, Looped
 from mythos.config.schema import Config
 from mythos.plan.tensors import Parameter, Treatment, parameters
 
@@ -64,12 +66,12 @@ class Held:
     group: Group
     stacked: int = 1
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def padded(self) -> int:
         """The elements with padding to equal parts for the ranks of the group, as ZeRO-3 gathers and reduces them."""
         return -(-self.size // self.group.ranks) * self.group.ranks
@@ -92,6 +94,7 @@ def held(of_model: Sequence[Parameter], layout: Layout) -> list[Held]:
     return dense + experts + routers
 
 
-def held_by_rank(config: Config, layout: Layout) -> list[Held]:
-    """The parameters of the configuration's model on one rank."""
-    return held(parameters(config.model), layout)
+@cache
+def held_by_rank(model: Looped | Dense, layout: Layout) -> tuple[Held, ...]:
+    """The parameters of a model on one rank."""
+    return tuple(held(parameters(model), layout))

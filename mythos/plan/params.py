@@ -25,6 +25,11 @@ class ParameterCount:
         return self.total - self.idle
 
     @property
+    def matrices(self) -> int:
+        """Parameters that are factors of matrix products: all but lookup tables and norms, and with the tied head."""
+        return self.total - self.parts.get("value tables", 0) - self.parts["norms"]
+
+    @property
     def tables(self) -> int:
         """Parameters in tables that are looked up by token."""
         return self.parts["token table"] + self.parts.get("value tables", 0)

@@ -1,6 +1,6 @@
 """Bytes of one element of everything that training keeps or sends, by training type: in one place for all formulas.
 
-These follow from the sections that ``mythos.engine.sections`` writes for DeepSpeed.
+These follow from the sections that ``mythos.engine.sections`` writes for DeepSpeed, and from the model's own types.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from mythos.config.schema import Config
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of one element."""
+    """Bytes of one element, and which kernels the device has."""
 
     weights: int
     """The weights that the model computes with."""
@@ -21,39 +21,21 @@ class Bytes:
     reduced: int
     """Gradients, as ZeRO sends them."""
     master: int
-    """fp32 weights that the optimizer updates, if they are a copy."""
+    """fp32 weights that the optimizer updates under ZeRO 1 to 3."""
     moments: int
     """Each of the optimizer's running means."""
-    activations: int
-    """The residual stream and what matrix products take and give."""
-    exchanged: int
-    """Tokens, as they are sent to experts."""
-    orthogonalised: int
-    """Matrices, as Muon sends and orthogonalises them."""
+    residual: int
+    """The residual stream and the loop's state."""
+    products: int
+    """What matrix products take and give; tokens as they are sent to experts; matrices that Muon orthogonalises."""
+    fused_norms: bool
+    """A norm keeps its input only, not the normalised form as well."""
+    fused_attention: bool
+    """Attention with values of another size than the keys keeps no scores."""
 
 
-FP32 = Bytes(
-    weights=4,
-    gathered=4,
-    gradients=4,
-    reduced=4,
-    master=4,
-    moments=4,
-    activations=4,
-    exchanged=4,
-    orthogonalised=4,
-)
-BF16 = Bytes(
-    weights=2,
-    gathered=2,
-    gradients=2,
-    reduced=2,
-    master=4,
-    moments=4,
-    activations=2,
-    exchanged=2,
-    orthogonalised=2,
-)
+FP32 = Bytes(4, 4, 4, 4, 4, 4, residual=4, products=4, fused_norms=False, fused_attention=False)
+BF16 = Bytes(2, 2, 2, 2, 4, 4, residual=2, products=2, fused_norms=True, fused_attention=True)
 
 
 def element_bytes(config: Config, on_gpu: bool) -> Bytes:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cached_property
 
 from mythos.config.derive import has_value_embedding
 from mythos.config.model_schema import (
@@ -46,7 +47,7 @@ class Parameter:
     stacked: int = 1
     """Matrices that it stacks along its rows, where that is more than one."""
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)

@@ -99,7 +99,7 @@ def check(config: Config, pool: RankPool, limits: Limits = DEEPSPEED) -> None:
     """Calls are those of every rank; bytes are summed over the ranks, which may send different numbers of tokens."""
     layout = layout_of(config, pool.ranks, pool.ranks)
     loops = Loops(DEPTH, WITH_GRAD, DEPTH, WITH_GRAD)
-    planned = collectives(config, layout, element_bytes(config, on_gpu=False), loops, limits)
+    planned = collectives(config, layout, element_bytes(config, on_gpu=False), loops, True, limits)
     expected: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0])
     for each in planned:
         expected[each.kind, each.group.ranks][0] += each.calls

@@ -1,0 +1,166 @@
+"""Memory of one rank, by kind, and the host memory of the asynchronous save.
+
+Weights, gradients and optimizer state follow from ZeRO's partitions (Rajbhandari et al. 2020, arXiv 1910.02054), the
+rest from what the engine keeps beside them. Not everything is there at a time; the peak is the largest of
+
+    forward     activations, the logits of a chunk, gathered weights
+    backward    gradients on their way to the ranks that keep them, gathered weights
+    update      what Muon exchanges and orthogonalises
+
+on top of what is always there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from mythos.config.model_schema import Looped
+from mythos.config.optim_schema import Muon
+from mythos.config.schema import Config
+from mythos.plan.activations import CHUNK_LOGITS, FP32, kept_bytes
+from mythos.plan.communication import optimizer_groups, reduce_buckets, sub_groups
+from mythos.plan.gathers import DEEPSPEED, Limits, micro_step
+from mythos.plan.layout import Held, Layout, held_by_rank
+from mythos.plan.precision import Bytes
+from mythos.plan.tensors import Treatment
+
+ORTHOGONALISE_COPIES = 4
+"""Matrices of the size of an owner's own at a time: its own, X, the Gram product and the result."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank by kind; ``peak`` is less than their sum, since some are there only while others are not."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """Running means, and fp32 weights where they are a copy."""
+    gathered: float
+    """Complete weights that ZeRO 3 has gathered, at most: the core of a looped model, and what is prefetched."""
+    activations: float
+    """Of the deepest micro batch, with recomputation as configured."""
+    logits: float
+    """The loss: the logits of a chunk, the gradients of the head and of its input."""
+    experts: float
+    """Rows on their way to experts and back, of one layer."""
+    communication: float
+    """Gradients on their way to the ranks that keep them."""
+    update: float
+    """What Muon exchanges and orthogonalises."""
+
+    @property
+    def always(self) -> float:
+        """What is there all the time."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> float:
+        """The most that is needed at a time."""
+        forward = self.gathered + self.activations + self.logits + self.experts
+        backward = self.gathered + self.communication
+        return self.always + max(forward, backward, self.update)
+
+    def kinds(self) -> dict[str, float]:
+        """Bytes by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def memory(
+    config: Config, layout: Layout, size: Bytes, on_gpu: bool, recompute: bool, limits: Limits = DEEPSPEED
+) -> Memory:
+    """The memory of a rank."""
+    parameters, stage = held_by_rank(config.model, layout), config.parallel.zero_stage
+    complete = sum(parameter.size for parameter in parameters)
+    part = _part(parameters)
+    kept = [p for p in parameters if stage == 3 and p.size <= config.parallel.persistent_parameter_elements]
+    weights = part + sum(parameter.size for parameter in kept) if stage == 3 else complete
+    state = sum(_moments(config, p) * (p.size / p.group.ranks if stage else p.size) for p in parameters) * size.moments
+    gathered = 0.0
+    if stage == 3:
+        found = micro_step(config.model, layout, config.parallel.persistent_parameter_elements, limits)
+        gathered = found.peak_elements * size.gathered
+    return Memory(
+        weights=weights * size.weights,
+        gradients=(part if stage >= 2 else complete) * size.gradients,
+        optimizer=state + (part * size.master if stage else 0),
+        gathered=gathered,
+        activations=kept_bytes(config, size, recompute),
+        logits=_logits(config, size, on_gpu),
+        experts=_expert_rows(config, size),
+        communication=_communication(config, parameters, size, on_gpu, limits),
+        update=_update(config, parameters, size, limits),
+    )
+
+
+def _part(parameters: Sequence[Held]) -> float:
+    """Elements of one rank when every parameter is divided among its group."""
+    return sum(parameter.padded / parameter.group.ranks for parameter in parameters)
+
+
+def _moments(config: Config, parameter: Held) -> int:
+    """Running means that the optimizer keeps: AdamW two, Muon one."""
+    of_muon = isinstance(config.optim, Muon) and parameter.treatment in (Treatment.MATRIX, Treatment.EXPERT)
+    return 1 if of_muon else 2
+
+
+def _logits(config: Config, size: Bytes, on_gpu: bool) -> float:
+    vocabulary, width = config.model.vocabulary_size, config.model.width
+    tokens = config.train.micro_batch_sequences * config.data.sequence_length
+    chunk = min(CHUNK_LOGITS[on_gpu], tokens * vocabulary)
+    logits = chunk * (size.products + 2 * FP32)  # as a product, in fp32, and their log-softmax
+    return logits + vocabulary * width * FP32 + tokens * width * size.products
+
+
+def _expert_rows(config: Config, size: Bytes) -> float:
+    if not isinstance(config.model, Looped) or config.model.core_experts is None:
+        return 0.0
+    tokens = config.train.micro_batch_sequences * config.data.sequence_length
+    rows = tokens * config.model.core_experts.experts_per_token * config.model.width
+    return 2.0 * rows * size.products
+
+
+def _communication(config: Config, parameters: Sequence[Held], size: Bytes, on_gpu: bool, limits: Limits) -> float:
+    complete = sum(parameter.size for parameter in parameters)
+    if all(parameter.group.ranks == 1 for parameter in parameters) and config.parallel.zero_stage == 0:
+        return 0.0
+    if config.parallel.zero_stage == 3:
+        buckets = reduce_buckets(config, parameters, limits.reduce)
+        largest = max(sum(parameter.size for parameter in bucket) for bucket in buckets)
+    else:
+        largest = min(limits.reduce, complete)
+    # DeepSpeed allocates its buffer completely: twice where reducing overlaps with the backward pass. A CPU's memory is
+    # used only where something is written. A bucket is copied once more to be reduced.
+    buffers = 2 * limits.reduce if on_gpu else largest
+    return float((buffers if config.parallel.zero_stage else 0) + largest) * size.reduced
+
+
+def _update(config: Config, parameters: Sequence[Held], size: Bytes, limits: Limits) -> float:
+    if not isinstance(config.optim, Muon):
+        return 0.0
+    stage, needed = config.parallel.zero_stage, 0.0
+    for group in optimizer_groups(config, parameters):
+        if group[0].treatment not in (Treatment.MATRIX, Treatment.EXPERT):
+            continue
+        for together in sub_groups(group, limits.update) if stage == 3 else [group]:
+            elements = sum(parameter.size for parameter in together)
+            ranks = together[0].group.ranks
+            flat = (elements if stage == 0 else elements / ranks) * 3 * FP32  # direction, update, and its decay
+            exchanged = (2 * elements if stage == 0 else 2 * elements / ranks) * size.products
+            needed = max(needed, flat + exchanged + ORTHOGONALISE_COPIES * elements / ranks * size.products)
+    return needed
+
+
+def checkpoint_bytes(config: Config) -> float:
+    """Size of a checkpoint: fp32 weights and the running means."""
+    alone = held_by_rank(config.model, Layout(ranks=1, ranks_per_node=1))
+    return float(sum((1 + _moments(config, parameter)) * FP32 * parameter.size for parameter in alone))
+
+
+def snapshot_bytes(config: Config, layout: Layout) -> float:
+    """Host memory of a rank's part of an asynchronous checkpoint: fp32 weights and the running means."""
+    if config.checkpoint.mode != "async":
+        return 0.0
+    return sum(
+        (1 + _moments(config, parameter)) * FP32 * parameter.size / parameter.group.ranks
+        for parameter in held_by_rank(config.model, layout)
+    )
