@@ -81,6 +81,15 @@ def kept_bytes(config: Config, size: Bytes, recompute: bool) -> float:
     return length * (each.outside * sequences + loop)
 
 
+def prelude_bytes(config: Config, size: Bytes) -> float:
+    """Bytes of these that belong to the blocks before the loop; none of a dense model."""
+    if isinstance(config.model, Dense):
+        return 0.0
+    each = token_bytes(config.model, config.data.sequence_length, size).outside
+    share = config.model.prelude_layers / (config.model.prelude_layers + config.model.coda_layers)
+    return config.train.micro_batch_sequences * config.data.sequence_length * each * share
+
+
 def _norm(width: int, size: Bytes) -> float:
     """Input, the reciprocal of the root mean square, and output, which a matrix product keeps."""
     unfused = 0 if size.fused_norms else width * FP32

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,8 @@ class Cluster:
     """Identical nodes; the processes of a CPU count as GPUs. Rates are those of one GPU."""
 
     name: str
+    devices: list[str]
+    """Names that PyTorch gives to such a GPU, or ``cpu``."""
     gpus_per_node: Annotated[int, Field(gt=0, le=10_000)]
     is_gpu: bool
     peak_flops: dict[str, Rate]
@@ -148,6 +151,20 @@ def load_cluster(name: str, options: Sequence[str] = ()) -> Cluster:
     for text in options:
         _replace(tree, text)
     return check_value(path, tree, _CLUSTER, REMEDY)
+
+
+def cluster_of_device(device: str, memory_bytes: float, per_node: int) -> Cluster | None:
+    """The cluster whose GPUs have this name, with the memory and the number on a node that were found; None if unknown.
+
+    Args:
+        device: as PyTorch names it, or ``cpu``.
+        memory_bytes: of one GPU, or of one process on a CPU.
+    """
+    for path in sorted(DIRECTORY.glob("*.yaml")):
+        cluster = load_cluster(path.stem)
+        if device in cluster.devices:
+            return replace(cluster, memory_gib=memory_bytes / GIB, gpus_per_node=per_node)  # type: ignore[type-var]
+    return None
 
 
 def _replace(tree: dict[str, Any], text: str) -> None:

@@ -4,19 +4,21 @@ Weights, gradients and optimizer state follow from ZeRO's partitions (Rajbhandar
 rest from what the engine keeps beside them. Not everything is there at a time; the peak is the largest of
 
     forward     activations, the logits of a chunk, gathered weights
-    backward    gradients on their way to the ranks that keep them, gathered weights
-    update      what Muon exchanges and orthogonalises
+    backward    gradients, those on their way to the ranks that keep them, gathered weights, activations of the prelude
+    update      gradients, what Muon exchanges and orthogonalises
 
-on top of what is always there.
+on top of weights and optimizer state. Sums of gradients are there in the forward pass, too, under ZeRO 3 and with
+several micro-steps.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from mythos.config.derive import micro_steps
 from mythos.config.model_schema import Looped
 from mythos.config.optim_schema import Muon
 from mythos.config.schema import Config
-from mythos.plan.activations import CHUNK_LOGITS, FP32, kept_bytes
+from mythos.plan.activations import CHUNK_LOGITS, FP32, kept_bytes, prelude_bytes
 from mythos.plan.communication import optimizer_groups, reduce_buckets, sub_groups
 from mythos.plan.gathers import DEEPSPEED, Limits, micro_step
 from mythos.plan.layout import Held, Layout, held_by_rank
@@ -33,12 +35,16 @@ class Memory:
 
     weights: float
     gradients: float
+    kept_gradients: float
+    """Of these, what is there while a forward pass runs."""
     optimizer: float
     """Running means, and fp32 weights where they are a copy."""
     gathered: float
     """Complete weights that ZeRO 3 has gathered, at most: the core of a looped model, and what is prefetched."""
     activations: float
     """Of the deepest micro batch, with recomputation as configured."""
+    prelude: float
+    """Of these, what is left when the loop's gradients are complete."""
     logits: float
     """The loss: the logits of a chunk, the gradients of the head and of its input."""
     experts: float
@@ -49,20 +55,16 @@ class Memory:
     """What Muon exchanges and orthogonalises."""
 
     @property
-    def always(self) -> float:
-        """What is there all the time."""
-        return self.weights + self.gradients + self.optimizer
-
-    @property
     def peak(self) -> float:
         """The most that is needed at a time."""
-        forward = self.gathered + self.activations + self.logits + self.experts
-        backward = self.gathered + self.communication
-        return self.always + max(forward, backward, self.update)
+        forward = self.kept_gradients + self.gathered + self.activations + self.logits + self.experts
+        backward = self.gradients + self.gathered + self.communication + self.prelude
+        return self.weights + self.optimizer + max(forward, backward, self.gradients + self.update)
 
     def kinds(self) -> dict[str, float]:
-        """Bytes by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Bytes by name, without those that are a part of others."""
+        names = [field.name for field in fields(self) if field.name not in ("kept_gradients", "prelude")]
+        return {name: getattr(self, name) for name in names}
 
 
 def memory(
@@ -79,12 +81,15 @@ def memory(
     if stage == 3:
         found = micro_step(config.model, layout, config.parallel.persistent_parameter_elements, limits)
         gathered = found.peak_elements * size.gathered
+    gradients = (part if stage >= 2 else complete) * size.gradients
     return Memory(
         weights=weights * size.weights,
-        gradients=(part if stage >= 2 else complete) * size.gradients,
+        gradients=gradients,
+        kept_gradients=gradients if stage == 3 or micro_steps(config, layout.ranks) > 1 else 0.0,
         optimizer=state + (part * size.master if stage else 0),
         gathered=gathered,
         activations=kept_bytes(config, size, recompute),
+        prelude=prelude_bytes(config, size),
         logits=_logits(config, size, on_gpu),
         experts=_expert_rows(config, size),
         communication=_communication(config, parameters, size, on_gpu, limits),
@@ -129,9 +134,10 @@ def _communication(config: Config, parameters: Sequence[Held], size: Bytes, on_g
     else:
         largest = min(limits.reduce, complete)
     # DeepSpeed allocates its buffer completely: twice where reducing overlaps with the backward pass. A CPU's memory is
-    # used only where something is written. A bucket is copied once more to be reduced.
+    # used only where something is written. ZeRO 0 has no buffer, and 0 and 3 copy what is reduced.
     buffers = 2 * limits.reduce if on_gpu else largest
-    return float((buffers if config.parallel.zero_stage else 0) + largest) * size.reduced
+    copied = largest if config.parallel.zero_stage in (0, 3) else 0
+    return float((buffers if config.parallel.zero_stage else 0) + copied) * size.reduced
 
 
 def _update(config: Config, parameters: Sequence[Held], size: Bytes, limits: Limits) -> float:

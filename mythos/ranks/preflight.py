@@ -23,19 +23,16 @@ import mythos
 from mythos.config.consent import differences
 from mythos.config.derive import global_batch_sequences
 from mythos.config.load import flatten, to_dict
-from mythos.config.model_schema import Model
 from mythos.config.schema import Config, Run
 from mythos.data.open import RunData, open_data
 from mythos.errors import UserError
-from mythos.plan.params import count_parameters
+from mythos.plan.memory import checkpoint_bytes
 from mythos.ranks import group
 from mythos.ranks.group import agree
 from mythos.run.console import log
 from mythos.run.directory import RunDirectory
 from mythos.run.journal import package_versions
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12
-"""fp32 weights and AdamW's two moments; Muon needs less."""
 CHECKPOINTS_THAT_MUST_FIT = 2
 GIB = 2**30
 
@@ -88,7 +85,7 @@ def gather_reports(config: Config, device: torch.device) -> list[RankReport]:
     return reports or [own]
 
 
-def check_run_directory(run: Run, model: Model) -> None:
+def check_run_directory(config: Config) -> None:
     """Check that every rank can write to the run directory, and that the next checkpoints fit on the disk. Collective.
 
     Rank 0 has created the directory.
@@ -96,8 +93,8 @@ def check_run_directory(run: Run, model: Model) -> None:
     Raises:
         UserError: a rank cannot write there, or the disk is too full.
     """
-    agree(lambda: _check_writable(run))
-    agree(lambda: _check_space(run, model) if dist.get_rank() == 0 else None)
+    agree(lambda: _check_writable(config.run))
+    agree(lambda: _check_space(config) if dist.get_rank() == 0 else None)
 
 
 def open_data_everywhere(config: Config) -> RunData:
@@ -208,13 +205,14 @@ def _check_writable(run: Run) -> None:
         ) from error
 
 
-def _check_space(run: Run, model: Model) -> None:
-    needed = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(model).total * CHECKPOINTS_THAT_MUST_FIT
-    place = RunDirectory(Path(run.directory)).checkpoints  # may be a link to another disk
+def _check_space(config: Config) -> None:
+    needed = checkpoint_bytes(config) * CHECKPOINTS_THAT_MUST_FIT
+    place = RunDirectory(Path(config.run.directory)).checkpoints  # may be a link to another disk
     free = shutil.disk_usage(place).free
     if free < needed:
         disk = f" on the disk of {place.resolve()}" if place.is_symlink() else ""
         raise UserError(
-            f"run.directory = {run.directory!r}: {free / GIB:.3g} GiB free{disk}, the next {CHECKPOINTS_THAT_MUST_FIT} "
-            f"checkpoints need about {needed / GIB:.3g} GiB: free space, or choose another directory"
+            f"run.directory = {config.run.directory!r}: {free / GIB:.3g} GiB free{disk}, the next "
+            f"{CHECKPOINTS_THAT_MUST_FIT} checkpoints need about {needed / GIB:.3g} GiB: free space, or choose another "
+            "directory"
         )

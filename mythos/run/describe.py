@@ -15,6 +15,8 @@ def describe(status: Status) -> dict[str, str]:
         "loss": None if status.loss is None else f"{status.loss:.4f}",
         "validation": ", ".join(f"{name} {loss:.4f}" for name, loss in status.validation.items()) or None,
         "speed": None if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f} tokens/s",
+        "step time": _planned(status.step_seconds, status.planned_step_seconds, "s"),
+        "memory": _planned(status.peak_memory_gib, status.planned_memory_gib, "GiB"),
         "left": None if status.seconds_left is None else _left(status),
         "checkpoint": status.checkpoint or "none yet",
         "attempts": str(status.attempts),
@@ -25,6 +27,14 @@ def describe(status: Status) -> dict[str, str]:
         else None,
     }
     return {name: text for name, text in lines.items() if text is not None}
+
+
+def _planned(measured: float | None, planned: float | None, unit: str) -> str | None:
+    """What was measured and what plan.json says, as far as each is known."""
+    if measured is None and planned is None:
+        return None
+    found = "not measured yet" if measured is None else f"{measured:.3g} {unit}"
+    return found if planned is None else f"{found}, planned {planned:.3g} {unit}"
 
 
 def describe_step(status: Status) -> str:

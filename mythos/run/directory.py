@@ -2,6 +2,7 @@
 
 config.yaml                  the configuration that the run trains with
 tokenizer.json               the data's tokenizer, with which the run can be exported without its data
+plan.json                    what the plan of the newest attempt says, and what was measured when it ended
 events.jsonl                 the journal: when and where each attempt started, how it ended, and why
 metrics.jsonl, tensorboard/  losses, speeds and the rest, by step
 log/rank_00000.log           one log per rank, and those of Slurm jobs
@@ -60,6 +61,11 @@ class RunDirectory:
     def tokenizer(self) -> Path:
         """The tokenizer of the run's data."""
         return self.path / TOKENIZER_FILE
+
+    @property
+    def plan(self) -> Path:
+        """What was planned and measured."""
+        return self.path / "plan.json"
 
     @property
     def events(self) -> Path:

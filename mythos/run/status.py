@@ -21,10 +21,8 @@ from mythos.run.find import is_run
 from mythos.run.journal import FAILED, STARTED, attempts_in, attempts_of_version_0_1, read_events
 from mythos.run.lock import is_held
 from mythos.run.metrics import read_metrics
+from mythos.run.planned import RECENT_STEPS, TAIL_BYTES, StepFigures, measured_figures, read_planned
 
-TAIL_BYTES = 1 << 18
-"""metrics.jsonl may be long: only its end is read."""
-RECENT_STEPS = 20
 LONGEST_S = 1e10
 """Three centuries: a longer time left is a mistake in the metrics."""
 
@@ -61,6 +59,13 @@ class Status:
     loss: float | None = None
     validation: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float | None = None
+    step_seconds: float | None = None
+    """Median of the last steps."""
+    peak_memory_gib: float | None = None
+    """Largest of a rank."""
+    planned_step_seconds: float | None = None
+    """Of plan.json; None without one."""
+    planned_memory_gib: float | None = None
     seconds_left: float | None = None
     """At the speed of the last steps, whether or not the run is running now."""
     checkpoint: str | None = None
@@ -108,6 +113,7 @@ def read_status(directory: Path) -> Status:
     attempts = known(attempts_of_version_0_1, []) + attempts_in(events)
     checkpoint = known(newest_checkpoint, (None, None))
     status = _status(directory, steps, metrics, attempts, checkpoint)
+    planned, measured = known(read_planned, None) or StepFigures(), measured_figures(metrics)
     state, cause, host = _state(events, known(is_held, False))
     return replace(
         status,
@@ -116,6 +122,10 @@ def read_status(directory: Path) -> Status:
         host=host,
         seconds_since_last_write=known(_age_s, None),
         seconds_left=None if state == "finished" else status.seconds_left,
+        step_seconds=measured.step_seconds,
+        peak_memory_gib=measured.peak_memory_gib,
+        planned_step_seconds=planned.step_seconds,
+        planned_memory_gib=planned.peak_memory_gib,
         problem="; ".join(problems) or None,
     )
 

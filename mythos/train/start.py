@@ -23,6 +23,7 @@ from mythos.eval.generate import sample_text
 from mythos.eval.validation import validate
 from mythos.hardware import peak_of_all_ranks
 from mythos.ranks import group, preflight
+from mythos.ranks.fit import plan_run
 from mythos.ranks.preemption import StopRequest
 from mythos.ranks.watchdog import Watchdog
 from mythos.run import directory as run_directory
@@ -31,6 +32,7 @@ from mythos.run.directory import RunDirectory
 from mythos.run.journal import Journal, environment, has_open_attempt
 from mythos.run.lock import RunLock, take
 from mythos.run.metrics import iterate_metrics
+from mythos.run.planned import write_measured
 from mythos.train.batch import StepBatches
 from mythos.train.report import Report
 from mythos.train.state import RunState
@@ -147,6 +149,9 @@ class OpenRun:
 
     def end(self, exit_code: int) -> int:
         """Record the end of the attempt, and print where its results are; returns the exit code."""
+        if dist.get_rank() == 0:
+            with suppress(OSError, UserError):  # the run is complete without these figures
+                write_measured(self.directory.path)
         tensorboard = Path(sys.executable).with_name("tensorboard")
         with suppress(ValueError, OSError):  # it is elsewhere, or the working directory has been removed
             tensorboard = tensorboard.relative_to(Path.cwd())
@@ -208,11 +213,13 @@ def _open_directory(
     rank, directory = dist.get_rank(), Path(config.run.directory)
     changed = group.agree(lambda: run_directory.prepare(config, accept, known) if rank == 0 else {})
     lock = group.agree(lambda: take(directory, has_open_attempt(directory)) if rank == 0 else None)
-    preflight.check_run_directory(config.run, config.model)
+    preflight.check_run_directory(config)
     start_logging(RunDirectory(directory).log(rank), rank)
     log.info(f"rank {rank} of {dist.get_world_size()} on {reports[0].host}, process {os.getpid()}, device {device}")
     for report in reports:
         log.info(str(report))
+    if rank == 0:
+        plan_run(config, [report.host for report in reports], device)
     for path, (before, after) in changed.items():
         log.info(f"changed since the last start: {path}: {before!r} -> {after!r}")
     return changed, lock

@@ -44,7 +44,7 @@ def test_the_free_space_is_that_of_the_disk_of_the_checkpoints(tiny_data: Path, 
         except OSError as error:
             missing(str(error))
         with pytest.raises(UserError, match=f"GiB free on the disk of {tmp_path}/disk, the next 2 checkpoints need"):
-            preflight._check_space(config.run, config.model)
+            preflight._check_space(config)
     checkpoints.unlink()
     checkpoints.mkdir()
-    preflight._check_space(config.run, config.model)
+    preflight._check_space(config)
