@@ -13,7 +13,7 @@ The counts are those of DeepSpeed 0.19 once it knows the order of the modules (f
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Literal
@@ -82,14 +82,15 @@ def _zero_3(config: Config, layout: Layout, micro: int, width: Bytes, limits: Li
     gathered = micro_step(config.model, layout, kept, limits)
     always = [parameter for parameter in parameters if parameter.size <= kept]
     found = []
-    for fetches, times, waited in (
-        (gathered.waited, micro, True),
-        (gathered.prefetched, micro, False),
-        ([always] if always else [], 1, True),
+    for fetches, size, times, waited in (
+        (gathered.waited, width.gathered_as, micro, True),
+        (gathered.prefetched, width.gathered_as, micro, False),
+        ([always], lambda _: width.weights, 1, True),
     ):
-        found += _sum("weights", "all_gather", map(_by_group, fetches), width.gathered, times, waited)
-    reduced = map(_by_group, reduce_buckets(config, parameters, limits.reduce))
-    return found + _sum("gradients", "reduce_scatter", reduced, width.reduced, micro, False)
+        calls = [call for together in fetches for call in _alike(together, size)]
+        found += _sum("weights", "all_gather", calls, size, times, waited)
+    reduced = reduce_buckets(config, parameters, limits.reduce)
+    return found + _sum("gradients", "reduce_scatter", reduced, lambda _: width.reduced, micro, False)
 
 
 _GroupKey = tuple[Group, Treatment | None]
@@ -101,29 +102,30 @@ def _group_key(parameter: Held) -> _GroupKey:
     return parameter.group, parameter.treatment if separate else None
 
 
-def _by_group(parameters: Iterable[Held]) -> dict[_GroupKey, list[Held]]:
-    by_group: dict[_GroupKey, list[Held]] = {}
+def _alike(parameters: Iterable[Held], size: Callable[[Held], int]) -> Iterable[list[Held]]:
+    """The parameters that one call gathers: of one process group and one type."""
+    found: dict[tuple[_GroupKey, int], list[Held]] = {}
     for parameter in parameters:
-        by_group.setdefault(_group_key(parameter), []).append(parameter)
-    return by_group
+        found.setdefault((_group_key(parameter), size(parameter)), []).append(parameter)
+    return found.values()
 
 
 def _sum(
     purpose: str,
     kind: Kind,
-    calls: Iterable[Mapping[_GroupKey, Sequence[Held]]],
-    size: float,
+    calls: Iterable[Sequence[Held]],
+    size: Callable[[Held], int],
     times: int,
     waited: bool,
 ) -> list[Collective]:
-    """The collectives of all calls by process group; ``size`` bytes for each padded element."""
+    """The collectives of all calls by group; ``size`` is the bytes of a parameter's padded elements."""
     count: Counter[Group] = Counter()
-    elements: Counter[Group] = Counter()
-    for call in calls:
-        for (group, _), parameters in call.items():
-            count[group] += times
-            elements[group] += times * sum(parameter.padded for parameter in parameters)
-    return [Collective(purpose, kind, group, count[group], elements[group] * size, waited) for group in count]
+    total: Counter[Group] = Counter()
+    for parameters in calls:
+        group = parameters[0].group
+        count[group] += times
+        total[group] += times * sum(parameter.padded * size(parameter) for parameter in parameters)
+    return [Collective(purpose, kind, group, count[group], total[group], waited) for group in count]
 
 
 def reduce_buckets(config: Config, parameters: Sequence[Held], largest: int) -> list[list[Held]]:
@@ -179,7 +181,7 @@ def _zero_0_to_2(
         size = sum(parameter.size for part in parts for parameter in part) * width.reduced
         found.append(Collective("gradients", "all_reduce", parts[0][0].group, len(parts) * times, size * times, False))
     for own in groups if config.parallel.zero_stage else ():
-        size = flat_elements(own) * width.gathered
+        size = flat_elements(own) * width.weights
         found.append(Collective("weights", "all_gather", own[0].group, 1, size))
     return found
 

@@ -11,6 +11,7 @@ on top of weights and optimizer state. Sums of gradients are there in the forwar
 several micro-steps.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -25,8 +26,8 @@ from mythos.plan.layout import Held, Layout, held_by_rank
 from mythos.plan.precision import Bytes
 from mythos.plan.tensors import Treatment
 
-ORTHOGONALISE_COPIES = 4
-"""Matrices of the size of an owner's own at a time: its own, X, the Gram product and the result."""
+BATCH_COPIES = 2
+"""Of the matrices that are orthogonalised together, those of one shape: X and its product."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Memory:
     kept_gradients: float
     """Of these, what is there while a forward pass runs."""
     optimizer: float
-    """Running means, and fp32 weights where they are a copy."""
+    """Running means; under ZeRO 1 and 2 also the weights that this rank updates, which DeepSpeed copies."""
     gathered: float
     """Complete weights that ZeRO 3 has gathered, at most: the core of a looped model, and what is prefetched."""
     activations: float
@@ -80,13 +81,13 @@ def memory(
     gathered = 0.0
     if stage == 3:
         found = micro_step(config.model, layout, config.parallel.persistent_parameter_elements, limits)
-        gathered = found.peak_elements * size.gathered
+        gathered = found.peak_elements * size.weights
     gradients = (part if stage >= 2 else complete) * size.gradients
     return Memory(
         weights=weights * size.weights,
         gradients=gradients,
         kept_gradients=gradients if stage == 3 or micro_steps(config, layout.ranks) > 1 else 0.0,
-        optimizer=state + (part * size.master if stage else 0),
+        optimizer=state + (part * size.weights if stage in (1, 2) else 0),
         gathered=gathered,
         activations=kept_bytes(config, size, recompute),
         prelude=prelude_bytes(config, size),
@@ -137,6 +138,8 @@ def _communication(config: Config, parameters: Sequence[Held], size: Bytes, on_g
     # used only where something is written. ZeRO 0 has no buffer, and 0 and 3 copy what is reduced.
     buffers = 2 * limits.reduce if on_gpu else largest
     copied = largest if config.parallel.zero_stage in (0, 3) else 0
+    if config.parallel.zero_stage == 3:  # the loop's gradients are complete before the first of them is reduced
+        copied += sum(parameter.size for parameter in parameters if parameter.name.startswith("loop."))
     return float((buffers if config.parallel.zero_stage else 0) + copied) * size.reduced
 
 
@@ -152,7 +155,12 @@ def _update(config: Config, parameters: Sequence[Held], size: Bytes, limits: Lim
             ranks = together[0].group.ranks
             flat = (elements if stage == 0 else elements / ranks) * 3 * FP32  # direction, update, and its decay
             exchanged = (2 * elements if stage == 0 else 2 * elements / ranks) * size.products
-            needed = max(needed, flat + exchanged + ORTHOGONALISE_COPIES * elements / ranks * size.products)
+            batches: Counter[tuple[int, ...]] = Counter()
+            for parameter in together:
+                *_, rows, columns = parameter.shape
+                batches[rows // parameter.stacked, columns] += parameter.size
+            own = (elements + BATCH_COPIES * max(batches.values())) / ranks * size.products
+            needed = max(needed, flat + exchanged + own)
     return needed
 
 

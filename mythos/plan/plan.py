@@ -61,6 +61,11 @@ class Plan:
         return self.memory.peak <= self.cluster.usable_bytes and self.host_bytes <= self.cluster.host_memory_gib * GIB
 
     @property
+    def recomputes_in_vain(self) -> bool:
+        """Whether the activations would fit without the recomputation that the configuration asks for."""
+        return self.recompute and self.fits and self.peak_without_recomputation <= self.cluster.usable_bytes
+
+    @property
     def tokens_per_second(self) -> float:
         """Of all GPUs."""
         return tokens_per_step(self.config) / self.time.total

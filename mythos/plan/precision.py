@@ -6,6 +6,8 @@ These follow from the sections that ``mythos.engine.sections`` writes for DeepSp
 from dataclasses import dataclass
 
 from mythos.config.schema import Config
+from mythos.plan.layout import Held
+from mythos.plan.tensors import Treatment
 
 
 @dataclass(frozen=True)
@@ -13,15 +15,11 @@ class Bytes:
     """Bytes of one element, and which kernels the device has."""
 
     weights: int
-    """The weights that the model computes with."""
-    gathered: int
-    """The same, as ZeRO sends them."""
+    """The weights, also where ZeRO has gathered them."""
     gradients: int
     """Sums of gradients over micro batches."""
     reduced: int
     """Gradients, as ZeRO sends them."""
-    master: int
-    """fp32 weights that the optimizer updates under ZeRO 1 to 3."""
     moments: int
     """Each of the optimizer's running means."""
     residual: int
@@ -33,9 +31,14 @@ class Bytes:
     fused_attention: bool
     """Attention with values of another size than the keys keeps no scores."""
 
+    def gathered_as(self, parameter: Held) -> int:
+        """A weight as ZeRO 3 gathers it: the matrices of blocks and experts in the type of their products."""
+        in_products = parameter.treatment in (Treatment.MATRIX, Treatment.EXPERT)
+        return self.products if in_products else self.weights
 
-FP32 = Bytes(4, 4, 4, 4, 4, 4, residual=4, products=4, fused_norms=False, fused_attention=False)
-BF16 = Bytes(2, 2, 2, 2, 4, 4, residual=2, products=2, fused_norms=True, fused_attention=True)
+
+FP32 = Bytes(4, 4, 4, 4, residual=4, products=4, fused_norms=False, fused_attention=False)
+BF16 = Bytes(4, 4, 4, 4, residual=4, products=2, fused_norms=True, fused_attention=True)
 
 
 def element_bytes(config: Config, on_gpu: bool) -> Bytes:

@@ -52,11 +52,6 @@ class Parameter:
         """Number of elements."""
         return math.prod(self.shape)
 
-    @property
-    def module(self) -> str:
-        """The name of the module that has it."""
-        return self.name.rpartition(".")[0]
-
 
 def parameters(model: Looped | Dense) -> list[Parameter]:
     """Every parameter of the model."""

@@ -22,6 +22,8 @@ def plan_run(config: Config, hosts: Sequence[str], device: torch.device) -> None
     write_plan(Path(config.run.directory), plan)
     if warning := memory_warning(plan):
         log.warning(warning)
+    elif plan.recomputes_in_vain:
+        log.info("the activations fit without recomputation: loop.recompute=false would be faster")
 
 
 def plan_of_ranks(config: Config, hosts: Sequence[str], device: torch.device) -> Plan | None:

@@ -105,6 +105,6 @@ def test_the_parts_of_a_rank_are_those_of_zero(optimizer: str, tmp_path: Path) -
     assert [found[stage].weights for stage in range(4)] == pytest.approx([4 * count] * 3 + [count])
     assert [found[stage].gradients for stage in range(4)] == pytest.approx([4 * count, 4 * count, count, count])
     assert found[0].optimizer == 4 * moments
-    assert found[2].optimizer == pytest.approx((4 * moments + FP32.master * count) / ranks)
+    assert found[2].optimizer == pytest.approx((4 * moments + FP32.weights * count) / ranks)
     assert checkpoint_bytes(config) == 4 * (count + moments)
     assert snapshot_bytes(config, layout) == pytest.approx(checkpoint_bytes(config) / ranks)

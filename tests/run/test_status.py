@@ -232,7 +232,13 @@ def test_the_journal_of_a_run(two_ranks: RankPool, tiny_data: Path, tmp_path: Pa
     assert [event["event"] for event in read_events(directory)] == [STARTED, ENDED]
     (attempt,) = read_attempts(directory)
     assert (attempt["ranks"], attempt["device"], attempt["precision"]) == (2, "cpu", "fp32")
-    assert read_status(directory).state == "finished"
+    status = read_status(directory)
+    assert status.state == "finished"
+    written = json.loads(RunDirectory(directory).plan.read_text(encoding="utf-8"))
+    assert written["planned"]["gpus"] == 2
+    assert written["measured"] == {"step_seconds": status.step_seconds, "peak_memory_gib": status.peak_memory_gib}
+    assert facts(status)["step time"].endswith(f", planned {status.planned_step_seconds:.3g} s")
+    assert status.planned_memory_gib == written["planned"]["peak_memory_gib"]
 
     shutil.rmtree(data)
     longer = tiny_config("looped", data, directory, ranks=2, train__steps=3)
