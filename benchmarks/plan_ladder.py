@@ -25,8 +25,10 @@ CLUSTER = load_cluster("h100")
 
 
 def config_of(model: str, overrides: list[str]) -> Config:
-    """The model with the shipped recipe."""
-    return load([CONFIGS / "model" / f"{model}.yaml", CONFIGS / "run" / "pretrain.yaml"], overrides, 1)
+    """The model with the run file of its name, or that of the flagship."""
+    own = CONFIGS / "run" / f"{model}.yaml"
+    run = own if own.exists() else CONFIGS / "run" / "pretrain.yaml"
+    return load([CONFIGS / "model" / f"{model}.yaml", run], overrides, 1)
 
 
 def cells(model: str, plan: Plan | None, needed: Plan | None) -> list[str]:
