@@ -1,8 +1,8 @@
 """`mythos train` without its command line, which needs packages that a borrowed machine may lack:
 
-    python -m tests.gpu.program CONFIG.json [STEP]
+    python -m tests.gpu.program CONFIG.json [SIGNAL N]
 
-With STEP, the process sends itself SIGTERM in the backward pass of that step.
+In its Nth backward pass the process sends itself the signal.
 """
 
 import json
@@ -18,18 +18,18 @@ from mythos.ranks.preemption import StopRequest
 from mythos.train.loop import train
 
 
-def main(config_file: str, stop_in_step: str = "") -> int:
+def main(config_file: str, signal_name: str = "", at: str = "0") -> int:
     """Train in this process, which is rank 0 of 1; returns the exit code."""
     stop = StopRequest()
     config = validate(json.loads(Path(config_file).read_text(encoding="utf-8")), 1)
     stop.exit_after(config.preemption.grace_s)
     device = group.start(config.device)
-    if stop_in_step:
-        backward, calls = TrainingEngine.backward, iter(range(1, config.train.steps + 1))
+    if signal_name:
+        backward, passes = TrainingEngine.backward, iter(range(1, config.train.steps + 1))
 
         def with_signal(engine: TrainingEngine, loss: object) -> None:
-            if next(calls) == int(stop_in_step):
-                os.kill(os.getpid(), signal.SIGTERM)
+            if next(passes) == int(at):
+                os.kill(os.getpid(), signal.Signals[signal_name])
             backward(engine, loss)  # type: ignore[arg-type]
 
         TrainingEngine.backward = with_signal  # type: ignore[method-assign,assignment]

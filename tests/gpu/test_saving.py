@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from tests.spawn import ROOT, Job, environments
 from tests.tiny import tiny_config
 
 Record = Callable[[str, float, str], None]
-STEPS, STOP, KILL = 12, 5, 9
+STEPS = 12
 LIMIT_S = 300
 
 
@@ -83,32 +84,15 @@ def test_an_asynchronous_save(device: torch.device, here: Callable[..., Any], re
         assert stall <= 1.5 * copy
 
 
-class Attempt:
-    """A training process: of the test suite's fork server on a CPU, a new one on a GPU."""
-
-    def __init__(self, device: torch.device, config_file: Path, *stop: str) -> None:
-        self.output = config_file.with_suffix(".output")
-        self._job = self._process = None
-        if device.type == "cpu":
-            self._job = Job(1, main, str(config_file), *stop, output=self.output)
-        else:
-            environ = {**os.environ, **environments(1)[0], "PYTHONPATH": str(ROOT)}
-            command = [sys.executable, "-m", "tests.gpu.program", str(config_file), *stop]
-            with self.output.open("a", encoding="utf-8") as output:
-                self._process = subprocess.Popen(command, env=environ, stdout=output, stderr=output, cwd=ROOT)
-
-    def wait(self) -> int:
-        """Its exit code."""
-        return self._job.wait(LIMIT_S) if self._job else self._process.wait(LIMIT_S)  # type: ignore[union-attr]
-
-    def kill_at(self, run: Path, step: int) -> None:
-        """SIGKILL once this step has been reported."""
-        until = time.monotonic() + LIMIT_S
-        while not any(line["step"] >= step for line in read_metrics(run) if "train/loss" in line):
-            assert time.monotonic() < until, self.output.read_text(encoding="utf-8")
-            time.sleep(0.02)
-        (self._job or self._process).kill()  # type: ignore[union-attr]
-        self.wait()
+def attempt(device: torch.device, config_file: Path, *signal_and_pass: str) -> int:
+    """The exit code of a training process: of the suite's fork server on a CPU, a new one on a GPU."""
+    output = config_file.with_suffix(".output")
+    if device.type == "cpu":
+        return Job(1, main, str(config_file), *signal_and_pass, output=output).wait(LIMIT_S)
+    environ = {**os.environ, **environments(1)[0], "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.gpu.program", str(config_file), *signal_and_pass]
+    with output.open("a", encoding="utf-8") as file:
+        return subprocess.run(command, env=environ, stdout=file, stderr=file, cwd=ROOT, timeout=LIMIT_S).returncode
 
 
 def test_a_stopped_and_a_killed_run_resume(device: torch.device, record: Record, tmp_path: Path) -> None:
@@ -120,10 +104,10 @@ def test_a_stopped_and_a_killed_run_resume(device: torch.device, record: Record,
         config_file = tmp_path / f"{name}.json"
         config_file.write_text(json.dumps(to_dict(tiny_config("looped-moe", data, run, **options))), encoding="utf-8")
         if name == "interrupted":
-            assert Attempt(device, config_file, str(STOP)).wait() == PREEMPTED
-            assert (run / "checkpoints" / f"step_{STOP:08}").exists(), "the step was finished and saved"
-            Attempt(device, config_file).kill_at(run, KILL)
-        assert Attempt(device, config_file).wait() == 0
+            assert attempt(device, config_file, "SIGTERM", "5") == PREEMPTED
+            assert (run / "checkpoints" / "step_00000005").exists(), "the step was finished and saved"
+            assert attempt(device, config_file, "SIGKILL", "4") == -signal.SIGKILL
+        assert attempt(device, config_file) == 0
         found = {line["step"]: line["train/loss"] for line in read_metrics(run) if "train/loss" in line}
         curves[name] = [found[step] for step in range(1, STEPS + 1)]
     difference = largest_difference(curves["interrupted"], curves["uninterrupted"])
