@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -28,12 +29,13 @@ from mythos.engine.placement import (
     parameter_shards,
     refresh_weights,
 )
-from mythos.engine.sections import check_clipping, deepspeed_config, expert_parallel_section, precision, training_dtype
-from mythos.model import build_structure, draws
+from mythos.engine.sections import deepspeed_config, expert_parallel_section, precision, training_dtype
+from mythos.model import Model, build_structure, draws
 from mythos.model.depth import DepthPlan
 from mythos.model.loop import ExitRule, Loop
-from mythos.model.moe import TOKENS_PER_EXPERT, MoE
-from mythos.model.parameters import stacked_matrices
+from mythos.model.moe import TOKENS_PER_EXPERT, MoE, moe_layers
+from mythos.model.parameters import Role, parameter_roles, stacked_matrices
+from mythos.model.precision import FP32Linear
 from mythos.ranks.group import hosts
 from mythos.run.console import log
 
@@ -56,9 +58,9 @@ class TrainingEngine:
         self.clip = config.optim.gradient_clip
         self.precision = precision(config, device)
         self.dtype = training_dtype(config, device)
-        check_clipping(config, self.precision)
         sections = deepspeed_config(config, dist.get_world_size(), device)
         model = _build_model(config, sections, device)
+        model.product_type = self.dtype
         moe_names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
         # Before initialisation: marked later, the children of the loop would keep their gathering hooks.
         if any(isinstance(module, Loop) for module in model.modules()):
@@ -77,7 +79,9 @@ class TrainingEngine:
         self.optimizer = optimizer
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=sections)
         self._check_conversion(moe_names)
-        self._keep_buffers_in_fp32()
+        for layer in moe_layers(self.module):
+            layer.router.gate.__class__ = FP32Linear  # AutoEP's own would compute the logits in bf16
+        self._gather_in_training_type()
         if isinstance(optimizer, MuonAdamW):
             optimizer.exchanges = self._exchanges(optimizer)
 
@@ -112,7 +116,7 @@ class TrainingEngine:
         """
         for group in self.deepspeed.optimizer.param_groups:
             group |= hyperparameters[group["role"]]
-        if self._plain_optimizer:
+        if self.stage == 0:
             norm = self._clip_plain_gradients()
             self.deepspeed.step()
             return Update(math.isfinite(norm), norm)
@@ -140,8 +144,8 @@ class TrainingEngine:
         return {name: _global(name, parameter).shape for name, parameter in self.module.named_parameters()}
 
     def refresh_weights(self) -> None:
-        """Copy the fp32 weights into the model after the ``shards`` were loaded from a checkpoint. Collective."""
-        refresh_weights(self.deepspeed.optimizer, self.optimizer, self.stage)
+        """Copy the weights into the model after the ``shards`` were loaded from a checkpoint. Collective."""
+        refresh_weights(self.deepspeed.optimizer, self.stage)
 
     def buffers(self) -> dict[str, Tensor]:
         """The model's state besides its parameters, such as the experts' balance biases; the same on all ranks."""
@@ -157,13 +161,11 @@ class TrainingEngine:
         for name, buffer in self.buffers().items():
             buffer.copy_(saved[name].view(buffer.shape))
 
-    @property
-    def _plain_optimizer(self) -> bool:
-        """At stage 0 in fp32 DeepSpeed runs the optimizer itself: it reports no norm and does not skip bad steps."""
-        return self.stage == 0 and self.precision == "fp32"
-
     def _clip_plain_gradients(self) -> float:
-        """Return the global gradient norm; scale gradients down to the clip, or drop them if it is not finite."""
+        """Return the global gradient norm; scale gradients down to the clip, or drop them if it is not finite.
+
+        At stage 0 DeepSpeed runs the optimizer itself: it reports no norm and does not skip bad steps.
+        """
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         squared = torch.zeros((), device=self.device)
         squared_of_experts: dict[str, Tensor] = {}
@@ -206,12 +208,17 @@ class TrainingEngine:
         if left:
             raise RuntimeError(f"AutoEP did not convert {left}: a name in expert_parallel_section is wrong")
 
-    def _keep_buffers_in_fp32(self) -> None:
-        """In bf16 the small steps of the balance bias would be rounded away, and token counts would stop at 256."""
-        for module in self.module.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    module._buffers[name] = buffer.float()
+    def _gather_in_training_type(self) -> None:
+        """ZeRO-3 gathers the blocks' and experts' matrices in the type of their products, everything else in fp32.
+
+        Gradients are still summed over the ranks in fp32. DeepSpeed's section ``torch_autocast`` sets the same mark,
+        but then these gradients are summed in bf16, too.
+        """
+        in_fp32 = {module.weight for module in self.module.modules() if isinstance(module, FP32Linear)}
+        for parameter, role in parameter_roles(self.module).items():
+            of_block = role in (Role.BLOCK, Role.EXPERT) and parameter not in in_fp32
+            if of_block and len(getattr(parameter, "ds_shape", parameter.shape)) >= 2:
+                setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, self.dtype)
 
 
 def _global(name: str, parameter: Any) -> GlobalParameter:
@@ -231,7 +238,7 @@ def _global(name: str, parameter: Any) -> GlobalParameter:
     )
 
 
-def _build_model(config: Config, sections: dict[str, Any], device: torch.device) -> nn.Module:
+def _build_model(config: Config, sections: dict[str, Any], device: torch.device) -> Model:
     """The model with its initial weights; at stage 3 every rank keeps only its part of each parameter."""
     if config.parallel.zero_stage < 3:
         with device:

@@ -48,8 +48,7 @@ def muon_placements(
             slices = [_zero12_slice(parameter, stacked) for parameter in zero.bit16_groups[number]]
             yield group["params"][0], zero.real_dp_process_group[number], slices
         else:
-            parameters = group["params"] if zero is optimizer else zero.fp16_groups[number]
-            yield group["params"][0], replicas[group.get("name", "")], _complete_slices(parameters, stacked)
+            yield group["params"][0], replicas[group.get("name", "")], _complete_slices(group["params"], stacked)
 
 
 class GlobalParameter(NamedTuple):
@@ -218,29 +217,21 @@ def _updated(zero: Any, optimizer: Any, stage: int, stacked: Mapping[Tensor, int
             for parameter in zero.bit16_groups[number]:
                 yield parameter, _zero12_slice(parameter, stacked), group["params"][0], group
         else:
-            parameters = group["params"] if zero is optimizer else zero.fp16_groups[number]
-            for parameter, owner in zip(parameters, group["params"], strict=True):
+            for parameter in group["params"]:
                 whole = FlatSlice(parameter.shape, stacked.get(parameter, 1), 0, parameter.numel(), 0)
-                yield parameter, whole, owner, group
+                yield parameter, whole, parameter, group
 
 
-def refresh_weights(zero: Any, optimizer: Any, stage: int) -> None:
-    """Copy the fp32 weights into the model, rounded to its type, as an update does. Collective."""
+def refresh_weights(zero: Any, stage: int) -> None:
+    """Copy the weights of the ``shards`` to where the model has them, as an update does. Collective."""
     if stage == 3:
         zero.checkpoint_event_prologue()
-        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            rounded = zero.fp16_partitioned_groups_flat[number]
-            rounded.data.copy_(flat.data)
-            parts = zero.fp16_partitioned_groups[number]
-            for part, view in zip(parts, zero.unflatten(rounded, parts), strict=True):
+        for flat, parts in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups, strict=True):
+            for part, view in zip(parts, zero.unflatten(flat, parts), strict=True):
                 part.data = view.data
         zero.checkpoint_event_epilogue()  # gathers the small parameters, which every rank keeps completely
     elif stage:
         zero.update_lp_params()
-    elif zero is not optimizer:
-        for parameters, group in zip(zero.fp16_groups, optimizer.param_groups, strict=True):
-            for parameter, owner in zip(parameters, group["params"], strict=True):
-                parameter.data.copy_(owner.data)
 
 
 def _complete_slices(parameters: list[Tensor], stacked: Mapping[Tensor, int]) -> list[FlatSlice]:

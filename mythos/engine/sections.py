@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from mythos.config.derive import micro_steps
-from mythos.config.model_schema import Looped, MixtureOfExperts
+from mythos.config.model_schema import MixtureOfExperts
 from mythos.config.schema import Config
-from mythos.errors import UserError
 
 
 def precision(config: Config, device: torch.device) -> str:
-    """The training type: fp32 or bf16."""
+    """The type of matrix products: fp32 or bf16."""
     if config.precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     return config.precision
@@ -24,25 +23,13 @@ def training_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision(config, device) == "bf16" else torch.float32
 
 
-def check_clipping(config: Config, training_type: str) -> None:
-    """Raise UserError where DeepSpeed's gradient norm (FP16_UnfusedOptimizer) omits the experts' gradients."""
-    with_experts = isinstance(config.model, Looped) and config.model.core_experts is not None
-    if config.parallel.zero_stage == 0 and training_type == "bf16" and with_experts:
-        raise UserError(
-            "parallel.zero_stage = 0: in bf16 DeepSpeed clips by a norm without the experts' gradients: set 1, 2 or 3",
-            agreed=True,
-        )
-
-
 def deepspeed_config(config: Config, world_size: int, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's configuration, without the section of the experts."""
-    bf16 = precision(config, device) == "bf16"
-    plain_optimizer = config.parallel.zero_stage == 0 and not bf16  # the engine clips, see its _clip_plain_gradients
+    plain_optimizer = config.parallel.zero_stage == 0  # the engine clips, see its _clip_plain_gradients
     sections: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_sequences,
         "gradient_accumulation_steps": micro_steps(config, world_size),
         "gradient_clipping": 0.0 if plain_optimizer else config.optim.gradient_clip,
-        "bf16": {"enabled": bf16},
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
             "overlap_comm": device.type == "cuda",

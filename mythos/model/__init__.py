@@ -12,11 +12,12 @@ from mythos.model.init import Draw, initial_draws, initialise
 from mythos.model.rules import Start
 from mythos.model.transformer import DenseTransformer, LoopedTransformer
 
+Model = LoopedTransformer | DenseTransformer
 Forward = Callable[[Tensor, Tensor | None, DepthPlan | None], Any]
 """(tokens (B, S), targets (B, S) or None, plan) -> ``Losses``, or logits (B, S, V) without targets."""
 
 
-def build_model(config: Config) -> nn.Module:
+def build_model(config: Config) -> Model:
     """The model of the configuration with its initial weights, on the CPU in fp32."""
     model = build_structure(config)
     initialise(model, start(config), config.seed)
@@ -33,7 +34,7 @@ def draws(model: nn.Module, config: Config) -> dict[nn.Parameter, Draw]:
     return initial_draws(model, start(config), config.seed)
 
 
-def build_structure(config: Config) -> nn.Module:
+def build_structure(config: Config) -> Model:
     """The model of the configuration, before its parameters have their initial values."""
     match config.model:
         case Looped():

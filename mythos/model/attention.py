@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mythos.config.derive import has_value_embedding
 from mythos.config.model_schema import VALUE_GATE_CHANNELS, Dense, GroupedQuery, Latent, Looped
 from mythos.model.layers import rotary_angles, rotate
+from mythos.model.precision import Linear, RMSNorm
 from mythos.model.rules import Rule, Start, normal, orthogonal, uniform
 
 
@@ -25,10 +26,10 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, width: int, config: GroupedQuery, value_gate: bool) -> None:
         super().__init__()
         self.config = config
-        self.query = nn.Linear(width, config.heads * config.head_size, bias=False)
-        self.key_value = nn.Linear(width, 2 * config.kv_heads * config.head_size, bias=False)
-        self.value_gate = nn.Linear(VALUE_GATE_CHANNELS, config.kv_heads, bias=False) if value_gate else None
-        self.out = nn.Linear(config.heads * config.head_size, width, bias=False)
+        self.query = Linear(width, config.heads * config.head_size)
+        self.key_value = Linear(width, 2 * config.kv_heads * config.head_size)
+        self.value_gate = Linear(VALUE_GATE_CHANNELS, config.kv_heads) if value_gate else None
+        self.out = Linear(config.heads * config.head_size, width)
 
     def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The output projection is zero: every block starts as the identity."""
@@ -61,7 +62,7 @@ class GroupedQueryAttention(nn.Module):
         if self.value_gate is not None and value_embedding is not None:
             gate_BKS = 2 * torch.sigmoid(self.value_gate(x_BSD[..., :VALUE_GATE_CHANNELS])).transpose(1, 2)
             embedded_BKSC = value_embedding.view(batch, length, kv_heads, size).transpose(1, 2)
-            v_BKSC = v_BKSC + gate_BKS[..., None] * embedded_BKSC
+            v_BKSC = (v_BKSC + gate_BKS[..., None] * embedded_BKSC).type_as(v_BKSC)
         q_BHSC, k_BKSC = rotate(q_BHSC, rotary), rotate(k_BKSC, rotary)
         if self.config.qk_norm:
             q_BHSC = F.rms_norm(q_BHSC, (size,), eps=self.config.qk_norm_epsilon)
@@ -81,15 +82,13 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.config = config
         heads, latent = config.heads, config.key_value_latent_size
-        self.query_down = nn.Linear(width, config.query_latent_size, bias=False)
-        self.query_norm = nn.RMSNorm(config.query_latent_size, eps=1e-6)
-        self.query_up = nn.Linear(
-            config.query_latent_size, heads * (config.content_head_size + config.rotary_head_size), bias=False
-        )
-        self.key_value_down = nn.Linear(width, latent + config.rotary_head_size, bias=False)
-        self.key_value_norm = nn.RMSNorm(latent, eps=1e-6)
-        self.key_value_up = nn.Linear(latent, heads * (config.content_head_size + config.value_head_size), bias=False)
-        self.out = nn.Linear(heads * config.value_head_size, width, bias=False)
+        self.query_down = Linear(width, config.query_latent_size)
+        self.query_norm = RMSNorm(config.query_latent_size, eps=1e-6)
+        self.query_up = Linear(config.query_latent_size, heads * (config.content_head_size + config.rotary_head_size))
+        self.key_value_down = Linear(width, latent + config.rotary_head_size)
+        self.key_value_norm = RMSNorm(latent, eps=1e-6)
+        self.key_value_up = Linear(latent, heads * (config.content_head_size + config.value_head_size))
+        self.out = Linear(heads * config.value_head_size, width)
 
     def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The output projection is zero: every block starts as the identity."""

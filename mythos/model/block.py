@@ -10,6 +10,7 @@ from mythos.model.attention import build_attention
 from mythos.model.layers import feed_forward
 from mythos.model.moe import MoE, Routing, observe_routing, routing_penalties
 from mythos.model.parameters import Role
+from mythos.model.precision import RMSNorm
 from mythos.model.rules import Rule, Start
 
 
@@ -20,9 +21,9 @@ class Block(nn.Module):
 
     def __init__(self, config: Looped | Dense, feed_forward: nn.Module, value_gate: bool) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.attention = build_attention(config.width, config.attention, value_gate)
-        self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.feed_forward_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.feed_forward = feed_forward
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None = None) -> Tensor:

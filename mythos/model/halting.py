@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos.config.model_schema import Halting
+from mythos.model.precision import FP32Linear
 from mythos.model.rules import Rule, Start, constant
 
 
@@ -35,7 +36,7 @@ class ACTHalting(nn.Module):
     def __init__(self, width: int, config: Halting) -> None:
         super().__init__()
         self.threshold = config.threshold
-        self.gate = nn.Linear(width, 1)
+        self.gate = FP32Linear(width, 1)
 
     def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """p = 1 / mean depth at every step: tokens halt at that depth on average."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.model_schema import Looped
+from mythos.model.precision import Linear
 from mythos.model.rules import Rule, Start, constant, identity
 
 POWER_ITERATIONS = 100
@@ -32,7 +33,7 @@ class LTIInjection(nn.Module):
         super().__init__()
         self.log_decay = nn.Parameter(torch.empty(width))
         self.step_bias = nn.Parameter(torch.empty(width))
-        self.input = nn.Linear(width, width, bias=False)
+        self.input = Linear(width, width)
 
     def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """a = ``INITIAL_DECAY`` and dt = -log a in every channel, B the identity."""
@@ -66,8 +67,8 @@ class LinearInjection(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.state = nn.Linear(width, width, bias=False)
-        self.input = nn.Linear(width, width, bias=False)
+        self.state = Linear(width, width)
+        self.input = Linear(width, width)
 
     def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The same function of (h, e) as the initial LTI injection."""
@@ -94,7 +95,7 @@ class LinearInjection(nn.Module):
         return torch.exp(growth / math.ceil(POWER_ITERATIONS / 2))
 
     def forward(self, h_BSD: Tensor, e_BSD: Tensor) -> Tensor:
-        return self.state(h_BSD) + self.input(e_BSD)
+        return self.state(h_BSD).type_as(h_BSD) + self.input(e_BSD).type_as(h_BSD)
 
 
 class AdditiveInjection(nn.Module):

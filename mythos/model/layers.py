@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.model_schema import FeedForward
+from mythos.model.precision import Linear
 from mythos.model.rules import Rule, Start
 
 
@@ -17,8 +18,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden_size, bias=False)
-        self.down = nn.Linear(hidden_size, width, bias=False)
+        self.gate_up = Linear(width, 2 * hidden_size)
+        self.down = Linear(hidden_size, width)
 
     def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The output projection is zero: every block starts as the identity."""
@@ -42,15 +43,16 @@ class SquaredReLU(nn.Module):
     def __init__(self, width: int, hidden_size: int, factor: float) -> None:
         super().__init__()
         self.factor = factor
-        self.up = nn.Linear(width, hidden_size, bias=False)
-        self.down = nn.Linear(hidden_size, width, bias=False)
+        self.up = Linear(width, hidden_size)
+        self.down = Linear(hidden_size, width)
 
     def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The output projection is zero: every block starts as the identity."""
         return {self.down.weight: torch.zeros_like}
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.factor * self.down(F.relu(self.up(x_BSD)).square())
+        hidden_BSF = F.relu(self.up(x_BSD))
+        return self.factor * self.down(hidden_BSF * hidden_BSF)  # autocast on a GPU would square in fp32
 
 
 def feed_forward(width: int, config: FeedForward) -> nn.Module:
@@ -65,7 +67,7 @@ def feed_forward(width: int, config: FeedForward) -> nn.Module:
 def rotary_angles(length: int, head_size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of position x base^(-2i/C), each (S, C/2) in fp32 (RoPE, Su et al. 2021, arXiv 2104.09864).
 
-    Computed in each forward pass: a buffer would be rounded to bf16 together with the weights.
+    Computed in each forward pass.
     """
     frequencies = base ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
     angles_SC = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from mythos.config.model_schema import MixtureOfExperts
 from mythos.model.layers import SwiGLU
 from mythos.model.parameters import Role
+from mythos.model.precision import FP32Linear
 from mythos.model.rules import Rule, Start
 
 TOKENS_PER_EXPERT = "tokens_per_expert"
 
 
-class Router(nn.Linear):
-    """Logits W x, (..., D) -> (..., E); ``router_scores`` turns them into scores.
+class Router(FP32Linear):
+    """Logits W x, (..., D) -> (..., E), in fp32; ``router_scores`` turns them into scores.
 
     The balance bias (E,) is added to the scores when experts are chosen, but not to the experts' weights.
     """

@@ -18,6 +18,7 @@ from mythos.model.block import Block
 from mythos.model.depth import DepthPlan, fixed
 from mythos.model.layers import feed_forward
 from mythos.model.loop import ExitRule, Loop
+from mythos.model.precision import Linear, RMSNorm, products_in
 from mythos.model.rules import Rule, Start, constant, orthogonal
 
 
@@ -26,6 +27,9 @@ class LoopedTransformer(nn.Module):
 
     The norm after the prelude prevents divergence in long runs, although the loop itself is stable.
     """
+
+    product_type = torch.float32
+    """Of the inputs of matrix products."""
 
     def __init__(self, config: Looped, options: LoopOptions, z_loss: float) -> None:
         super().__init__()
@@ -38,7 +42,7 @@ class LoopedTransformer(nn.Module):
         self.prelude = _blocks(config, range(config.prelude_layers), layers)
         self.prelude_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.loop = Loop(config, options.recompute)
-        self.readout = nn.Linear(config.width, config.width, bias=False)
+        self.readout = Linear(config.width, config.width)
         self.coda = _blocks(config, range(before_coda, layers), layers)
         self.head = TiedHead(config, self.embedding, z_loss)
 
@@ -55,6 +59,12 @@ class LoopedTransformer(nn.Module):
         """
         if not isinstance(depth, DepthPlan):
             depth = fixed(self.mean_depth if depth is None else depth, len(tokens_BS))
+        with products_in(self.product_type, tokens_BS.device):
+            return self._forward(tokens_BS, targets_BS, depth, exit_rule)
+
+    def _forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None, depth: DepthPlan, exit_rule: ExitRule | None
+    ) -> Tensor | Losses:
         tokens_BS = _reordered(tokens_BS, depth.order)
         rotary = _rotary(self.prelude, tokens_BS)
         x_BSD, values = self.embedding(tokens_BS), self.value_embeddings(tokens_BS)
@@ -62,7 +72,7 @@ class LoopedTransformer(nn.Module):
         for block, value in zip(self.prelude, values[:first], strict=True):
             x_BSD = block(x_BSD, rotary, value)
         h_BSD, penalties_P, health = self.loop(self.prelude_norm(x_BSD), values[first:end], rotary, depth, exit_rule)
-        x_BSD = self.readout(h_BSD)
+        x_BSD = self.readout(h_BSD).type_as(h_BSD)
         for block, value in zip(self.coda, values[end:], strict=True):
             x_BSD = block(x_BSD, rotary, value)
         places = _inverse(depth.order)
@@ -79,6 +89,9 @@ class LoopedTransformer(nn.Module):
 class DenseTransformer(nn.Module):
     """y = head(blocks(embed(x))): every block has its own weights and is run once."""
 
+    product_type = torch.float32
+    """Of the inputs of matrix products."""
+
     def __init__(self, config: Dense, z_loss: float) -> None:
         super().__init__()
         self.config = config
@@ -93,6 +106,10 @@ class DenseTransformer(nn.Module):
         """The logits or the losses."""
         if depth is not None or exit_rule is not None:
             raise ValueError("a dense model has no loop: leave out depth and exit_rule")
+        with products_in(self.product_type, tokens_BS.device):
+            return self._forward(tokens_BS, targets_BS)
+
+    def _forward(self, tokens_BS: Tensor, targets_BS: Tensor | None) -> Tensor | Losses:
         rotary = _rotary(self.blocks, tokens_BS)
         x_BSD = self.embedding(tokens_BS)
         for block, value in zip(self.blocks, self.value_embeddings(tokens_BS), strict=True):
@@ -105,7 +122,7 @@ class TiedHead(nn.Module):
 
     def __init__(self, config: Looped | Dense, embedding: nn.Embedding, z_loss: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.weight = embedding.weight
         self.z_loss = z_loss
 
@@ -127,7 +144,7 @@ class TiedHead(nn.Module):
     def forward(self, x_BSD: Tensor, targets_BS: Tensor | None) -> Tensor | Losses:
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
-            return F.linear(x_BSD, self.weight)
+            return F.linear(x_BSD, self.weight).type_as(self.weight)
         if not self.training:
             by_sequence_B = sequence_losses(x_BSD, self.weight, targets_BS)
             return Losses(by_sequence_B.mean(), by_sequence_B.mean().detach(), {}, by_sequence_B.detach())

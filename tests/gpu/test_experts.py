@@ -11,6 +11,7 @@ from mythos.config.model_schema import MixtureOfExperts
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.model.moe import MoE, moe_layers, plain_parameters
+from mythos.model.precision import products_in
 from tests.gpu.training import config_for, relative_error, train
 from tests.model.helpers import randomise
 
@@ -70,7 +71,8 @@ def layer_errors(device: torch.device) -> dict[str, float]:
 
 def _outputs(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
-    output = layer(x)
+    with products_in(x.dtype, x.device):
+        output = layer(x)
     return output.detach(), torch.autograd.grad(output.square().sum(), x)[0]
 
 

@@ -127,6 +127,12 @@ def test_four_ranks_with_muon(stage: int, size: int, four_ranks: RankPool, tmp_p
     check(config("mythos", tmp_path, 4, stage, size, optim__kind="muon"), four_ranks)
 
 
+@pytest.mark.parametrize(("stage", "size"), [(3, 1), (3, 2), (2, 2)])
+def test_two_ranks_in_bf16(stage: int, size: int, two_ranks: RankPool, tmp_path: Path) -> None:
+    options = {"optim__kind": "muon", "precision": "bf16"}
+    check(config("mythos", tmp_path, 2, stage, size, **options), two_ranks, TIGHT)
+
+
 @pytest.mark.parametrize(("model", "stage"), [("dense", 0), ("looped", 1), ("published", 3)])
 def test_models_without_experts(model: str, stage: int, two_ranks: RankPool, tmp_path: Path) -> None:
     check(config(model, tmp_path, 2, stage, optim__kind="muon"), two_ranks, TIGHT if stage else DEEPSPEED)
