@@ -1,6 +1,7 @@
 """`mythos train`: one process, or many under torchrun, mpiexec or srun."""
 
 import functools
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -103,11 +104,14 @@ def run_ranks(
         log.info(world.describe())
         world.export()
         from mythos.ranks import group
+        from mythos.ranks.determinism import compute_deterministically
         from mythos.ranks.preflight import check_ranks
 
         try:
             with journal(config, world.rank):
                 device = group.start(config.device, world, functools.partial(check_ranks, config))
+                if config.deterministic and device.type == "cuda":
+                    compute_deterministically(os.environ)
             exit_code = work(config, device)
             group.finish()
             return exit_code

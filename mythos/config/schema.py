@@ -280,7 +280,13 @@ class Config:
     seed: int = option("seed of initial weights, data order and depths", 42, ge=0, lt=2**63, change="ask")
     device: Literal["auto", "cpu", "cuda"] = option("auto takes the GPU when there is one", "auto", change="free")
     precision: Literal["auto", "fp32", "bf16"] = option(
-        "training type; auto is bf16 on a GPU and fp32 on a CPU", "auto", change="ask"
+        "type of matrix products; auto is bf16 on a GPU and fp32 on a CPU", "auto", change="ask"
+    )
+    deterministic: bool = option(
+        "the same bits in every run on a GPU, at some cost in speed; a CPU always gives them",
+        False,
+        change="free",
+        needs=Needs("device", ("auto", "cuda")),
     )
     model: Model = option("the architecture")
     init: Init = option("initial weights", default_factory=Init)

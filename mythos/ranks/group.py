@@ -54,8 +54,6 @@ def start(
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses the GPU
-        # The same configuration, seed and data must give the same losses, bit for bit, on GPUs, too.
-        torch.use_deterministic_algorithms(True, warn_only=True)
     global _store
     if world is None or world.launcher == "torchrun":
         _store = _meet_at_master_port()

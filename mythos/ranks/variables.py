@@ -16,7 +16,6 @@ def set_training_variables(device_type: str, environ: MutableMapping[str, str]) 
     environ.setdefault("DS_ACCELERATOR", device_type)
     environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(environ)))
     if device_type == "cuda":
-        environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         environ.setdefault("NCCL_DEBUG", "WARN")  # errors then name the network interface and the peer
         # The number of sequences that are due changes from loop step to loop step: blocks of fixed sizes would fragment
         # the memory. torch reads the variable at the first allocation; it also knows it by its older name.
