@@ -283,10 +283,7 @@ class Config:
         "type of matrix products; auto is bf16 on a GPU and fp32 on a CPU", "auto", change="ask"
     )
     deterministic: bool = option(
-        "the same bits in every run on a GPU, at some cost in speed; a CPU always gives them",
-        False,
-        change="free",
-        needs=Needs("device", ("auto", "cuda")),
+        "on a GPU the same bits in every run, slower", False, change="free", needs=Needs("device", ("auto", "cuda"))
     )
     model: Model = option("the architecture")
     init: Init = option("initial weights", default_factory=Init)
