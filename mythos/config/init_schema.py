@@ -19,8 +19,8 @@ class Init:
         "normal",
     )
     head_norm: Literal["ones", "small"] = option(
-        "scale of the norm before the tied head: 1, or 1/(s width), with which a fresh model predicts all tokens "
-        "alike; arXiv 2604.12946: ones, with which a fresh standard transformer predicts its own input token",
+        "scale of the norm before the tied head: 1, or ln(vocabulary)/(2 s width), with which a fresh model predicts "
+        "all tokens nearly alike; arXiv 2604.12946: ones, with which a standard one first predicts its own input token",
         "ones",
     )
     value_tables: Literal["normal", "standard_normal"] = option(

@@ -5,6 +5,8 @@ Both are called alike, and return logits (B, S, V), or ``Losses`` when they are 
     model(tokens_BS)        model(tokens_BS, depth=8)        model(tokens_BS, targets_BS, plan)
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -125,6 +127,7 @@ class TiedHead(nn.Module):
         self.norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.weight = embedding.weight
         self.z_loss = z_loss
+        self.half_log_vocabulary = math.log(config.vocabulary_size) / 2
 
     def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """The rules of ``init.token_table`` and ``init.head_norm``.
@@ -132,13 +135,13 @@ class TiedHead(nn.Module):
         While all output projections are zero, x of a standard transformer is the input token's row e of E, and the
         logit of that token is |e|^2 / rms(e), about s x width with s the table's deviation: 24.8 at width 1,536,
         against a deviation of 0.6 of the others. The readout of a looped model is a rotation: none of its logits is
-        large.
+        large. A small norm brings that logit down to half of ln V, so that exp of it is far below V.
         """
         rules: dict[Tensor, Rule] = {}
         if start.options.token_table == "orthogonal":
             rules[self.weight] = orthogonal(start.deviation)
         if start.options.head_norm == "small":
-            rules[self.norm.weight] = constant(1 / (start.deviation * start.width))
+            rules[self.norm.weight] = constant(min(1.0, self.half_log_vocabulary / (start.deviation * start.width)))
         return rules
 
     def forward(self, x_BSD: Tensor, targets_BS: Tensor | None) -> Tensor | Losses:

@@ -62,7 +62,7 @@ def test_the_loss_at_the_first_step(name: str) -> None:
         loss = module(tokens[:, :-1], tokens[:, 1:]).total.item()
         module.head.norm.weight.fill_(1)
         published = module(tokens[:, :-1], tokens[:, 1:]).total.item()
-    assert loss == pytest.approx(math.log(VOCABULARY), abs=0.05)
+    assert loss == pytest.approx(math.log(VOCABULARY), abs=0.1)
     formula = published_formula(config)
     assert published == pytest.approx(formula, abs=0.25)
     if name == "transformer-1.3b":
