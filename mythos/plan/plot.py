@@ -34,7 +34,7 @@ def plot(by_gpus: Sequence[Plan], by_expert_size: Sequence[Plan], path: Path) ->
             axis.set_xticks(x, [str(value) for value in x])
             axis.set_xlabel(label)
             axis.set_ylabel(title)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
             axis.grid(alpha=0.3)
             for place, plan in zip(x, plans, strict=True):
                 if not plan.fits:

@@ -62,6 +62,7 @@ def test_help_and_mistakes_take_less_than_half_a_second(words: list[str], exit_c
     [
         ["config", MODEL, RUN, "--ranks", "2"],
         ["params", MODEL],
+        ["plan", MODEL, RUN, "--cluster", "cpu"],
         ["job", MODEL, RUN, "--nodes", "1", "--tasks-per-node", "2"],
     ],
     ids=lambda words: words[0],

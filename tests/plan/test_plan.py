@@ -12,6 +12,7 @@ import pytest
 from launch.cli import main
 from mythos.config.load import load, load_model
 from mythos.config.schema import Config
+from mythos.hardware import BF16_PEAKS
 from mythos.model.attention import GroupedQueryAttention, LatentAttention, build_attention
 from mythos.model.depth import draw_depths
 from mythos.plan.cache import cache_bytes, cached_channels
@@ -56,6 +57,8 @@ def test_every_model_has_a_plan_that_is_json(name: str) -> None:
 def test_every_figure_of_a_cluster_has_a_sane_value_and_its_source(path: Path) -> None:
     cluster = load_cluster(path.stem)
     assert cluster.inside.bandwidth >= cluster.between.bandwidth
+    known = [BF16_PEAKS[device] for device in cluster.devices if device in BF16_PEAKS]
+    assert known == [cluster.peak("bf16")] * len(known), "those of perf/mfu"
     assert cluster.peak("bf16") / cluster.memory_bandwidth < 1000
     text = path.read_text(encoding="utf-8")
     assert "# Source" in text
