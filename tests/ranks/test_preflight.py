@@ -195,6 +195,7 @@ def test_gpus_communicate_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyP
     eight_gpus.setattr(os, "environ", place)
     eight_gpus.setattr(group, "_store", None)
     eight_gpus.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
+    eight_gpus.setattr(torch, "set_num_threads", lambda count: None)  # the tests after this one need their own
     eight_gpus.setattr(
         group.dist, "init_process_group", lambda backend, device_id, **__: calls.append((backend, device_id))
     )
