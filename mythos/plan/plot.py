@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mythos.errors import UserError, os_errors_as_user_errors
+from mythos.errors import os_errors_as_user_errors
 from mythos.plan.plan import Plan
 
 
 def plot(by_gpus: Sequence[Plan], by_expert_size: Sequence[Plan], path: Path) -> None:
-    """Write the picture. Raises UserError if it cannot be written, or matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot: matplotlib is not installed: pip install matplotlib") from None
+    """Write the picture. Raises UserError if it cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, which a plan without a picture saves
+    from matplotlib.figure import Figure
+
     rows = [(by_gpus, "GPUs", [plan.layout.ranks for plan in by_gpus])]
     if by_expert_size:
         sizes = [plan.layout.expert_parallel_size for plan in by_expert_size]
