@@ -16,8 +16,7 @@ from torch.autograd.function import Function, once_differentiable
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """Matrix products in ``dtype``; recomputation in the backward pass finds the same.
 
-    Autocast's cache of rounded weights is off: it would sum the gradients of all loop steps in bf16, and give no
-    gradient at all to weights that a loop step without gradient has used first.
+    Autocast's cache of rounded weights is off: it would sum the gradients of all loop steps in bf16.
     """
     if dtype == torch.float32:
         return nullcontext()

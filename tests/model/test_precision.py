@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_near_those_of_fp32(kind: str) -> None:
 
 
 def test_gradients_of_a_shared_weight_are_summed_in_fp32() -> None:
-    """As over the steps of the loop; the first use is without gradient, which autocast's cache would remember."""
+    """As over the steps of the loop, of which the first are without gradient."""
     layer, steps = randomise(Linear(8, 8)), [numbers(64, 8, seed=seed).detach().bfloat16() for seed in range(16)]
     with products_in(BF16, CPU):
         with torch.no_grad():
