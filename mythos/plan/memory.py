@@ -11,7 +11,6 @@ on top of weights and optimizer state. Sums of gradients are there in the forwar
 several micro-steps.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -26,8 +25,9 @@ from mythos.plan.layout import Held, Layout, held_by_rank
 from mythos.plan.precision import Bytes
 from mythos.plan.tensors import Treatment
 
-BATCH_COPIES = 2
-"""Of the matrices that are orthogonalised together, those of one shape: X and its product."""
+UPDATE_COPIES, COMPLETE_UPDATE_COPIES = 5, 6
+"""Tensors of the size of what Muon updates at a time: direction, update, decay, their sum, and that times the rate;
+for complete parameters also the weights, end to end."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Memory:
     communication: float
     """Gradients on their way to the ranks that keep them."""
     update: float
-    """What Muon exchanges and orthogonalises."""
+    """Gradients, and what Muon exchanges and orthogonalises; 0 for AdamW, which updates in place."""
 
     @property
     def peak(self) -> float:
         """The most that is needed at a time."""
         forward = self.kept_gradients + self.gathered + self.activations + self.logits + self.experts
         backward = self.gradients + self.gathered + self.communication + self.prelude
-        return self.weights + self.optimizer + max(forward, backward, self.gradients + self.update)
+        return self.weights + self.optimizer + max(forward, backward, self.update)
 
     def kinds(self) -> dict[str, float]:
         """Bytes by name, without those that are a part of others."""
@@ -135,9 +135,9 @@ def _communication(config: Config, parameters: Sequence[Held], size: Bytes, on_g
     else:
         largest = min(limits.reduce, complete)
     # DeepSpeed allocates its buffer completely: twice where reducing overlaps with the backward pass. A CPU's memory is
-    # used only where something is written. ZeRO 0 has no buffer, and 0 and 3 copy what is reduced.
+    # used only where something is written. ZeRO 0 has no buffer; 0 and 3 copy what is reduced, 2 the sums at the end.
     buffers = 2 * limits.reduce if on_gpu else largest
-    copied = largest if config.parallel.zero_stage in (0, 3) else 0
+    copied = {0: largest, 1: 0, 2: _part(parameters), 3: largest}[config.parallel.zero_stage]
     if config.parallel.zero_stage == 3:  # the loop's gradients are complete before the first of them is reduced
         copied += sum(parameter.size for parameter in parameters if parameter.name.startswith("loop."))
     return float((buffers if config.parallel.zero_stage else 0) + copied) * size.reduced
@@ -146,22 +146,14 @@ def _communication(config: Config, parameters: Sequence[Held], size: Bytes, on_g
 def _update(config: Config, parameters: Sequence[Held], size: Bytes, limits: Limits) -> float:
     if not isinstance(config.optim, Muon):
         return 0.0
-    stage, needed = config.parallel.zero_stage, 0.0
+    stage, largest = config.parallel.zero_stage, 0.0
     for group in optimizer_groups(config, parameters):
-        if group[0].treatment not in (Treatment.MATRIX, Treatment.EXPERT):
-            continue
-        for together in sub_groups(group, limits.update) if stage == 3 else [group]:
-            elements = sum(parameter.size for parameter in together)
-            ranks = together[0].group.ranks
-            flat = (elements if stage == 0 else elements / ranks) * 3 * FP32  # direction, update, and its decay
-            exchanged = (2 * elements if stage == 0 else 2 * elements / ranks) * size.products
-            batches: Counter[tuple[int, ...]] = Counter()
-            for parameter in together:
-                *_, rows, columns = parameter.shape
-                batches[rows // parameter.stacked, columns] += parameter.size
-            own = (elements + BATCH_COPIES * max(batches.values())) / ranks * size.products
-            needed = max(needed, flat + exchanged + own)
-    return needed
+        if group[0].treatment in (Treatment.MATRIX, Treatment.EXPERT):
+            for together in sub_groups(group, limits.update) if stage == 3 else [group]:
+                elements = sum(parameter.size for parameter in together)
+                largest = max(largest, elements / together[0].group.ranks if stage else elements)
+    gradients = _part(parameters) if stage else sum(parameter.size for parameter in parameters)
+    return gradients * size.gradients + (UPDATE_COPIES if stage else COMPLETE_UPDATE_COPIES) * largest * FP32
 
 
 def checkpoint_bytes(config: Config) -> float:
