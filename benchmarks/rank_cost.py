@@ -20,7 +20,7 @@ from tests.spawn import RankPool
 from tests.tiny import VOCABULARY, tiny_config
 from tests.train.runs import run_training
 
-FIRST_STEPS, STEPS = 5, 40
+FIRST_STEPS, STEPS = 5, 20
 
 
 def seconds_of_a_run(config: Config) -> tuple[float, float]:

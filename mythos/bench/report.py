@@ -26,6 +26,7 @@ def joined(speeds: Sequence[Speed]) -> Speed:
     return replace(
         speeds[0],
         step_seconds=tuple(seconds for speed in speeds for seconds in speed.step_seconds),
+        processor_seconds=sum(speed.processor_seconds for speed in speeds) / len(speeds),
         part_seconds=part_seconds,
         peak_memory_gib=max(speed.peak_memory_gib for speed in speeds),
     )
@@ -65,6 +66,7 @@ def summary_rows(speed: Speed) -> list[tuple[str, str]]:
     fastest, slowest = min(speed.step_seconds), max(speed.step_seconds)
     return [
         ("step", f"{1000 * mean:,.1f} ms ({1000 * fastest:,.1f} to {1000 * slowest:,.1f})"),
+        ("processor time", f"{1000 * speed.processor_seconds:,.1f} ms a rank and step"),
         ("tokens", f"{speed.tokens_per_second:,.0f} tokens/s"),
         ("model FLOPs", f"{scaled(speed.flops.total)}FLOP a token, {scaled(speed.model_flops_per_second)}FLOP/s"),
         ("share of the peak", f"{speed.share_of_peak:.1%} of {scaled(speed.peak_flops_per_second)}FLOP/s"),
@@ -97,6 +99,7 @@ def speed_json(speed: Speed) -> dict[str, Any]:
         "training_flops_per_token": speed.flops.total,
         "tokens_per_step": speed.tokens,
         "step_seconds": speed.step_seconds,
+        "processor_seconds": speed.processor_seconds,
         "peak_memory_gib": speed.peak_memory_gib,
         "parts": {
             part.value: {"seconds": seconds, "share_of_peak": speed.part_share_of_peak(part)}

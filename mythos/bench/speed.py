@@ -31,6 +31,8 @@ class Speed:
     """Of each step, over all ranks."""
     flops: TrainingFlops
     """Model FLOPs a token, with the depths of the measured steps."""
+    processor_seconds: float
+    """Processor time of a mean step, mean over ranks: unlike the time of a step, other processes hardly change it."""
     part_seconds: dict[Part, float]
     """Of a mean step, mean over ranks."""
     peak_flops_per_second: float
@@ -109,12 +111,12 @@ def measure_speed(config: Config, device: torch.device, warmup: int, peak: float
         torch.cuda.reset_peak_memory_stats(device)
     engine = TrainingEngine(config, device)
     nobody = NeverAsked()
-    seconds, parts, depths, memory = [], [], [], 0.0
+    seconds, processor, parts, depths, memory = [], [], [], [], 0.0
     with closing(StepBatches(config, SyntheticTokens(config), 1, 0)) as batches, Observer(engine, batches) as observer:
         for step in range(config.train.steps):
             dist.barrier()
             observer.timeline = Timeline(device)
-            started = time.perf_counter()
+            started, processor_started = time.perf_counter(), time.process_time()
             batch = batches.take()
             result = train_step(engine, batch, schedule(config.optim, step, config.train.steps))
             votes = exchange(result, nobody, batches, nobody, device)
@@ -122,6 +124,7 @@ def measure_speed(config: Config, device: torch.device, warmup: int, peak: float
             part_seconds = observer.timeline.seconds()
             if step >= warmup:
                 seconds.append(time.perf_counter() - started)
+                processor.append(time.process_time() - processor_started)
                 parts.append(list(part_seconds.values()))
                 depths.append(batch.depths)
             if not result.applied:
@@ -131,9 +134,10 @@ def measure_speed(config: Config, device: torch.device, warmup: int, peak: float
                     agreed=True,
                 )
             memory = votes.peak_memory_gib
+    engine.close()
     del engine, observer, batches
     _free_memory(device)
-    numbers = torch.tensor([*seconds, *np.mean(parts, axis=0)], dtype=torch.float64, device=device)
+    numbers = torch.tensor([*seconds, np.mean(processor), *np.mean(parts, axis=0)], dtype=torch.float64, device=device)
     of_ranks, steps = group.gather(numbers), len(seconds)
     return Speed(
         tuple(of_ranks[:, :steps].amax(dim=0).tolist()),
@@ -141,7 +145,8 @@ def measure_speed(config: Config, device: torch.device, warmup: int, peak: float
         training_flops_by_part(
             config.model, config.data.sequence_length, executed_steps(np.concatenate(depths), config.loop)
         ),
-        dict(zip(Part, of_ranks[:, steps:].mean(dim=0).tolist(), strict=True)),
+        float(of_ranks[:, steps].mean()),
+        dict(zip(Part, of_ranks[:, steps + 1 :].mean(dim=0).tolist(), strict=True)),
         peak,
         memory,
     )

@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -122,6 +123,21 @@ class TrainingEngine:
             return Update(math.isfinite(norm), norm)
         self.deepspeed.step()
         return Update(self.deepspeed.was_step_applied(), float(self.deepspeed.get_global_grad_norm()))
+
+    def close(self) -> None:
+        """Free the memory of weights, gradients and optimizer state; the engine cannot be used any more.
+
+        The objects stay for the life of the process: DeepSpeed's hooks on gradients refer to them, out of the reach of
+        the garbage collector.
+        """
+        FWD_MODULE_STACK.clear()
+        for optimizer in {self.optimizer, self.deepspeed.optimizer}:
+            vars(optimizer).clear()
+        for parameter in self.module.parameters():
+            parameter.grad = None
+            for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+                tensor.data = tensor.data.new_empty(0)
+            vars(parameter).clear()  # at stages 1 and 2 fragments of the optimizer state
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """`mythos bench`: the figures, their arithmetic, and the command from its arguments to its JSON."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from launch.cli import main
 from mythos.bench.measure import Measurement
 from mythos.bench.peaks import Peaks, Sizes, measure_peaks
 from mythos.bench.report import binary, comparison_rows, part_rows, scaled
-from mythos.bench.speed import Speed, SyntheticTokens
+from mythos.bench.speed import Speed, SyntheticTokens, measure_speed
 from mythos.bench.timeline import Part
+from mythos.config.schema import Config
 from mythos.plan.flops import TrainingFlops
 from tests.cluster import REPO
 from tests.spawn import Job, RankPool
@@ -25,7 +27,8 @@ def speed(seconds: float) -> Speed:
     """Of two steps of 100 tokens and 1,000 FLOPs a token, 600 of them in the loop, which takes half of the time."""
     parts = dict.fromkeys(Part, 0.0) | {Part.LOOP: seconds / 2, Part.DATA: seconds / 2}
     flops = TrainingFlops(prelude=100.0, loop=600.0, coda=200.0, head=100.0)
-    return Speed((0.5 * seconds, 1.5 * seconds), 100, flops, parts, peak_flops_per_second=1e6, peak_memory_gib=1.0)
+    times = (0.5 * seconds, 1.5 * seconds)
+    return Speed(times, 100, flops, seconds, parts, peak_flops_per_second=1e6, peak_memory_gib=1.0)
 
 
 def test_speed_is_work_over_time() -> None:
@@ -80,6 +83,26 @@ def test_the_peaks_are_the_same_on_every_rank(two_ranks: RankPool) -> None:
         assert rate.bus_bytes_per_second == pytest.approx(sent / rate.seconds), "what each of two ranks sends"
 
 
+def bytes_left(config: Config) -> int:
+    """By how much the tensors of this process have grown by a measurement."""
+    before = bytes_of_tensors()
+    measure_speed(config, torch.device("cpu"), warmup=1, peak=1e9)
+    return bytes_of_tensors() - before
+
+
+def bytes_of_tensors() -> int:
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_next_setting_has_the_memory_of_this_one(stage: int, one_rank: RankPool) -> None:
+    options = {"model__vocabulary_size": 5000, "train__steps": 2, "parallel__zero_stage": stage}
+    config = tiny_config("looped-moe", Path("none"), Path("none"), **options)
+    assert one_rank.run(bytes_left, config)[0] < 5000 * 32 * 4, "less than the token table alone"
+
+
 def test_two_ranks_measure_two_settings_in_turn(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
     options = ["--steps", "2", "--warmup", "1", "--json", str(output), "--compare", "parallel.zero_stage=2"]
@@ -92,6 +115,7 @@ def test_two_ranks_measure_two_settings_in_turn(tmp_path: Path) -> None:
     )
     assert found["tokens_per_step"] == 2 * 2 * 8, "each rank has one micro batch"
     assert len(found["step_seconds"]) == 2 * 2, "two steps in each of two rounds"
+    assert found["processor_seconds"] > 0
     assert found["parts"]["loop"]["share_of_peak"] > 0
     assert found["parts"]["communication"]["seconds"] > 0
     settings = found["configuration"], found["comparison"]["configuration"]
