@@ -15,7 +15,7 @@ A directory gets its final name once all its files are on disk, and counts once 
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from mythos.run.directory import (
     PARTIAL_SUFFIX,
     STATE_FILE,
     RunDirectory,
+    checkpoint_name,
     latest_name,
 )
 
@@ -41,9 +42,7 @@ REMOVED = ".removed"
 SET_ASIDE = "set_aside"
 
 
-def tag(step: int) -> str:
-    """Directory name of the checkpoint after ``step`` updates."""
-    return f"step_{step:08d}"
+tag = checkpoint_name
 
 
 def step_of(checkpoint: Path) -> int:
@@ -214,13 +213,13 @@ def commit(partial: Path, manifest: Manifest, check: Callable[[], None]) -> Path
     return final
 
 
-def remove_old(directory: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove complete checkpoints except the newest ``keep_last`` and those of every ``keep_every``-th step.
+def remove_old(directory: Path, keep_last: int, keep_every: int | None, keep: Collection[int] = ()) -> None:
+    """Remove complete checkpoints except the newest ``keep_last``, those of every ``keep_every``-th step, and ``keep``.
 
     Checkpoints that cannot be removed now are tried again the next time.
     """
     for path in resumable_checkpoints(directory)[keep_last:]:
-        if not (keep_every and step_of(path) % keep_every == 0):
+        if step_of(path) not in keep and not (keep_every and step_of(path) % keep_every == 0):
             with suppress(OSError):
                 _rename_for_removal(path)
     for path in _subdirectories(directory):

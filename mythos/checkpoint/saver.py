@@ -13,7 +13,7 @@ import math
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -75,14 +75,19 @@ class Saver:
         self._future: Future[Any] | None = None
         self._snapshot: Snapshot | None = None
         self._step, self._state, self._started_at = 0, "", 0.0
+        self._keep: Collection[int] = ()
         self._metrics: dict[str, float] = {}
 
-    def start(self, step: int, state: Mapping[str, Any]) -> None:
+    def start(self, step: int, state: Mapping[str, Any], keep: Collection[int] = ()) -> None:
         """Start to save the engine as it is after ``step``, with ``state`` as state.json.
+
+        Args:
+            keep: steps of older checkpoints that must not be removed.
 
         Raises:
             SaveError: this was the last of ``checkpoint.max_failures`` attempts in a row that failed.
         """
+        self._keep = keep
         self._start(step, json.dumps(state, indent=2))
 
     def _start(self, step: int, state: str) -> None:
@@ -188,7 +193,7 @@ class Saver:
         manifest = _manifest(self._step, receipts, self._shapes)
         layout.commit(self._partial, manifest, self._check_directory)
         self._check_directory()
-        layout.remove_old(self.directory, self.options.keep_last, self.options.keep_every)
+        layout.remove_old(self.directory, self.options.keep_last, self.options.keep_every, self._keep)
         return manifest.bytes
 
     def _finish_commit(self) -> None:

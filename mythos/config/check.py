@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mythos.config.derive import data_sources, global_batch_sequences
 from mythos.config.model_schema import VALUE_GATE_CHANNELS, GroupedQuery, Latent, Looped, MixtureOfExperts
+from mythos.config.optim_schema import Muon
 from mythos.config.option import Needs, is_path, needs_of
 from mythos.config.schema import Config
 from mythos.config.tree import get, has, options
@@ -45,6 +46,7 @@ def check(config: Config, world_size: int) -> list[Finding]:
         _experts(config, world_size),
         _loop(config),
         _batch(config, world_size),
+        _budgets(config),
         _data(config),
         _sample(config),
         _paths(config),
@@ -144,6 +146,27 @@ def _batch(config: Config, world_size: int) -> Iterator[Finding]:
             f"({world_size}) = {at_once} sequences: nearest is {nearest}",
             ("train.micro_batch_sequences", "data.sequence_length"),
         )
+
+
+def _budgets(config: Config) -> Iterator[Finding]:
+    train, optim, path = config.train, config.optim, "train.budgets"
+    if train.stop_at is not None and train.stop_at >= train.steps:
+        yield Finding(
+            "train.stop_at", train.stop_at, f"must be below train.steps ({train.steps}), or null", ("train.steps",)
+        )
+    if not train.budgets:
+        return
+    reads = ("train.steps", "optim.cooldown", "optim.cooldown_fraction", "optim.kind")
+    if max(train.budgets) >= train.steps or len(set(train.budgets)) < len(train.budgets):
+        remedy = f"must be different numbers below train.steps ({train.steps}), which is the last budget"
+        yield Finding(path, list(train.budgets), remedy, reads)
+    for budget in train.budgets:
+        if not 0 < round(budget * optim.cooldown_fraction) < budget:
+            remedy = f"{budget} x optim.cooldown_fraction ({optim.cooldown_fraction}) must leave steps before the decay"
+            yield Finding(path, list(train.budgets), f"{remedy}, and one in it", reads)
+    if isinstance(optim, Muon) and optim.muon_weight_decay and optim.muon_weight_decay_schedule == "linear":
+        remedy = "needs optim.muon_weight_decay_schedule=cooldown: before a decay, nothing may depend on its budget"
+        yield Finding(path, list(train.budgets), remedy, reads)
 
 
 def _data(config: Config) -> Iterator[Finding]:

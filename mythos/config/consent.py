@@ -68,6 +68,12 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str
     return found
 
 
+def is_new(path: str, change: tuple[Any, Any]) -> bool:
+    """Whether an option did not exist before and is at its default: nobody has changed it."""
+    field = find(path)
+    return field is not None and change[0] is ABSENT and change[1] == field.default
+
+
 def refusal(changed: Differences, accept: Sequence[str], rates: Differences, rate_jumps: bool) -> str | None:
     """Why a run cannot be resumed with these changes, and the remedy; None if it can be.
 
@@ -110,7 +116,7 @@ def _rule(path: str, changed: Differences) -> Change:
         return "ask"
     if field is None or after is ABSENT:
         return "free"
-    if before is ABSENT and (f"{section}.kind" in changed or after == field.default):
+    if is_new(path, changed[path]) or (before is ABSENT and f"{section}.kind" in changed):
         return "free"
     return change_of(field)
 

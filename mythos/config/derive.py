@@ -4,8 +4,9 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from mythos.config.data_schema import Data
 from mythos.config.model_schema import Dense, GroupedQuery, Looped
-from mythos.config.schema import Config, Data
+from mythos.config.schema import Config
 
 BF16_BYTES = 2
 GATHERED_EXPERTS_BYTES = 16 * 2**30

@@ -68,7 +68,7 @@ class Muon(OptimCommon):
         "steps in which Muon's momentum changes linearly from its start to its final value", 300, ge=0, change="ask"
     )
     muon_weight_decay: float = option(
-        "Muon: decay at the first step, where update and weight agree in sign; falls linearly to 0 over train.steps",
+        "Muon: decay at the first step, where update and weight agree in sign",
         0.2,
         ge=0,
         change="ask",
@@ -86,6 +86,13 @@ class Muon(OptimCommon):
         ge=0,
         lt=1,
         change="ask",
+    )
+    muon_weight_decay_schedule: Literal["linear", "cooldown"] = option(
+        "linear: Muon's decay falls to 0 from the first step to train.steps; cooldown: it is constant, then falls as "
+        "the learning rates do",
+        "linear",
+        change="ask",
+        needs=Needs("optim.muon_weight_decay"),
     )
 
 

@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mythos.config.data_schema import Data
 from mythos.config.init_schema import Init
 from mythos.config.model_schema import Model
-from mythos.config.optim_schema import Optim
+from mythos.config.optim_schema import COOLDOWN, Optim
 from mythos.config.option import Needs, option, section
 
 LOOPED = Needs("model.kind", ("looped",))
@@ -70,6 +71,21 @@ class Train:
     """Length and batch of the training run."""
 
     steps: int = option("optimizer steps of the whole run", change="rate", gt=0, lt=2**62)
+    budgets: tuple[Annotated[int, Field(gt=0, lt=2**62)], ...] | None = option(
+        "smaller numbers of steps for which the run also gives a model: learning rates decay to each, then the run "
+        "goes back to the checkpoint before the decay; null: none",
+        None,
+        change="rate",
+        needs=COOLDOWN,
+    )
+    stop_at: int | None = option(
+        "steps after which the run pauses, with a checkpoint and a validation; the schedule remains that of "
+        "train.steps",
+        None,
+        change="free",
+        gt=0,
+        lt=2**62,
+    )
     global_batch_sequences: int | None = option(
         "sequences in one optimizer step, over all ranks", None, gt=0, change="ask"
     )
@@ -194,44 +210,6 @@ class Eval:
     )
     exit_when_halted: bool = option(
         "leave the loop when every token of every rank has halted", False, change="free", needs=Needs("model.halting")
-    )
-
-
-@section
-class DataSource:
-    """One of several data sets."""
-
-    directory: str = option("prepared data set, as data.directory", change="free", path=True, min_length=1)
-    weight: float = option("its share of the samples, relative to the others", change="ask", gt=0)
-
-
-@section
-class Data:
-    """Prepared data (see `mythos data prepare`): one data set, or several mixed by weight."""
-
-    directory: str | None = option(
-        "data set: a path, or the address of an object store (s3://, gs://, oci://, azure://, ...)",
-        None,
-        change="free",
-        path=True,
-        min_length=1,
-    )
-    sources: dict[str, DataSource] = option(
-        "instead of directory: several data sets by name, each with its directory and weight",
-        change="free",
-        default_factory=dict,
-    )
-    sequence_length: int = option("tokens of one sequence, as the data was prepared", gt=1)
-    shuffle_shards: int = option("shards of a data set whose rows are shuffled together", 32, change="ask", gt=0)
-    cache_directory: str | None = option(
-        "directory on each node's own disk for copies of the shards; null: shards are read from the data set itself",
-        None,
-        change="free",
-        path=True,
-        min_length=1,
-    )
-    cache_gib: float = option(
-        "largest size of the cache, GiB", 64.0, change="free", gt=0, le=10**9, needs=Needs("data.cache_directory")
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mythos.config.consent import arguments, differences, is_accepted
+from mythos.config.data_schema import Data
 from mythos.config.derive import data_sources
-from mythos.config.schema import Data
 from mythos.data.cache import GIB, Cached, NodeCache
 from mythos.data.dataset import KEEP_OPEN, TokenDataset
 from mythos.data.format import (

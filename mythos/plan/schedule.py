@@ -16,7 +16,8 @@ def schedule(config: Optim, step: int, steps: int) -> dict[str, dict[str, float]
     """What changes in each parameter group at update number ``step`` (from 0) out of ``steps``, by the group's name.
 
     AdamW's groups get a learning rate. Muon's get a learning rate of the same form; a momentum, which rises linearly
-    during its warm-up and is constant afterwards; and a weight decay, which falls linearly to 0 at the last step.
+    during its warm-up and is constant afterwards; and a weight decay, which falls linearly to 0 at the last step, or as
+    the learning rate does.
     """
     adamw = {"lr": learning_rate(config, step, steps)}
     match config:
@@ -27,7 +28,7 @@ def schedule(config: Optim, step: int, steps: int) -> dict[str, dict[str, float]
             muon = {
                 "lr": _scheduled(config.muon_learning_rate, config, step, steps),
                 "momentum": (1 - warm) * config.muon_momentum_start + warm * config.muon_momentum,
-                "weight_decay": config.muon_weight_decay * (1 - step / steps),
+                "weight_decay": config.muon_weight_decay * _muon_decay(config, step, steps),
             }
             return {MATRICES: muon, EXPERTS: muon, OTHERS: adamw}
 
@@ -66,9 +67,18 @@ def _scheduled(peak: float, config: Optim, step: int, steps: int) -> float:
     return peak * warmup * _cooldown(config, step, steps)
 
 
+def cooldown_start(config: Optim, steps: int) -> int:
+    """The number of updates before the first one of the cooldown; ``steps`` if there is none."""
+    return steps if config.cooldown == "constant" else steps - round(steps * config.cooldown_fraction)
+
+
+def _muon_decay(config: Muon, step: int, steps: int) -> float:
+    return 1 - step / steps if config.muon_weight_decay_schedule == "linear" else _cooldown(config, step, steps)
+
+
 def _cooldown(config: Optim, step: int, steps: int) -> float:
-    start = steps - round(steps * config.cooldown_fraction)
-    if config.cooldown == "constant" or step < start:
+    start = cooldown_start(config, steps)
+    if step < start or start == steps:
         return 1.0
     progress = (step - start) / (steps - start)
     descent = progress if config.cooldown == "linear" else (1 - math.cos(math.pi * progress)) / 2

@@ -50,6 +50,8 @@ def _describe_state(status: Status) -> str:
             return f"running{where}, last write {written}"
         case "preempted":
             return f"preempted, {advice(status)}"
+        case "paused":
+            return f"paused {status.cause}: {advice(status)}"
         case "failed":
             return f"failed: {advice(status)}"
         case "killed":
@@ -73,6 +75,8 @@ def advice(status: Status) -> str | None:
     match status.state:
         case "preempted":
             return f"{status.cause or 'saved'}: {remedy}"
+        case "paused":
+            return "raise train.stop_at, or set it to null, to continue"
         case "failed":
             return "; ".join(filter(None, (status.cause or "no cause was recorded", slurm)))
         case "killed":

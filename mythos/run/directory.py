@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -31,6 +31,7 @@ from mythos.config.tree import get
 from mythos.data.format import TOKENIZER_FILE
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import read_bytes, write_atomically
+from mythos.plan.budgets import Course, Decay, Position, course_of
 from mythos.plan.schedule import RateChange, rate_change
 from mythos.readers import LARGE_FILE_BYTES, Count, read_json, read_json_lines
 from mythos.run.console import log
@@ -132,10 +133,17 @@ class RunDirectory:
         return self.path / "run_id"
 
 
+def checkpoint_name(step: int) -> str:
+    """The name of the checkpoint after this step of the run."""
+    return f"step_{step:08d}"
+
+
 class _State(TypedDict):
     """What is read of a checkpoint's state here."""
 
     step: Count
+    updates: NotRequired[Count]
+    decays: NotRequired[list[Decay]]
 
 
 _STATE = TypeAdapter(_State)
@@ -191,8 +199,8 @@ def keep_tokenizer(directory: Path, tokenizer: Path) -> None:
     write_atomically(RunDirectory(directory).tokenizer, read_bytes(tokenizer, LARGE_FILE_BYTES))
 
 
-def newest_checkpoint(directory: Path) -> tuple[str | None, int | None]:
-    """Name and step of the checkpoint that ``latest`` names; None for a run without one.
+def newest_checkpoint(directory: Path) -> tuple[str | None, Position | None]:
+    """Name and position of the checkpoint that ``latest`` names; None for a run without one.
 
     Raises:
         UserError: it cannot be read.
@@ -202,7 +210,8 @@ def newest_checkpoint(directory: Path) -> tuple[str | None, int | None]:
     if name is None:
         return None, None
     path = run.checkpoints / name / STATE_FILE
-    return name, read_json(path, _STATE, f"`mythos checkpoint list {directory}` shows which one is valid")["step"]
+    state = read_json(path, _STATE, f"`mythos checkpoint list {directory}` shows which one is valid")
+    return name, Position(state["step"], state.get("updates", state["step"]), tuple(state.get("decays", ())))
 
 
 def latest_name(checkpoints: Path) -> str | None:
@@ -225,19 +234,32 @@ def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[
         if _has_trained(saved.parent):
             raise UserError(f"{saved.parent} holds a run with another configuration:\n{refusal}")
         log.info(f"{saved.parent}: no checkpoint and no metrics yet: the run starts with another configuration")
-    return changed | rates
+    return {path: values for path, values in changed.items() if not consent.is_new(path, values)} | rates
 
 
 def _rate_change(directory: Path, before: Mapping[str, Any], config: Config) -> RateChange | None:
     """How the learning rate changes at the newest checkpoint; None without one, or where it is not known."""
     try:
-        _, done = newest_checkpoint(directory)
+        _, position = newest_checkpoint(directory)
     except UserError:  # the start reports it, and resumes from an older one
         return None
-    optim, steps = saved_optim(before.get("optim")), get(before, "train.steps")
-    if done is None or optim is None or not isinstance(steps, int):
+    old, new = saved_course(before), course_of(config)
+    if position is None or old is None:
         return None
-    return rate_change(optim, steps, config.optim, config.train.steps, done)
+    undone = new.undone(position)
+    if undone and not (RunDirectory(directory).checkpoints / checkpoint_name(undone.before or 0)).is_dir():
+        position = position.without_way_back()
+    position = new.on_course(position)
+    then, now = old.target(position) or old.steps, new.target(position)
+    return None if now is None else rate_change(old.optim, then, new.optim, now, position.updates)
+
+
+def saved_course(tree: Mapping[str, Any]) -> Course | None:
+    """The course of a run's own configuration; None where this version does not know it."""
+    optim, steps, budgets = saved_optim(tree.get("optim")), get(tree, "train.steps"), get(tree, "train.budgets")
+    if optim is None or not isinstance(steps, int):
+        return None
+    return Course(optim, steps, [budget for budget in budgets or () if isinstance(budget, int)])
 
 
 def _has_trained(directory: Path) -> bool:

@@ -1,7 +1,8 @@
 """The journal of a run: how each attempt to train it started and ended, one JSON object per line in ``events.jsonl``.
 
     {"event": "started", "hosts": ["node1", ...], ...}                by rank 0, once it holds the directory's lock
-    {"event": "ended", "exit_code": 0, ...}                           by rank 0: finished (0) or preempted (85)
+    {"event": "ended", "exit_code": 0, ...}                           by rank 0: finished (0), preempted (85), or
+                                                                      ``paused`` (0) with the reason
     {"event": "failed", "exit_code": 1, "rank": 3, "message": ...}    by the rank that knows the cause, or without
                                                                       a rank by slurm/pretrain.sh, if none does
 
@@ -63,6 +64,7 @@ class _Event(_Attempt, total=False):
     exit_code: Annotated[int, Field(strict=True, ge=-255, le=255)]
     rank: Count | None
     message: str
+    paused: str
 
 
 _EVENT: TypeAdapter[Any] = TypeAdapter(_Event)
@@ -91,11 +93,11 @@ class Journal:
         if self.rank == 0:
             self._append(STARTED, **environment)
 
-    def end(self, exit_code: int) -> None:
-        """Record that the run is finished, or was preempted and saved."""
+    def end(self, exit_code: int, pause: str | None = None) -> None:
+        """Record that the run is finished, paused (with the reason), or was preempted and saved."""
         if self.rank == 0:
             try:
-                self._append(ENDED, exit_code=exit_code)
+                self._append(ENDED, exit_code=exit_code, **({"paused": pause} if pause else {}))
             except OSError as error:  # does not change how the run ended
                 log.error(f"{self.directory}: the end of this attempt was not recorded ({error})")
 

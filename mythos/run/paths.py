@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from mythos.config.schema import Config, Data
+from mythos.config.data_schema import Data
+from mythos.config.schema import Config
 from mythos.errors import UserError
 from mythos.run.journal import read_attempts
 

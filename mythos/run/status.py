@@ -8,15 +8,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from mythos.config import yaml_file
+from mythos.config.values import typed
 from mythos.errors import DONE, PREEMPTED, UserError
+from mythos.plan.budgets import Position
 from mythos.readers import read_yaml
-from mythos.run.directory import CONFIG_FILE, RunDirectory, newest_checkpoint
+from mythos.run.directory import CONFIG_FILE, RunDirectory, newest_checkpoint, saved_course
 from mythos.run.find import is_run
 from mythos.run.journal import FAILED, STARTED, attempts_in, attempts_of_version_0_1, read_events
 from mythos.run.lock import is_held
@@ -31,12 +33,14 @@ class _Train(TypedDict):
     """What is read of the section `train`."""
 
     steps: Annotated[int, Field(ge=0, le=2**62)]
+    budgets: NotRequired[Any]
 
 
 class _Config(TypedDict):
     """What is read of the configuration."""
 
     train: _Train
+    optim: NotRequired[Any]
 
 
 _CONFIG = TypeAdapter(_Config)
@@ -48,7 +52,7 @@ class Status:
 
     directory: str
     state: str
-    """not started, running, preempted, finished, failed or killed."""
+    """not started, running, preempted, paused, finished, failed or killed."""
     cause: str | None = None
     host: str | None = None
     seconds_since_last_write: float | None = None
@@ -108,11 +112,11 @@ def read_status(directory: Path) -> Status:
         return otherwise
 
     events = known(read_events, [])
-    steps = known(lambda run: _steps(run, events), None)
+    newest: tuple[str | None, Position | None] = known(newest_checkpoint, (None, None))
+    steps = known(lambda run: _steps(run, events, newest[1]), None)
     metrics = known(lambda run: read_metrics(run, TAIL_BYTES), [])
     attempts = known(attempts_of_version_0_1, []) + attempts_in(events)
-    checkpoint = known(newest_checkpoint, (None, None))
-    status = _status(directory, steps, metrics, attempts, checkpoint)
+    status = _status(directory, steps, metrics, attempts, newest)
     planned, measured = known(read_planned, None) or StepFigures(), measured_figures(metrics)
     state, cause, host = _state(events, known(is_held, False))
     return replace(
@@ -135,14 +139,14 @@ def _status(
     steps: int | None,
     metrics: list[dict[str, Any]],
     attempts: list[dict[str, Any]],
-    newest: tuple[str | None, int | None],
+    newest: tuple[str | None, Position | None],
 ) -> Status:
     """What follows from the files' contents, without the state."""
     training = [line for line in metrics if "train/loss" in line]
     last = training[-1] if training else {}
     rates = [line["perf/tokens_per_second"] for line in training[-RECENT_STEPS:] if line.get("perf/tokens_per_second")]
     rate = statistics.median(rates) if rates else None
-    checkpoint, saved_step = newest
+    checkpoint, saved_step = newest[0], newest[1].step if newest[1] else None
     step = max(last.get("step", 0), saved_step or 0)
     tokens = last.get("train/tokens")
     slurm = [attempt.get("slurm", {}) for attempt in attempts]
@@ -150,7 +154,7 @@ def _status(
     jobs = [variables for variables in slurm if variables]
     left = None
     if rate and tokens and last["step"] and steps is not None:
-        left = (steps - step) * tokens / last["step"] / rate
+        left = (steps - step) * tokens / (last.get("train/updates") or last["step"]) / rate
     return Status(
         directory=str(directory),
         state="",
@@ -172,14 +176,16 @@ def _status(
     )
 
 
-def _steps(directory: Path, events: list[dict[str, Any]]) -> int | None:
+def _steps(directory: Path, events: list[dict[str, Any]], newest: Position | None) -> int | None:
     path = RunDirectory(directory).config
     names = [event["event"] for event in events]
     if not path.exists():
         if FAILED in names and STARTED not in names:
             return None
         raise UserError(f"{path}: missing: restore it")
-    return read_yaml(path, yaml_file.parse, _CONFIG, "restore it")["train"]["steps"]
+    config = read_yaml(path, yaml_file.parse, _CONFIG, "restore it")
+    course = saved_course(typed({"train": config["train"], "optim": config.get("optim")}))
+    return config["train"]["steps"] if course is None else course.last_step(newest or Position())
 
 
 def _state(events: list[dict[str, Any]], is_held: bool) -> tuple[str, str | None, str | None]:
@@ -200,6 +206,8 @@ def _state(events: list[dict[str, Any]], is_held: bool) -> tuple[str, str | None
         return "failed", f"{cause.get('message')} ({place})", host
     if events[-1]["event"] == STARTED:
         return "killed", None, host
+    if "paused" in events[-1]:
+        return "paused", str(events[-1]["paused"]), host
     state = {DONE: "finished", PREEMPTED: "preempted"}.get(events[-1].get("exit_code", DONE), "failed")
     return state, None, host
 

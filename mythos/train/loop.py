@@ -19,7 +19,7 @@ from mythos.ranks import group
 from mythos.ranks.preemption import StopRequest
 from mythos.run.console import log
 from mythos.train.batch import StepBatches
-from mythos.train.recovery import recover
+from mythos.train.recovery import recover, undo_decay
 from mythos.train.start import OpenRun, open_run
 from mythos.train.state import RunState
 from mythos.train.step import balance_experts, exchange, train_step
@@ -49,14 +49,18 @@ def train(
     with open_run(config, device, stop, accept, known) as run:
         engine = TrainingEngine(config, device)
         state = run.restore(engine)
-        unvalidated = run.missing_validation(state.step)
-        if state.step >= config.train.steps and not unvalidated:
+        unvalidated = run.missing_validation(state)
+        if run.course.target(state.position) is None and not unvalidated:
             log.info(
                 f"the run is finished at step {state.step}: raise train.steps (now {config.train.steps}) to continue"
             )
             return run.end(DONE)
-        if _train(run, engine, state, unvalidated):
+        stopped, state = _train(run, engine, state, unvalidated)
+        if stopped:
             return run.end(PREEMPTED)
+        if run.course.target(state.position) is not None:
+            log.info(f"paused at step {state.step} (train.stop_at): raise it, or set it to null, to continue")
+            return run.end(DONE, f"after {state.updates} steps (train.stop_at)")
         if config.sample.tokens:
             sample = run.sample(engine)
             log.info(
@@ -65,19 +69,24 @@ def train(
         return run.end(DONE)
 
 
-def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: bool) -> bool:
-    """Run the remaining steps and save; returns whether a stop was requested before the last one."""
-    config, steps = run.config, run.config.train.steps
-    with closing(run.open_batches(state)) as batches, closing(run.open_report(state.step)) as report:
+def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: bool) -> tuple[bool, RunState]:
+    """Run the remaining steps and save; returns whether a stop was requested before the last one, and the state."""
+    config, course = run.config, run.course
+    with closing(run.open_batches(state)) as batches, closing(run.open_report(state)) as report:
         # If a stop is requested during a validation, all ranks abandon it; the next start repeats it.
-        stopping = unvalidated and not run.validate(engine, state.step, report)
+        stopping = unvalidated and not run.validate(engine, state, report)
         saver = Saver(run.directory.checkpoints, config.checkpoint, engine, run.found, run.watchdog.patience, run.lock)
 
-        while state.step < steps and not stopping:
+        while (budget := course.target(state.position)) is not None and not (stopping or run.is_paused(state)):
+            if course.undone(state.position):
+                saver.wait_until_saved()
+                state = undo_decay(course, engine, saver.directory, run.watchdog, state)
+                batches.restart(state.updates + 1, state.samples)
+            state.position = course.begin_decay(state.position)
             started = time.perf_counter()
             batch = batches.take()
-            rate = learning_rate(config.optim, state.step, steps)
-            result = train_step(engine, batch, schedule(config.optim, state.step, steps))
+            rate = learning_rate(config.optim, state.updates, budget)
+            result = train_step(engine, batch, schedule(config.optim, state.updates, budget))
             votes = exchange(result, run.stop, batches, saver, engine.device)
             balance_experts(engine, config.model, result, votes)
             state.count(global_batch_sequences(config), tokens_per_step(config), votes.text_tokens, result.applied)
@@ -86,24 +95,27 @@ def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: b
             seconds = time.perf_counter() - started
 
             saver.advance(pending_anywhere=votes.saving)
-            spiked = report.step(state, batch, result, votes, rate, seconds, saver.metrics())
-            rewound = recover(config.train, engine, saver, run.watchdog, state, spiked)
+            last = run.is_paused(state) or state.position.is_decayed or course.target(state.position) is None
+            spiked = report.step(state, batch, result, votes, rate, seconds, saver.metrics(), last)
+            rewound = recover(config.train, course, engine, saver, run.watchdog, state, spiked)
             if rewound is not None:
                 state = rewound
-                batches.restart(state.step + 1, state.samples)
+                batches.restart(state.updates + 1, state.samples)
                 report.rewind(state.step)
 
-            stopping, last = votes.stop, state.step == steps
-            save_due = due(state.step, config.checkpoint.every) and rewound is None
+            stopping, decays = votes.stop, course.begins_decay(state.position)
+            save_due = (decays or due(state.step, config.checkpoint.every)) and rewound is None
             if stopping or votes.data_failed:  # time may be short: save before anything else
                 save(saver, batches, state)
                 saver.wait_until_saved()
             elif save_due and not last:
                 save(saver, batches, state)
+                if decays:  # the run comes back to this checkpoint
+                    saver.wait_until_saved()
             if votes.data_failed or rewound is not None:
                 group.agree(batches.check)
             if not stopping and rewound is None and (due(state.step, config.eval.every) or last):
-                stopping = not run.validate(engine, state.step, report)
+                stopping = not run.validate(engine, state, report)
                 # The last checkpoint is saved after its validation, because it marks the run as finished.
                 if last or (stopping and not save_due):
                     save(saver, batches, state)
@@ -115,7 +127,7 @@ def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: b
         outcome = f"saved at step {state.step}" if state.step else "before the first step"
         signal_name = run.stop.signal_name or "on another rank"
         log.info(f"stop requested ({signal_name}): {outcome}; start again to resume")
-    return stopping
+    return stopping, state
 
 
 def due(step: int, every: int) -> bool:
@@ -126,4 +138,4 @@ def due(step: int, every: int) -> bool:
 def save(saver: Saver, batches: StepBatches, state: RunState) -> None:
     """Begin a checkpoint."""
     state.epochs = batches.epochs(state.samples)
-    saver.start(state.step, state.to_dict() | {"world": world_shape(saver.engine)})
+    saver.start(state.step, state.to_dict() | {"world": world_shape(saver.engine)}, state.position.kept)

@@ -31,14 +31,17 @@ class Report:
     Args:
         resumed_step: step of the checkpoint that was resumed; later metrics of an attempt that was killed are dropped.
             None at the start of a run.
+        last_step: of the whole run.
         peak_flops_per_second: of all ranks.
     """
 
-    def __init__(self, config: Config, rank: int, resumed_step: int | None, peak_flops_per_second: float) -> None:
+    def __init__(
+        self, config: Config, rank: int, resumed_step: int | None, last_step: int, peak_flops_per_second: float
+    ) -> None:
         self._config, self._peak_flops_per_second = config, peak_flops_per_second
         directory = Path(config.run.directory)
         self._writer = MetricsWriter(directory, -1 if resumed_step is None else resumed_step) if rank == 0 else None
-        self._progress = Progress(resumed_step or 0, config.train.steps, rank)
+        self._progress = Progress(resumed_step or 0, last_step, rank)
         experts = getattr(config.model, "core_experts", None)
         self._collapse = CollapseWatch(experts.experts_per_token, config.train.collapse_steps) if experts else None
 
@@ -58,12 +61,14 @@ class Report:
         learning_rate: float,
         seconds: float,
         of_saves: Mapping[str, float],
+        last: bool,
     ) -> bool:
         """Report a finished step and add its loss to the statistics in ``state``; returns whether it is a spike.
 
         Args:
             seconds: wall time of the step.
             of_saves: metrics of checkpoints, written whatever ``log.every`` is.
+            last: the step is the last one of the run, or of a decay.
         """
         metrics = {
             **votes.measured,
@@ -78,6 +83,8 @@ class Report:
             "perf/tokens_per_second": tokens_per_step(self._config) / seconds,
             **flops_metrics(self._config, batch.depths, seconds, self._peak_flops_per_second),
         }
+        if state.updates < state.step:
+            metrics["train/updates"] = float(state.updates)
         if state.text_tokens is not None:
             metrics["train/text_tokens"] = float(state.text_tokens)
         if self._config.loop is not None:
@@ -87,7 +94,7 @@ class Report:
             if self._collapse and (warning := self._collapse.update(votes.load_LE)):
                 log.warning(f"step {state.step}: {warning}")
         train, step = self._config.train, state.step
-        if step % self._config.log.every == 0 or step == train.steps or not result.applied:
+        if step % self._config.log.every == 0 or last or not result.applied:
             self._progress.report(step, metrics)
             self.write(step, {**metrics, **of_saves})
         else:

@@ -22,6 +22,7 @@ from mythos.errors import BAD_INPUT, UserError
 from mythos.eval.generate import sample_text
 from mythos.eval.validation import validate
 from mythos.hardware import peak_of_all_ranks
+from mythos.plan.budgets import Course, course_of
 from mythos.ranks import group, preflight
 from mythos.ranks.fit import plan_run
 from mythos.ranks.preemption import StopRequest
@@ -81,12 +82,28 @@ class OpenRun:
         for change in group.agree(lambda: check_data_unchanged(state.data, self.data.identity, self.accept)):
             log.warning(f"data changed: {change}; resuming at sample {state.samples}")
         state.data = self.data.identity
-        log.info(f"resumed from {self.found} at step {state.step} of {self.config.train.steps}")
+        if passed := self.course.passed(state.position):
+            raise UserError(
+                f"train.budgets: {passed[0]}: the run has trained for {state.updates} steps without a decay to it: "
+                "leave it out",
+                agreed=True,
+            )
+        log.info(f"resumed from {self.found} at step {state.step} of {self.course.last_step(state.position)}")
         return state
 
-    def open_report(self, resumed_step: int) -> Report:
+    @property
+    def course(self) -> Course:
+        """The budgets of the run."""
+        return course_of(self.config)
+
+    def is_paused(self, state: RunState) -> bool:
+        """Whether the run has reached ``train.stop_at``."""
+        return self.config.train.stop_at is not None and state.updates >= self.config.train.stop_at
+
+    def open_report(self, state: RunState) -> Report:
         """The report of this attempt. From here on the run directory describes this configuration."""
-        report = Report(self.config, dist.get_rank(), resumed_step if self.found else None, self.peak_flops_per_second)
+        last_step, resumed_step = self.course.last_step(state.position), state.step if self.found else None
+        report = Report(self.config, dist.get_rank(), resumed_step, last_step, self.peak_flops_per_second)
         if dist.get_rank() == 0 and (self.changed or not self.found):
             run_directory.write_config(self.config, self.known)
             run_directory.keep_tokenizer(self.directory.path, self.data.tokenizer)
@@ -99,7 +116,7 @@ class OpenRun:
         Raises:
             UserError: a rank cannot read its rows.
         """
-        batches = StepBatches(self.config, self.data.stream(), state.step + 1, state.samples)
+        batches = StepBatches(self.config, self.data.stream(), state.updates + 1, state.samples)
         try:
             group.agree(batches.check)
         except UserError:
@@ -107,15 +124,16 @@ class OpenRun:
             raise
         return batches
 
-    def missing_validation(self, step: int) -> bool:
+    def missing_validation(self, state: RunState) -> bool:
         """Whether this step still needs its validation: at the start of a run, or after a stop or kill. Collective."""
         if self.found is None:
             return True
-        if step % self.config.eval.every and step < self.config.train.steps:
+        is_last = state.position.is_decayed or self.course.target(state.position) is None or self.is_paused(state)
+        if state.step % self.config.eval.every and not is_last:
             return False
-        return group.from_rank_0(lambda: not _has_validation(self.directory.path, step))
+        return group.from_rank_0(lambda: not _has_validation(self.directory.path, state.step))
 
-    def validate(self, engine: TrainingEngine, step: int, report: Report) -> bool:
+    def validate(self, engine: TrainingEngine, state: RunState, report: Report) -> bool:
         """Measure and report the validation losses; False if a stop was requested meanwhile. Collective."""
         losses = validate(
             engine,
@@ -124,11 +142,13 @@ class OpenRun:
             eval_depths(self.config),
             whole_mean_depth(self.config),
             self.config.train.micro_batch_sequences,
-            step,
+            state.step,
             self.watchdog,
             self.stop,
         )
-        report.write(step, losses or {})
+        if losses and len(state.decays) > 1 and state.position.is_decayed:
+            losses["train/budget"] = float(state.updates)
+        report.write(state.step, losses or {})
         return losses is not None
 
     def sample(self, engine: TrainingEngine) -> str | None:
@@ -147,7 +167,7 @@ class OpenRun:
             stop=self.stop,
         )
 
-    def end(self, exit_code: int) -> int:
+    def end(self, exit_code: int, pause: str | None = None) -> int:
         """Record the end of the attempt, and print where its results are; returns the exit code."""
         if dist.get_rank() == 0:
             with suppress(OSError, UserError):  # the run is complete without these figures
@@ -157,7 +177,7 @@ class OpenRun:
             tensorboard = tensorboard.relative_to(Path.cwd())
         log.info(f"run directory: {self.directory.path}")
         log.info(f"watch it: {tensorboard} --logdir {self.directory.path}")
-        self.journal.end(exit_code)
+        self.journal.end(exit_code, pause)
         return exit_code
 
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.arguments import split_configuration
+from mythos.config.data_schema import DataSource
 from mythos.config.layers import read_saved
 from mythos.config.load import load, load_run, to_dict
-from mythos.config.schema import Config, DataSource
+from mythos.config.schema import Config
 from mythos.config.show import documented_yaml
 from mythos.errors import UserError
 from mythos.run.directory import RunDirectory, write_config

@@ -116,7 +116,7 @@ def make_run(path: Path) -> RunDirectory:
     run.environment.write_text(json.dumps([{"command": "c", "ranks": 1, "slurm": {}}]), encoding="utf-8")
     run.lock.write_text(json.dumps({"key": "k", "host": "h", "process": 1, "has_flock": False}), encoding="utf-8")
     checkpoint = write(run.checkpoints, 7)
-    state = RunState({"seed": 1}, "id", 7, 14, 360).to_dict() | {"world": {"ranks": 1}}
+    state = RunState({"seed": 1}, "id", 7, 7, samples=14, tokens=360).to_dict() | {"world": {"ranks": 1}}
     (checkpoint / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
     sign(checkpoint, STATE_FILE)
     return run

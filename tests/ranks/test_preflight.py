@@ -13,7 +13,8 @@ import pytest
 import torch
 from deepspeed.utils import groups
 
-from mythos.config.schema import Config, Data, Run
+from mythos.config.data_schema import Data
+from mythos.config.schema import Config, Run
 from mythos.errors import UserError
 from mythos.ranks import group, preflight, variables
 from mythos.run import journal

@@ -52,7 +52,7 @@ def test_logs_journal_and_tensorboard(
     for directory in (run.logs, run.tensorboard):
         directory.mkdir(parents=True)
     start_logging(run.log(0), 0)
-    report = Report(config, 0, None, 1e9)
+    report = Report(config, 0, None, 20, 1e12)
     try:
         report.write_config(NO_REFERENCES)
         try:

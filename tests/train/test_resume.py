@@ -95,7 +95,7 @@ def test_old_checkpoints_are_removed_and_the_state_is_stored(
     config = tiny_config("looped-moe", tiny_data, tmp_path / "run", ranks=2, train__steps=10, **options)
     two_ranks.run(run_training, config)
     run = RunDirectory(tmp_path / "run")
-    assert sorted(path.name for path in run.checkpoints.glob("step_*")) == ["step_00000009", "step_00000010"]
+    assert sorted(path.name for path in run.checkpoints.glob("step_*")) == [f"step_{n:08d}" for n in (5, 9, 10)]
     assert run.latest.read_text(encoding="utf-8") == "step_00000010"
     state = json.loads((run.checkpoints / "step_00000010" / STATE_FILE).read_text(encoding="utf-8"))
     assert (state["step"], state["samples"], state["data"]["seed"]) == (10, 80, 42)

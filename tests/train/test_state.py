@@ -30,6 +30,11 @@ def test_the_state_that_version_0_1_saved_is_read() -> None:
     saved = json.loads(SAVED_BY_0_1.read_text(encoding="utf-8"))
     state = RunState.from_dict(Path("x"), saved)
     assert (state.step, state.samples, state.loss.steps) == (8, 64, 8)
-    assert state.to_dict() | {"world": saved["world"]} == saved | {"run_id": "", "text_tokens": None}
+    assert state.to_dict() | {"world": saved["world"]} == saved | {
+        "run_id": "",
+        "updates": 8,
+        "decays": [],
+        "text_tokens": None,
+    }
     state.count(8, 120, 117, applied=True)
     assert state.text_tokens is None, "those of the steps before are not known"
