@@ -12,15 +12,13 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from typing_extensions import TypedDict
 
 from mythos.checkpoint import layout
+from mythos.checkpoint.exported import INDEX_FILE, REMEDY, read_index
 from mythos.checkpoint.reader import CheckpointReader
 from mythos.checkpoint.tensors import write_tensors
 from mythos.config.load import load_run
@@ -28,21 +26,10 @@ from mythos.errors import UserError
 from mythos.files import check_regular
 from mythos.model import build_structure
 from mythos.model.moe import plain_parameters
-from mythos.readers import LARGE_FILE_BYTES, one_line, read_json
+from mythos.readers import one_line
 from mythos.run.directory import CONFIG_FILE, RunDirectory
 
-INDEX_FILE = "model.safetensors.index.json"
 FILE_BYTES = 4 << 30
-REMEDY = "run `mythos export` again"
-
-
-class _Index(TypedDict):
-    """What is read of the index: the file that holds each weight."""
-
-    weight_map: dict[str, Annotated[str, Field(pattern=r"^model-\d+-of-\d+\.safetensors$")]]
-
-
-_INDEX = TypeAdapter(_Index)
 
 
 def export(
@@ -96,7 +83,7 @@ def load_exported(directory: Path) -> nn.Module:
         name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()
     }
     try:
-        files = read_json(directory / INDEX_FILE, _INDEX, REMEDY, LARGE_FILE_BYTES)["weight_map"]
+        files = read_index(directory)
         if set(files) != set(wanted):
             raise UserError(
                 f"{directory}: weights and {CONFIG_FILE} differ: {sorted(set(files) ^ set(wanted))[:3]} ..."

@@ -86,6 +86,20 @@ class Train:
         gt=0,
         lt=2**62,
     )
+    initial_weights: str | None = option(
+        "run directory, checkpoint or exported weights whose weights a new run starts from, with its own data, "
+        "optimizer and steps; null: random weights",
+        None,
+        change="ask",
+        path=True,
+        min_length=1,
+    )
+    initial_weights_without: tuple[Annotated[str, Field(min_length=1)], ...] | None = option(
+        "parameters or modules, by name, that start with random weights all the same; * stands for any text",
+        None,
+        change="ask",
+        needs=Needs("train.initial_weights"),
+    )
     global_batch_sequences: int | None = option(
         "sequences in one optimizer step, over all ranks", None, gt=0, change="ask"
     )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mythos.checkpoint import restore
+from mythos.checkpoint.initial import load_initial_weights
 from mythos.config.derive import eval_depths, expert_parallel_size, whole_mean_depth
 from mythos.config.references import Reference
 from mythos.config.schema import Config
@@ -70,6 +71,8 @@ class OpenRun:
                 it.
         """
         if self.found is None:
+            if self.config.train.initial_weights is not None:
+                load_initial_weights(engine, self.config.train, self.watchdog.progress)
             return RunState(self.data.identity, self.run_id, text_tokens=0)
         state = RunState.from_dict(self.found, restore.load(engine, self.found, self.watchdog.progress))
         if state.run_id not in ("", self.run_id):
