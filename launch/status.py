@@ -36,8 +36,8 @@ def run(
 ) -> int:
     """Print the state of a run, or a table of several.
 
-    State (running, preempted, finished, failed and why), step, tokens, loss, speed, time left, newest checkpoint, Slurm
-    jobs. Reads only the run directories: needs no running process.
+    State (running, preempted, paused, finished, failed and why), step, tokens, loss, speed, time left, newest
+    checkpoint, Slurm jobs. Reads only the run directories: needs no running process.
 
     \b
       mythos status runs/demo           one run in detail

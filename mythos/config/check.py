@@ -42,6 +42,7 @@ class Finding:
 def check(config: Config, world_size: int) -> list[Finding]:
     """All findings for this configuration on ``world_size`` processes."""
     rules = (
+        _vocabulary(config),
         _attention(config),
         _experts(config, world_size),
         _loop(config),
@@ -53,6 +54,13 @@ def check(config: Config, world_size: int) -> list[Finding]:
         _without_effect(config),
     )
     return [finding for rule in rules for finding in rule]
+
+
+def _vocabulary(config: Config) -> Iterator[Finding]:
+    size, rows, path = config.model.tokenizer_size, config.model.vocabulary_size, "model.tokenizer_size"
+    if size is not None and size >= rows:
+        remedy = f"must be below model.vocabulary_size ({rows}), the rows of the tables, or null"
+        yield Finding(path, size, remedy, ("model.vocabulary_size",))
 
 
 def _attention(config: Config) -> Iterator[Finding]:

@@ -13,6 +13,11 @@ GATHERED_EXPERTS_BYTES = 16 * 2**30
 """Of routed experts on one rank: a fifth of the memory of a GPU with 80 GB."""
 
 
+def text_ids(model: Looped | Dense) -> int:
+    """The number of token ids that text may have: those of the model without padding."""
+    return model.tokenizer_size or model.vocabulary_size
+
+
 def global_batch_sequences(config: Config) -> int:
     """Sequences in one optimizer step over all ranks, whichever of the two ways it was given."""
     if config.train.global_batch_sequences is not None:

@@ -98,7 +98,12 @@ class Looped:
     """Prelude blocks, a core that is run many times with the same weights, coda blocks, tied head."""
 
     kind: Literal["looped"] = option("looped: recurrent-depth transformer")
-    vocabulary_size: int = option("number of token ids", gt=1)
+    vocabulary_size: int = option("number of token ids: rows of the token table and of each value table", gt=1)
+    tokenizer_size: int | None = option(
+        "number of ids of the tokenizer, where the tables have more rows: these are padding; null: no padding",
+        None,
+        gt=1,
+    )
     width: int = option("channels of the residual stream", gt=0)
     prelude_layers: int = option("blocks before the loop", gt=0, le=10_000)
     core_layers: int = option("blocks inside the loop", gt=0, le=10_000)
@@ -131,7 +136,12 @@ class Dense:
     """The standard transformer, as the baseline of the looped one: the same blocks, each with its own weights."""
 
     kind: Literal["dense"] = option("dense: standard fixed-depth transformer")
-    vocabulary_size: int = option("number of token ids", gt=1)
+    vocabulary_size: int = option("number of token ids: rows of the token table and of each value table", gt=1)
+    tokenizer_size: int | None = option(
+        "number of ids of the tokenizer, where the tables have more rows: these are padding; null: no padding",
+        None,
+        gt=1,
+    )
     width: int = option("channels of the residual stream", gt=0)
     layers: int = option("number of blocks", gt=0, le=10_000)
     attention: Attention = option("attention of every block")

@@ -50,7 +50,7 @@ def open_data(config: Data, vocabulary_size: int, seed: int, global_batch_sequen
     """Open the data sets that the configuration lists.
 
     Args:
-        vocabulary_size: of the model.
+        vocabulary_size: of the model, without padding.
         seed: of the run.
 
     Raises:
@@ -165,7 +165,7 @@ def _check_fits(config: Data, vocabulary_size: int, source: Source, directory: s
     if manifest.vocabulary_size > vocabulary_size:
         raise UserError(
             f"model.vocabulary_size = {vocabulary_size}: the tokenizer of {directory} has "
-            f"{manifest.vocabulary_size} tokens: set at least that"
+            f"{manifest.vocabulary_size} tokens: set at least that, also in model.tokenizer_size if it is given"
         )
 
 

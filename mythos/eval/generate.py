@@ -32,12 +32,21 @@ def sample_text(
     The other arguments are those of ``sample_tokens``.
     """
     tokenizer = read_tokenizer(tokenizer_file)
+    ids_of_text = max(tokenizer.get_vocab().values()) + 1
     prompt = prompt_ids(tokenizer, bos, sample.prompt)
     forward = evaluation_forward(engine, options, watchdog, "generating a sample", stop)
     try:
         with engine.evaluation():
             ids = sample_tokens(
-                forward, prompt, sample.tokens, sample.temperature, longest, loop_depth, seed, engine.device
+                forward,
+                prompt,
+                sample.tokens,
+                sample.temperature,
+                longest,
+                loop_depth,
+                seed,
+                engine.device,
+                ids_of_text,
             )
     except Stopped:
         return None
@@ -62,6 +71,7 @@ def sample_tokens(
     loop_depth: int | None,
     seed: int,
     device: torch.device,
+    ids_of_text: int | None = None,
 ) -> list[int]:
     """The prompt and ``tokens`` more, drawn from softmax(logits / temperature); the most likely at temperature 0.
 
@@ -70,6 +80,7 @@ def sample_tokens(
 
     Args:
         loop_depth: loop steps of a looped model; None for a dense one.
+        ids_of_text: only ids below it are drawn, and take part in the softmax; None: all of the model's.
     """
     generator = torch.Generator().manual_seed(seed)
     plan = None if loop_depth is None else depth.fixed(loop_depth, 1)
@@ -78,7 +89,7 @@ def sample_tokens(
     for number in range(tokens):
         notices.report(number)
         logits = forward(torch.tensor([ids[-longest:]], device=device), None, plan)
-        last_V = logits[0, -1].float().cpu()
+        last_V = logits[0, -1, :ids_of_text].float().cpu()
         if temperature == 0:
             ids.append(int(last_V.argmax()))
         else:

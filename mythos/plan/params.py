@@ -3,8 +3,12 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from mythos.config.derive import text_ids
 from mythos.config.model_schema import Dense, Looped
 from mythos.plan.tensors import parameters
+
+TABLES = ("token table", "value tables")
+PADDING = "padding of tables"
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,19 @@ class ParameterCount:
 
     @property
     def tables(self) -> int:
-        """Parameters in tables that are looked up by token."""
-        return self.parts["token table"] + self.parts.get("value tables", 0)
+        """Parameters in tables that are looked up by token, with their padding."""
+        return sum(self.parts.get(part, 0) for part in (*TABLES, PADDING))
 
 
 def count_parameters(model: Looped | Dense) -> ParameterCount:
-    """Count every parameter of the model."""
+    """Count every parameter of the model; the rows of tables beyond the tokenizer's ids as their padding."""
     parts: Counter[str] = Counter()
+    padding_rows = model.vocabulary_size - text_ids(model)
     for parameter in parameters(model):
-        parts[parameter.part] += parameter.size
+        padding = padding_rows * parameter.shape[1] if parameter.part in TABLES else 0
+        parts[parameter.part] += parameter.size - padding
+        parts[PADDING] += padding
+    parts = +parts
     experts = model.core_experts if isinstance(model, Looped) else None
     idle = 0
     if experts is not None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import mythos
 from mythos.config.consent import differences
-from mythos.config.derive import global_batch_sequences
+from mythos.config.derive import global_batch_sequences, text_ids
 from mythos.config.load import flatten, to_dict
 from mythos.config.schema import Config, Run
 from mythos.data.open import RunData, open_data
@@ -104,7 +104,7 @@ def open_data_everywhere(config: Config) -> RunData:
         UserError: as ``open_data``; or two nodes have different data at the same path.
     """
     batch = global_batch_sequences(config)
-    data = agree(lambda: open_data(config.data, config.model.vocabulary_size, config.seed, batch))
+    data = agree(lambda: open_data(config.data, text_ids(config.model), config.seed, batch))
     identities: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(identities, (socket.gethostname(), data.identity))
     first_host, first = identities[0]

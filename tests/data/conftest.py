@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mythos.config.derive import global_batch_sequences
+from mythos.config.derive import global_batch_sequences, text_ids
 from mythos.config.schema import Config
 from mythos.data.format import COLUMN, SHARD_HASH, SPLITS, Manifest, Settings, Source, SplitCounts
 from mythos.data.open import RunData, open_data
@@ -61,7 +61,7 @@ def write_data_set(
 
 def open_run_data(config: Config) -> RunData:
     """The data of the run that a configuration describes."""
-    return open_data(config.data, config.model.vocabulary_size, config.seed, global_batch_sequences(config))
+    return open_data(config.data, text_ids(config.model), config.seed, global_batch_sequences(config))
 
 
 @pytest.fixture(scope="session")

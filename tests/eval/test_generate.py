@@ -39,6 +39,17 @@ def test_sampling_follows_the_seed() -> None:
     assert first != other
 
 
+def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
+    def forward(tokens, targets, plan):
+        return torch.tensor([0.0, 1.0, 2.0, 9.0, 9.0]).expand(1, tokens.shape[1], 5)
+
+    assert sample_tokens(forward, [0], 3, 0.0, **OPTIONS) == [0, 3, 3, 3]
+    assert sample_tokens(forward, [0], 3, 0.0, **OPTIONS, ids_of_text=3) == [0, 2, 2, 2]
+    drawn = sample_tokens(forward, [0], 400, 1.0, **OPTIONS, ids_of_text=3)[1:]
+    shares = torch.bincount(torch.tensor(drawn), minlength=3) / 400
+    torch.testing.assert_close(shares, torch.softmax(torch.tensor([0.0, 1.0, 2.0]), 0), atol=0.06, rtol=0)
+
+
 def test_the_number_of_forward_passes_is_fixed() -> None:
     calls = []
 

@@ -38,7 +38,7 @@ def run_without_fsync(config: Config, kind: int) -> tuple[int, str]:
 def tiny_run(data: Path, directory: Path) -> Config:
     return tiny_config(
         "dense", data, directory, train__steps=6, checkpoint__every=2, checkpoint__keep_last=3,
-        checkpoint__max_failures=1,
+        checkpoint__max_failures=1, optim__cooldown="constant",
     )  # fmt: skip
 
 

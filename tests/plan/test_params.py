@@ -9,6 +9,7 @@ import torch
 from launch.cli import main
 from mythos.config.load import load_model
 from mythos.config.model_schema import Looped
+from mythos.errors import UserError
 from mythos.model import build_structure
 from mythos.model.parameters import Role, parameter_roles, stacked_matrices
 from mythos.plan.params import count_parameters
@@ -126,3 +127,18 @@ def treatment(role: Role, tensor: torch.Tensor) -> Treatment:
     if role is Role.BLOCK:
         return Treatment.MATRIX if tensor.ndim > 1 else Treatment.OTHER
     return {Role.EXPERT: Treatment.EXPERT, Role.ROUTER: Treatment.ROUTER}.get(role, Treatment.OTHER)
+
+
+def test_rows_beyond_the_tokenizer_are_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(CONFIGS / "looped-770m.yaml")
+    whole = count_parameters(load_model([file]))
+    padded = count_parameters(load_model([file], ["model.tokenizer_size=32000"]))
+    tables = 1 + 9  # of the tokens, and of nine layers, all 1,280 wide
+    assert padded.parts["padding of tables"] == 768 * 1280 * tables
+    assert padded.parts["token table"] == 32000 * 1280
+    assert (padded.total, padded.tables) == (whole.total, whole.tables)
+    assert "padding of tables" not in whole.parts
+    with pytest.raises(UserError, match=r"model.tokenizer_size = 32768: must be below model.vocabulary_size \(32768\)"):
+        load_model([file], ["model.tokenizer_size=32768"])
+    assert main(["params", file, "model.tokenizer_size=32000"]) == 0
+    assert re.search(r"padding of tables +9,830,400 ", capsys.readouterr().out)
