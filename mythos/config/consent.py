@@ -96,18 +96,6 @@ def refusal(changed: Differences, accept: Sequence[str], rates: Differences, rat
     return "\n".join(lines)
 
 
-def made_by_the_user(changed: Differences) -> dict[str, tuple[Any, Any]]:
-    """The changes without options that the earlier version did not know and that are at their default."""
-    return {
-        path: (before, after)
-        for path, (before, after) in changed.items()
-        if before is not ABSENT
-        or f"{path.rpartition('.')[0]}.kind" in changed
-        or (field := find(path)) is None
-        or after != field.default
-    }
-
-
 def _rule(path: str, changed: Differences) -> Change:
     """How this option may change: freely if it was removed, or is new with another kind or at its default."""
     field, (before, after) = find(path), changed[path]

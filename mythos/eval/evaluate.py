@@ -14,7 +14,7 @@ import xxhash
 
 import mythos
 from mythos.checkpoint import restore
-from mythos.config.derive import eval_depths, whole_mean_depth
+from mythos.config.derive import eval_depths
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
 from mythos.data.open import RunData
@@ -59,10 +59,7 @@ class Evaluator:
         losses = validate(
             self.engine,
             self.data.validation,
-            self.config.eval,
-            eval_depths(self.config),
-            whole_mean_depth(self.config),
-            self.config.train.micro_batch_sequences,
+            self.config,
             step,
             self.watchdog,
         )

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from mythos.config.schema import Eval
+from mythos.config.derive import eval_depths, whole_mean_depth
+from mythos.config.schema import Config
 from mythos.data.stream import Source
 from mythos.engine.engine import TrainingEngine
 from mythos.eval.batches import validation_batches, validation_rows
@@ -27,10 +28,7 @@ ERROR = "loss_standard_error"
 def validate(
     engine: TrainingEngine,
     sources: Sequence[Source],
-    options: Eval,
-    depths: Sequence[int],
-    mean_depth: int | None,
-    micro_batch: int,
+    config: Config,
     step: int,
     watchdog: Watchdog,
     stop: StopRequest | None = None,
@@ -43,11 +41,17 @@ def validate(
     Raises:
         UserError: a rank cannot read its rows.
     """
-    forward = evaluation_forward(engine, options, watchdog, f"validation after step {step}", stop)
+    forward = evaluation_forward(engine, config.eval, watchdog, f"validation after step {step}", stop)
     try:
         with engine.evaluation():
             losses = validation_losses(
-                forward, sources, depths, mean_depth, options.sequences, micro_batch, engine.device
+                forward,
+                sources,
+                eval_depths(config),
+                whole_mean_depth(config),
+                config.eval.sequences,
+                config.train.micro_batch_sequences,
+                engine.device,
             )
     except Stopped:
         return None

@@ -225,7 +225,7 @@ def latest_name(checkpoints: Path) -> str | None:
 
 def _check_same_run(saved: Path, config: Config, accept: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     before = read_saved(saved)
-    changed = consent.made_by_the_user(consent.differences(before, to_dict(config)))
+    changed = consent.differences(before, to_dict(config))
     rate = _rate_change(saved.parent, before, config)
     rates = {}
     if rate is not None and not math.isclose(rate.before, rate.after):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mythos.checkpoint import restore
 from mythos.checkpoint.initial import load_initial_weights
-from mythos.config.derive import eval_depths, expert_parallel_size, whole_mean_depth
+from mythos.config.derive import eval_depths, expert_parallel_size
 from mythos.config.references import Reference
 from mythos.config.schema import Config
 from mythos.data.open import RunData, check_data_unchanged
@@ -141,10 +141,7 @@ class OpenRun:
         losses = validate(
             engine,
             self.data.validation,
-            self.config.eval,
-            eval_depths(self.config),
-            whole_mean_depth(self.config),
-            self.config.train.micro_batch_sequences,
+            self.config,
             state.step,
             self.watchdog,
             self.stop,

@@ -136,12 +136,12 @@ def validate_slowly(data: Path, log_file: Path) -> float:
         __call__ = staticmethod(slow_pass)
 
     engine = SlowEngine(device=CPU, evaluation=nullcontext)
-    config = tiny_config("dense", data, data, eval__sequences=None)
+    config = tiny_config("dense", data, data, eval__sequences=None, train__micro_batch_sequences=1)
     sources = [Source("data", 1.0, TokenDataset(data, "validation"))]
     with pytest.MonkeyPatch.context() as patch, Watchdog(1.5) as watchdog:
         patch.setattr(console, "NOTICE_EVERY_S", 0.0)
         watchdog.started()
-        losses = validate(engine, sources, config.eval, (), None, 1, 7, watchdog)
+        losses = validate(engine, sources, config, 7, watchdog)
     assert losses is not None
     return losses["val/loss"]
 

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from data_prep.parquet_file import ParquetFile
 from data_prep.parts import read_record
-from data_prep.shards import ShardFormat, encode_shard
 from data_prep.tokenizer_file import agreed_validation_percent, load_tokenizer
 from mythos.checkpoint import layout, overview
 from mythos.checkpoint.manifest import FileRecord, _digest, optimizer_file, weights_file
@@ -28,7 +27,7 @@ from mythos.checkpoint.reader import CheckpointReader
 from mythos.checkpoint.tensors import write_tensors
 from mythos.config.load import load_run
 from mythos.data.dataset import TokenDataset
-from mythos.data.format import SPLITS, Manifest, Settings, Source, SplitCounts, fingerprint
+from mythos.data.format import SPLITS, fingerprint
 from mythos.data.open import read_tokenizer
 from mythos.errors import UserError
 from mythos.export import INDEX_FILE, load_exported
@@ -41,10 +40,10 @@ from mythos.run.metrics import read_metrics
 from mythos.run.status import read_status
 from mythos.train.state import RunState
 from tests.checkpoint.test_layout import write
+from tests.gpu.data import ROWS, write_random_tokens
 from tests.tiny import tiny_config
 
 CORPUS = Path(__file__).parent / "corpus"
-ROW_TOKENS, ROWS = 16, 5
 EXPORTED_WEIGHTS = "model-00001-of-00001.safetensors"
 VALUES = [None, True, -1, 0, 2**31, 10**30, 10**400, 1e308, "", "../x", "\x1b[2J", "x" * 5000, [], {}, [[]], {"a": 1}]
 
@@ -92,7 +91,7 @@ def targets(place: Path) -> dict[str, Target]:
         checkpoint / optimizer_file(0): lambda: read_checkpoint(run, checkpoint, optimizer_file(0)),
         data / "manifest.json": lambda: (fingerprint(data), TokenDataset(data, "train")),
         data / "train" / "index.json": lambda: TokenDataset(data, "train"),
-        data / "train" / "shard.00000.mds": lambda: TokenDataset(data, "train")[ROWS - 1],
+        data / "train" / "shard.00000.mds": lambda: TokenDataset(data, "train")[ROWS["train"] - 1],
         tokenizer: lambda: (load_tokenizer(tokenizer), read_tokenizer(tokenizer)),
         note: lambda: agreed_validation_percent(tokenizer, "0" * 64, None),
         parts / "p.json": lambda: read_record(parts, "p", 32, 2),
@@ -147,17 +146,7 @@ def make_export(path: Path, run: RunDirectory) -> Path:
 
 def make_data(path: Path) -> Path:
     """A data set of one shard for each split."""
-    counts = SplitCounts(1, 9, ROWS, ROWS * ROW_TOKENS, 0, 0)
-    sources = (Source("s", 1, "0" * 16),)
-    manifest = Manifest(ROW_TOKENS - 1, 96, "0" * 64, sources, Settings("text", 1.0, 1), dict.fromkeys(SPLITS, counts))
-    form = ShardFormat(manifest.encoding, 2 * ROW_TOKENS, 1 << 20, None)
-    for split in SPLITS:
-        (path / split).mkdir(parents=True)
-        name, content, entry = encode_shard(form, 0, np.ones((ROWS, ROW_TOKENS), dtype="<u2"))
-        (path / split / name).write_bytes(content)
-        (path / split / "index.json").write_text(json.dumps({"version": 2, "shards": [entry]}), encoding="utf-8")
-    manifest.save(path)
-    shutil.copyfile(CORPUS / "tokenizer.json", path / "tokenizer.json")
+    shutil.copyfile(CORPUS / "tokenizer.json", write_random_tokens(path) / "tokenizer.json")
     return path
 
 

@@ -1,4 +1,4 @@
-"""A prepared data set of random ids, written without mosaicml-streaming, which a borrowed machine may lack."""
+"""A prepared data set of random ids, written without mosaicml-streaming, which a machine with a GPU may lack."""
 
 import hashlib
 from pathlib import Path
