@@ -1,4 +1,4 @@
-"""`mythos train` without its command line, which needs packages that a borrowed machine may lack:
+"""`mythos train` without its command line, which needs packages that a machine with a GPU may lack:
 
     python -m tests.gpu.program CONFIG.json [SIGNAL N]
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from mythos.config.load import validate
 from mythos.engine.engine import TrainingEngine
 from mythos.ranks import group
+from mythos.ranks.determinism import compute_deterministically
 from mythos.ranks.preemption import StopRequest
 from mythos.train.loop import train
 
@@ -24,6 +25,8 @@ def main(config_file: str, signal_name: str = "", at: str = "0") -> int:
     config = validate(json.loads(Path(config_file).read_text(encoding="utf-8")), 1)
     stop.exit_after(config.preemption.grace_s)
     device = group.start(config.device)
+    if config.deterministic and device.type == "cuda":
+        compute_deterministically(os.environ)
     if signal_name:
         backward, passes = TrainingEngine.backward, iter(range(1, config.train.steps + 1))
 

@@ -95,6 +95,27 @@ def attempt(device: torch.device, config_file: Path, *signal_and_pass: str) -> i
         return subprocess.run(command, env=environ, stdout=file, stderr=file, cwd=ROOT, timeout=LIMIT_S).returncode
 
 
+def curve(run: Path) -> list[float]:
+    """The loss of each step."""
+    found = {line["step"]: line["train/loss"] for line in read_metrics(run) if "train/loss" in line}
+    return [found[step] for step in range(1, STEPS + 1)]
+
+
+def test_a_deterministic_run_twice(device: torch.device, record: Record, tmp_path: Path) -> None:
+    """In processes of their own, because the setting holds for the life of a process."""
+    data, curves = write_random_tokens(tmp_path / "data"), []
+    for name in ("first", "second"):
+        options = {"device": "auto", "deterministic": True, "train__steps": STEPS, "precision": "bf16"}
+        config_file = tmp_path / f"{name}.json"
+        config = tiny_config("published", data, tmp_path / name, **options)
+        config_file.write_text(json.dumps(to_dict(config)), encoding="utf-8")
+        assert attempt(device, config_file) == 0
+        curves.append(curve(tmp_path / name))
+    difference = largest_difference(*curves)
+    record("losses of a deterministic run, twice", difference, "0")
+    assert difference == 0
+
+
 def test_a_stopped_and_a_killed_run_resume(device: torch.device, record: Record, tmp_path: Path) -> None:
     data = write_random_tokens(tmp_path / "data")
     curves = {}
@@ -108,8 +129,7 @@ def test_a_stopped_and_a_killed_run_resume(device: torch.device, record: Record,
             assert (run / "checkpoints" / "step_00000005").exists(), "the step was finished and saved"
             assert attempt(device, config_file, "SIGKILL", "4") == -signal.SIGKILL
         assert attempt(device, config_file) == 0
-        found = {line["step"]: line["train/loss"] for line in read_metrics(run) if "train/loss" in line}
-        curves[name] = [found[step] for step in range(1, STEPS + 1)]
+        curves[name] = curve(run)
     difference = largest_difference(curves["interrupted"], curves["uninterrupted"])
     record("losses after a stop and a kill", difference, "<= 1e-3")
     assert difference <= 1e-3
