@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mythos.plan.plan import Plan
 
 NAME, VALUE = Column(""), Column("", is_number=False)
+SHOWN_IF_THEY_FIT = {"dollars": 1, "recompute": 2, "accumulation": 3, "MFU": 4, "nodes": 5}
+"""The columns of layouts that a narrow terminal leaves out."""
 
 
 def run(
@@ -125,9 +127,9 @@ def _search(
             f"no layout fits {nodes} nodes of {machines.name} ({report.binary(machines.usable_bytes)} a GPU; {needs}): "
             "take more nodes, or a batch that the number of GPUs divides"
         )
-    numbers = len(report.LAYOUT_HEADERS) - 1
+    *numbers, last = report.LAYOUT_HEADERS
     print_table(
-        [Column(name, is_number=index < numbers) for index, name in enumerate(report.LAYOUT_HEADERS)],
+        [*(Column(name, is_number=True, if_it_fits=SHOWN_IF_THEY_FIT.get(name)) for name in numbers), Column(last)],
         [report.layout_cells(plan) for plan in plans],
     )
     if output is not None:
