@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +34,11 @@ def show_until(closed: threading.Event, controller: int) -> None:
     os.close(controller)
 
 
+def heed_hangup() -> None:
+    """As a program in a terminal does, even if these tests were started with nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("prefix", [[], ["nohup"]])
 def test_a_run_saves_when_its_terminal_is_closed_unless_started_with_nohup(
     prefix: list[str], tiny_data: Path, tmp_path: Path
@@ -48,6 +54,7 @@ def test_a_run_saves_when_its_terminal_is_closed_unless_started_with_nohup(
         stderr=terminal,
         env=clean_environment() | {"TERM": "xterm"},
         cwd=tmp_path,
+        preexec_fn=heed_hangup,
     )
     os.close(terminal)
     closed = threading.Event()
