@@ -58,8 +58,9 @@ def train_plainly(config: Config, steps: int, skipped: frozenset[int] = frozense
         model.zero_grad()
         losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.gradient_clip)
-        # warm-up, then the linear descent over the second half, written out
-        scale = min(1, step / optim.warmup_steps) * min(1, (steps - step + 1) / (steps / 2))
+        # warm-up, then the linear descent over the last part, written out
+        descent_steps = steps * optim.cooldown_fraction
+        scale = min(1, step / optim.warmup_steps) * min(1, (steps - step + 1) / descent_steps)
         for group in optimizer.param_groups:
             group["lr"] = optim.learning_rate * scale
         if step not in skipped:

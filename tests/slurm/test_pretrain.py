@@ -85,17 +85,17 @@ def test_two_nodes_give_the_curve_of_one_machine_and_the_checkpoints_are_evaluat
 
     output = tmp_path / "eval-%a.out"
     array = submit(
-        slurm_cluster, output, *TWO_BY_ONE, "--array=1-3", "slurm/eval.sh", str(directory), "all", "eval.sequences=4"
+        slurm_cluster, output, *TWO_BY_ONE, "--array=1-4", "slurm/eval.sh", str(directory), "all", "eval.sequences=4"
     )
-    for index in (1, 2, 3):
+    for index in (1, 2, 3, 4):
         part = Job(f"{array.number}_{index}", slurm_cluster, tmp_path / f"eval-{index}.out")
         assert part.end() == "COMPLETED", part.log()
-    assert "nothing to do for index 3: 2 checkpoints" in part.log()
+    assert "nothing to do for index 4: 3 checkpoints" in part.log()
     found = {
         path.stem.rpartition("_")[0]: json.loads(path.read_text(encoding="utf-8"))
         for path in (directory / "evaluations").glob("*.json")
     }
-    assert sorted(found) == ["step_00000016", "step_00000024"]
+    assert sorted(found) == ["step_00000012", "step_00000016", "step_00000024"], "the one before the decay is kept"
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if "val/loss_depth_2" in line][-1]
     for name in ("val/loss_depth_1", "val/loss_depth_2"):  # on half as many ranks

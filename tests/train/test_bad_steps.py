@@ -80,7 +80,7 @@ def test_too_many_bad_steps_end_the_run_with_the_last_checkpoint_intact(
     two_ranks: RankPool, tiny_data: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"parallel__expert_parallel_size": 2, "checkpoint__every": 5, "train__max_bad_steps": 3}
-    options |= {"optim__cooldown_fraction": 0.2}  # so that the checkpoint before it is a later one
+    options |= {"optim__cooldown_fraction": 1 / 6}  # so that the checkpoint before it is a later one
     config = tiny_config("looped-moe", tiny_data, tmp_path / "run", ranks=2, train__steps=STEPS, **options)
     messages = two_ranks.run(train_with_a_fault, config, "loss", list(range(7, 100)))
     assert messages[0] == messages[1]
