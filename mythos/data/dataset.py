@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mythos.data.format import INDEX_FILE, SPLITS, Manifest, fingerprint
+from mythos.data.format import INDEX_FILE, SPLITS, Answers, Manifest, fingerprint
 from mythos.data.shards import InPlace, OpenShard, Storage, read_index
 from mythos.errors import UserError
 
@@ -23,6 +23,12 @@ KEEP_OPEN = 8
 def text_targets(rows: np.ndarray, special_ids: Sequence[int]) -> int:
     """At how many positions of rows, of shape (..., sequence_length + 1), the target is none of the special ids."""
     return int(np.isin(rows[..., 1:], special_ids, invert=True).sum())
+
+
+def answer_targets(rows: np.ndarray, answers: Answers) -> np.ndarray:
+    """Which targets of rows, (..., sequence_length + 1), belong to an answer: bool, (..., sequence_length)."""
+    inside = np.cumsum(rows == answers.begin_id, axis=-1) > np.cumsum(rows == answers.end_id, axis=-1)
+    return inside[..., :-1] & inside[..., 1:]
 
 
 class TokenDataset:

@@ -60,8 +60,8 @@ class Settings:
     shard_size_mib: Count
     packing: Literal["straight", "best_fit", "crop"] = "straight"
     compression: Literal["zstd"] | None = None
-    content: Literal["text", "token_ids"] = "text"
-    """What the column holds: text, or the token ids of an earlier tokenisation."""
+    content: Literal["text", "token_ids", "synthetic"] = "text"
+    """What the column holds: text, or the token ids of an earlier tokenisation; synthetic problems have no column."""
     bos: str = BOS
     """The token that begins each document."""
 
@@ -87,11 +87,41 @@ class SplitCounts:
     positions: Count | None = None
     """None, like ``text_tokens``, if an earlier version prepared the data."""
     text_tokens: Count | None = None
+    counted_targets: Count | None = None
+    """Targets that the loss counts, where only answers do; None: all."""
 
     @property
     def bytes_per_token(self) -> float | None:
         """UTF-8 bytes of text per token, BOS tokens included: converts nats per token to bits per byte."""
         return None if self.text_bytes is None else self.text_bytes / (self.tokens + self.tokens_dropped)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Only answers count in the loss: the targets between each ``begin_id`` and the next ``end_id``."""
+
+    __pydantic_config__ = _STRICT
+
+    begin_id: Count
+    end_id: Count
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """What `mythos data synthetic` made.
+
+    Validation has ``validation_rows`` rows of difficulty 1, then as many of difficulty 2, up to ``most_difficult``;
+    training has difficulties up to ``trained_difficulty``.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    task: str
+    trained_difficulty: Annotated[int, Field(ge=1)]
+    most_difficult: Annotated[int, Field(ge=1)]
+    rows: Annotated[int, Field(ge=1)]
+    validation_rows: Annotated[int, Field(ge=1)]
+    seed: Count
 
 
 @dataclass(frozen=True)
@@ -109,6 +139,9 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     special_ids: tuple[Count, ...] | None = None
     """The ids that stand for no text, such as BOS; None if an earlier version prepared the data."""
+    answers: Answers | None = None
+    """None: all targets count in the loss."""
+    synthetic: Synthetic | None = None
 
     @property
     def row_tokens(self) -> int:
@@ -155,6 +188,8 @@ def fingerprint(directory: Path) -> str:
         manifest.vocabulary_size,
         manifest.tokenizer_sha256,
     ]
+    if manifest.answers is not None:
+        meaning += [manifest.answers.begin_id, manifest.answers.end_id]
     digest = hashlib.sha256(json.dumps(meaning).encode())
     for split in SPLITS:
         # Each is hashed by itself first, so that moving bytes from one index to the other changes the result.
