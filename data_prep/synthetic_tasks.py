@@ -49,19 +49,20 @@ def p_hop(random: np.random.Generator, hops: int, most: int) -> Problem:
         # Each symbol is one of the others than the one before it: a step of 1, 2 or 3 around the circle.
         steps = random.integers(1, len(LETTERS), length)
         sequence = np.cumsum(steps) % len(LETTERS)
-        place: int | None = length - 1
-        for _ in range(hops):
-            place = _hop(sequence, place)
-            if place is None:
-                break
+        place = _hop(sequence, hops)
         if place is not None:
             return Problem([LETTERS[symbol] for symbol in sequence] + [HOP] * hops, [LETTERS[sequence[place]]])
 
 
-def _hop(sequence: np.ndarray, place: int) -> int | None:
-    """The place after the previous occurrence of the symbol at this place; None if there is none."""
-    before = np.flatnonzero(sequence[:place] == sequence[place])
-    return int(before[-1]) + 1 if len(before) else None
+def _hop(sequence: np.ndarray, hops: int) -> int | None:
+    """The place that is reached from the last one; None if a symbol has no previous occurrence."""
+    place = len(sequence) - 1
+    for _ in range(hops):
+        before = np.flatnonzero(sequence[:place] == sequence[place])
+        if not len(before):
+            return None
+        place = int(before[-1]) + 1
+    return place
 
 
 def addition(random: np.random.Generator, digits: int, most: int) -> Problem:

@@ -81,7 +81,7 @@ def fit(variables: Sequence[str], points_PV: np.ndarray, losses_P: np.ndarray, s
     _check(variables, points_PV, losses_P)
     law = _fit(variables, points_PV, losses_P)
     random, count = np.random.default_rng(seed), len(losses_P)
-    drawn = []
+    drawn: list[PowerLaw] = []
     while len(drawn) < BOOTSTRAPS:
         rows = random.integers(count, size=count)
         if all(len(set(column)) > 1 for column in points_PV[rows].T):
