@@ -31,18 +31,3 @@ Processes = Annotated[
         metavar="N", min=1, help="local processes, without a launcher (default: one for each core available to it)"
     ),
 ]
-
-
-def split_configuration(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Files and overrides. A file's name may contain ``=`` too."""
-    overrides = [part for part in arguments if _is_override(part)]
-    return [part for part in arguments if not _is_override(part)], overrides
-
-
-def _is_override(argument: str) -> bool:
-    """Whether the argument begins with an option or, if it is not a file's path, with what may be a misspelt one."""
-    from mythos.config.tree import find
-
-    name, separator, _ = argument.partition("=")
-    is_file = "/" in name or Path(argument).is_file()
-    return bool(separator) and (find(name) is not None or not is_file)

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import Configuration, split_configuration
+from launch.arguments import Configuration
+from mythos.config.arguments import split_arguments
 from mythos.errors import DONE
 
 
@@ -20,6 +21,6 @@ def run(
     from mythos.config.load import load
     from mythos.config.show import documented_yaml
 
-    files, overrides = split_configuration(configuration)
+    files, overrides = split_arguments(configuration)
     print(documented_yaml(load(files, overrides, ranks)), end="")
     return DONE

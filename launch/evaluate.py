@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.arguments import Run, Step, split_configuration
+from launch.arguments import Run, Step
 from launch.table import Column, print_table
 from launch.train import run_ranks
+from mythos.config.arguments import split_arguments
 from mythos.errors import DONE, UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def run(
     from mythos.run.directory import RunDirectory
     from mythos.run.paths import found_from_here
 
-    names, options = split_configuration(overrides or [])
+    names, options = split_arguments(overrides or [])
     if names:
         raise UserError(f"{names[0]}: not of the form key=value; name a checkpoint by its step: --step N")
     if depths is not None:

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import Accept, Configuration, split_configuration
+from launch.arguments import Accept, Configuration
+from mythos.config.arguments import split_arguments
 from mythos.errors import DONE
 
 
@@ -26,6 +27,6 @@ def run(
 
     check_names(accept or ())
     sizes = [count * tasks_per_node for count in range(nodes, 0, -1)]
-    config, processes = load_for_most(*split_configuration(configuration), sizes)
+    config, processes = load_for_most(*split_arguments(configuration), sizes)
     print(processes // tasks_per_node, config.run.directory)
     return DONE

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.arguments import Accept, Configuration, split_configuration
+from launch.arguments import Accept, Configuration
+from mythos.config.arguments import split_arguments
 
 if TYPE_CHECKING:  # imported only when needed, so that a mistake in the configuration is reported without delay
     import torch
@@ -55,7 +56,7 @@ def run(
 
     def configure(world_size: int) -> "Config":
         check_names(accept or ())
-        files, overrides = split_configuration(configuration)
+        files, overrides = split_arguments(configuration)
         known.update(references(files, overrides))
         config = load(files, overrides, world_size)
         if files and is_run(directory := Path(files[0]).parent):  # a run's own config.yaml

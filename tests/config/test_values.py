@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from launch.arguments import split_configuration
 from mythos.config.data_schema import DataSource
+from mythos.config.arguments import split_arguments
 from mythos.config.layers import read_saved
 from mythos.config.load import load, load_run, to_dict
 from mythos.config.schema import Config
@@ -104,7 +105,7 @@ def test_a_path_may_contain_an_equals_sign(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b.yaml").write_text("seed: 1", encoding="utf-8")
     arguments = ["/data/lr=3e-3/m.yaml", "a=b.yaml", "run.directory=x/y.yaml", "data.direktory=x.yaml"]
-    assert split_configuration(arguments) == (arguments[:2], arguments[2:])
+    assert split_arguments(arguments) == (arguments[:2], arguments[2:])
 
 
 def test_a_later_layer_drops_and_adds_sources(tmp_path: Path) -> None:
