@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.arguments import split_configuration
 from launch.table import Column, print_table
 from launch.train import run_ranks
+from mythos.config.arguments import split_arguments
 from mythos.errors import DONE, UserError
 from mythos.files import write_atomically
 
@@ -70,8 +70,8 @@ def run(
 
     if compare is not None and not configuration:
         raise UserError("--compare: there is nothing to compare with: give MODEL.yaml RUN.yaml")
-    files, overrides = split_configuration(configuration or list(NO_MODEL))
-    extra_files, extra = split_configuration(shlex.split(compare or ""))
+    files, overrides = split_arguments(configuration or list(NO_MODEL))
+    extra_files, extra = split_arguments(shlex.split(compare or ""))
     if extra_files:
         raise UserError(f"--compare: {extra_files[0]}: not of the form key=value")
     if output is not None and not output.parent.is_dir():

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from launch.arguments import Configuration, split_configuration
+from launch.arguments import Configuration
 from launch.table import Column, print_table
+from mythos.config.arguments import split_arguments
 from mythos.errors import DONE, UserError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def run(
     """
     from mythos.plan.cluster import load_cluster
 
-    files, overrides = split_configuration([part for part in configuration if not _is_of_cluster(part)])
+    files, overrides = split_arguments([part for part in configuration if not _is_of_cluster(part)])
     machines = load_cluster(cluster, [part for part in configuration if _is_of_cluster(part)])
     for path in filter(None, (output, picture)):
         if not path.parent.is_dir():

@@ -51,7 +51,9 @@ class HeadLoss(NamedTuple):
     z_loss: Tensor
 
 
-def cross_entropy_and_z_loss(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, z_loss: float = 0.0) -> HeadLoss:
+def cross_entropy_and_z_loss(
+    hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, z_loss: float = 0.0, count: float | None = None
+) -> HeadLoss:
     """Means over the targets that are not ``IGNORED`` of
 
         -log softmax(head h)[target]   and   z_loss * logsumexp(head h)^2  (PaLM, arXiv 2204.02311).
@@ -59,12 +61,15 @@ def cross_entropy_and_z_loss(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Te
     ``hidden_BSD`` is h, ``head_VD`` the output matrix; 0 if all targets are ignored. The matrix products are in the
     type of h; everything else is in fp32, including the sum of the head's gradient over chunks of tokens. At most
     ``CHUNK_LOGITS`` logits are in memory at a time.
+
+    Args:
+        count: what the sums are divided by, in place of the number of targets that are not ignored.
     """
     hidden_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
     with_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or head_VD.requires_grad)
     sums = _Sums.apply(hidden_TD, head_VD, targets_T, z_loss, with_gradient)
-    count = (targets_T != IGNORED).sum().clamp(min=1)
-    return HeadLoss(*(total / count for total in sums))
+    divisor = (targets_T != IGNORED).sum().clamp(min=1) if count is None else count
+    return HeadLoss(*(total / divisor for total in sums))
 
 
 def sequence_losses(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class SyntheticTokens:
     """Random rows in the place of a ``TokenStream``; each is a function of the seed and its sample's number."""
 
     special_ids: None = None
+    answers: None = None
 
     def __init__(self, config: Config) -> None:
         self._seed, self._vocabulary = config.seed, config.model.vocabulary_size

@@ -173,6 +173,11 @@ def _check_tokenizer(directory: Path, first: Source, source: Source) -> None:
     if problem := tokenizer_problem(directory, source.dataset.manifest):
         raise UserError(f"{problem}; restore that tokenizer, or prepare the data again")
     of_first, of_source = first.dataset.manifest, source.dataset.manifest
+    if of_source.answers != of_first.answers:
+        raise UserError(
+            f"data.sources: of one of {first.name} and {source.name} only the answers count in the loss: train on "
+            "synthetic tasks and on text in runs of their own"
+        )
     if (of_source.tokenizer_sha256, of_source.settings.bos) != (of_first.tokenizer_sha256, of_first.settings.bos):
         raise UserError(
             f"data.sources: {first.name} and {source.name} were made by different tokenizers, or have another --bos: "

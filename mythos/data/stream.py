@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from mythos.data.dataset import TokenDataset
+from mythos.data.format import Answers
 from mythos.data.mixture import Mixture
 from mythos.data.order import Order
 from mythos.errors import UserError
@@ -35,6 +36,15 @@ class Source:
     dataset: TokenDataset
 
 
+@dataclass(frozen=True)
+class AnswerTargets:
+    """Only answers count in the loss."""
+
+    tokens: Answers
+    in_a_row: float
+    """Mean number of targets that count in a row of the sources' training splits, by their weights."""
+
+
 class TokenStream:
     """An endless sequence of samples from one or several sources.
 
@@ -51,6 +61,8 @@ class TokenStream:
         self.sources = sorted(sources, key=lambda source: source.name)
         self.special_ids = self.sources[0].dataset.manifest.special_ids
         """Of the tokenizer that all sources share; None if an earlier version prepared the data."""
+        self.answers = _answers(self.sources)
+        """What counts in the loss; None: every target."""
         self.mixture = Mixture([source.weight for source in self.sources])
         self._orders = [
             Order(
@@ -116,6 +128,18 @@ class TokenStream:
                 self._prepared[number] = slot
                 wanted = islice(order.shards_from(count), order.in_use + AHEAD_SHARDS)
                 source.dataset.prepare(wanted, self._executor)
+
+
+def _answers(sources: Sequence[Source]) -> AnswerTargets | None:
+    tokens = sources[0].dataset.manifest.answers
+    if tokens is None:
+        return None
+    weights = sum(source.weight for source in sources)
+    in_a_row = 0.0
+    for source in sources:
+        counts = source.dataset.manifest.splits["train"]
+        in_a_row += source.weight / weights * (counts.counted_targets or 0) / counts.sequences
+    return AnswerTargets(tokens, in_a_row)
 
 
 def _allow_open_files(shards: int) -> None:

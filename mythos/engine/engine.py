@@ -97,9 +97,10 @@ class TrainingEngine:
         targets_BS: Tensor | None = None,
         depth: DepthPlan | int | None = None,
         exit_rule: ExitRule | None = None,
+        count: float | None = None,
     ) -> Any:
         """The model's forward pass: logits, or ``Losses`` when there are targets."""
-        return self.deepspeed(tokens_BS, targets_BS, depth, exit_rule)
+        return self.deepspeed(tokens_BS, targets_BS, depth, exit_rule, count)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this micro batch.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mythos.data.dataset import TokenDataset
 from mythos.data.order import random_order
+from mythos.data.targets import counted_targets
 from mythos.random_streams import Purpose
 from mythos.ranks import group
 
@@ -36,8 +37,8 @@ def _order(fingerprint: str, available: int) -> np.ndarray:
 
 def validation_batches(
     dataset: TokenDataset, rows: np.ndarray, micro_batch: int, device: torch.device
-) -> Iterator[tuple[slice, np.ndarray, Tensor]]:
-    """This rank's micro batches, read one at a time: their place in ``rows``, their rows, and the tokens (B, S + 1).
+) -> Iterator[tuple[slice, np.ndarray, Tensor, Tensor]]:
+    """This rank's micro batches, read one at a time: place in ``rows``, row numbers, tokens and targets, (B, S) each.
 
     Every rank has equally many of them, or the collectives would not match: beyond its place, a micro batch repeats the
     last row. A rank reads neighbours, so that it opens each shard once. Collective.
@@ -50,4 +51,6 @@ def validation_batches(
     for first in range(own, own + batches * micro_batch, micro_batch):
         numbers = rows[np.minimum(np.arange(first, first + micro_batch), len(rows) - 1)]
         tokens = group.agree(lambda: dataset.read(numbers))  # noqa: B023
-        yield slice(first, first + micro_batch), numbers, torch.from_numpy(tokens).to(device)
+        targets = counted_targets(tokens, dataset.manifest.answers)
+        place = slice(first, first + micro_batch)
+        yield place, numbers, torch.from_numpy(tokens[:, :-1]).to(device), torch.from_numpy(targets).to(device)

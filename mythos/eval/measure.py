@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from mythos.data.open import RunData, read_tokenizer
 from mythos.data.stream import Source
 from mythos.errors import UserError
+from mythos.eval.answers import accuracies
 from mythos.eval.batches import validation_rows
 from mythos.eval.documents import bytes_in_rows, read_documents
 from mythos.eval.requests import Request, Score, Scorer
@@ -69,13 +70,16 @@ def text_metrics(
         log.warning(f"no bits per byte, and no losses of documents: {error}")
         tokenizer = bos = None
     rows = [_of_rows(source, len(data.validation), losses, depths, sequences, tokenizer) for source in data.validation]
-    found = _named("rows", data.validation, depths, rows)
-    if tokenizer is not None and wanted.documents != 0:
+    found = _named("rows_", data.validation, depths, rows)
+    if data.validation[0].dataset.manifest.answers is not None:
+        solved = [[accuracies(source.dataset, _scorer(ask, steps)) for steps in depths] for source in data.validation]
+        found |= _named("", data.validation, depths, solved)
+    elif tokenizer is not None and wanted.documents != 0:
         of_sources = []
         for source in data.validation:
             text = read_documents(source.dataset, tokenizer, bos, wanted.documents, wanted.with_bos)
             of_sources.append([text.measure(_scorer(ask, steps)) for steps in depths])
-        found |= _named("documents", data.validation, depths, of_sources)
+        found |= _named("documents_", data.validation, depths, of_sources)
     return found
 
 
@@ -109,7 +113,7 @@ def _of_rows(
 
 
 def _named(
-    kind: str, sources: Sequence[Source], depths: Sequence[int | None], measured: Sequence[Sequence[Metrics]]
+    prefix: str, sources: Sequence[Source], depths: Sequence[int | None], measured: Sequence[Sequence[Metrics]]
 ) -> Metrics:
     """The metrics of all sources: means by weight, and of several sources also those of each."""
     total = math.fsum(source.weight for source in sources)
@@ -121,11 +125,11 @@ def _named(
             for name in each[0]
             if all(name in one for one in each)
         }
-        parts = {f"{kind}_": mean}
+        parts = {prefix: mean}
         if len(sources) > 1:
-            parts |= {f"{source.name}/{kind}_": one for source, one in zip(sources, each, strict=True)}
-        for prefix, metrics in parts.items():
-            found |= {f"eval/{prefix}{name}{suffix(steps)}": value for name, value in _complete(metrics).items()}
+            parts |= {f"{source.name}/{prefix}": one for source, one in zip(sources, each, strict=True)}
+        for start, metrics in parts.items():
+            found |= {f"eval/{start}{name}{suffix(steps)}": value for name, value in _complete(metrics).items()}
     return found
 
 

@@ -119,12 +119,13 @@ def _losses(
     losses_TR = torch.zeros(len(depths), len(rows), dtype=torch.float64, device=device)
     notices = Notices(f"validation on {source.name}", len(rows), "sequences")
     at_once = micro_batch * dist.get_world_size()
-    for number, (place, numbers, tokens) in enumerate(validation_batches(source.dataset, rows, micro_batch, device)):
+    batches = validation_batches(source.dataset, rows, micro_batch, device)
+    for number, (place, numbers, tokens, targets) in enumerate(batches):
         notices.report(number * at_once)
         for steps, losses_R in zip(depths, losses_TR, strict=True):
             # The initial state of a row comes from its number, so that it does not depend on the set or the ranks.
             plan = None if steps is None else depth.fixed(steps, micro_batch, numbers.tolist())
-            losses_B = forward(tokens[:, :-1], tokens[:, 1:], plan).by_sequence_B
+            losses_B = forward(tokens, targets, plan).by_sequence_B
             own_B = losses_R[place]
             own_B.copy_(losses_B[: len(own_B)])
     dist.all_reduce(losses_TR)  # each element is zero on all ranks but one, so nothing is rounded

@@ -54,18 +54,26 @@ class LoopedTransformer(nn.Module):
         targets_BS: Tensor | None = None,
         depth: DepthPlan | int | None = None,
         exit_rule: ExitRule | None = None,
+        count: float | None = None,
     ) -> Tensor | Losses:
         """The logits or the losses, in the order of ``tokens_BS``; inside, the sequences are in the plan's order.
 
-        ``depth`` is the mean depth of training if it is not given.
+        Args:
+            depth: the mean depth of training if it is not given.
+            count: see ``cross_entropy_and_z_loss``.
         """
         if not isinstance(depth, DepthPlan):
             depth = fixed(self.mean_depth if depth is None else depth, len(tokens_BS))
         with products_in(self.product_type, tokens_BS.device):
-            return self._forward(tokens_BS, targets_BS, depth, exit_rule)
+            return self._forward(tokens_BS, targets_BS, depth, exit_rule, count)
 
     def _forward(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None, depth: DepthPlan, exit_rule: ExitRule | None
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None,
+        depth: DepthPlan,
+        exit_rule: ExitRule | None,
+        count: float | None,
     ) -> Tensor | Losses:
         tokens_BS = _reordered(tokens_BS, depth.order)
         rotary = _rotary(self.prelude, tokens_BS)
@@ -79,8 +87,8 @@ class LoopedTransformer(nn.Module):
             x_BSD = block(x_BSD, rotary, value)
         places = _inverse(depth.order)
         if targets_BS is None:
-            return _reordered(self.head(x_BSD, None), places)
-        losses = self.head(x_BSD, _reordered(targets_BS, depth.order))
+            return _reordered(self.head(x_BSD, None, None), places)
+        losses = self.head(x_BSD, _reordered(targets_BS, depth.order), count)
         if losses.by_sequence_B is not None:
             losses = losses._replace(by_sequence_B=_reordered(losses.by_sequence_B, places))
         weighted = zip(self.loop.penalty_weights.items(), penalties_P, strict=True)
@@ -103,20 +111,25 @@ class DenseTransformer(nn.Module):
         self.head = TiedHead(config, self.embedding, z_loss)
 
     def forward(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, depth: None = None, exit_rule: None = None
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        depth: None = None,
+        exit_rule: None = None,
+        count: float | None = None,
     ) -> Tensor | Losses:
-        """The logits or the losses."""
+        """The logits or the losses; ``count``: see ``cross_entropy_and_z_loss``."""
         if depth is not None or exit_rule is not None:
             raise ValueError("a dense model has no loop: leave out depth and exit_rule")
         with products_in(self.product_type, tokens_BS.device):
-            return self._forward(tokens_BS, targets_BS)
+            return self._forward(tokens_BS, targets_BS, count)
 
-    def _forward(self, tokens_BS: Tensor, targets_BS: Tensor | None) -> Tensor | Losses:
+    def _forward(self, tokens_BS: Tensor, targets_BS: Tensor | None, count: float | None) -> Tensor | Losses:
         rotary = _rotary(self.blocks, tokens_BS)
         x_BSD = self.embedding(tokens_BS)
         for block, value in zip(self.blocks, self.value_embeddings(tokens_BS), strict=True):
             x_BSD = block(x_BSD, rotary, value)
-        return self.head(x_BSD, targets_BS)
+        return self.head(x_BSD, targets_BS, count)
 
 
 class TiedHead(nn.Module):
@@ -144,14 +157,14 @@ class TiedHead(nn.Module):
             rules[self.norm.weight] = constant(min(1.0, self.half_log_vocabulary / (start.deviation * start.width)))
         return rules
 
-    def forward(self, x_BSD: Tensor, targets_BS: Tensor | None) -> Tensor | Losses:
+    def forward(self, x_BSD: Tensor, targets_BS: Tensor | None, count: float | None) -> Tensor | Losses:
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return F.linear(x_BSD, self.weight).type_as(self.weight)
         if not self.training:
             by_sequence_B = sequence_losses(x_BSD, self.weight, targets_BS)
             return Losses(by_sequence_B.mean(), by_sequence_B.mean().detach(), {}, by_sequence_B.detach())
-        loss = cross_entropy_and_z_loss(x_BSD, self.weight, targets_BS, self.z_loss)
+        loss = cross_entropy_and_z_loss(x_BSD, self.weight, targets_BS, self.z_loss, count)
         return Losses(loss.total, loss.cross_entropy, {"train/z_loss": Mean(loss.z_loss)} if self.z_loss else {})
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ from torch import Tensor
 from mythos.config.derive import global_batch_sequences, micro_steps
 from mythos.config.schema import Config
 from mythos.data.dataset import text_targets
+from mythos.data.stream import AnswerTargets
+from mythos.data.targets import counted_targets
 from mythos.errors import UserError
+from mythos.loss import IGNORED
 from mythos.model import depth
 
 
@@ -31,6 +34,8 @@ class StepBatch:
     """The depth plan of each micro-step; None for a dense model."""
     depths: np.ndarray
     """Loop steps of each sequence of the global batch, of all ranks."""
+    answers: AnswerTargets | None
+    """Which targets count; None: all."""
     text_tokens: int | None
     """Targets in ``rows`` that are text; None if the data does not say which ids are."""
 
@@ -71,6 +76,8 @@ class Samples(Protocol):
 
     @property
     def special_ids(self) -> Sequence[int] | None: ...
+    @property
+    def answers(self) -> AnswerTargets | None: ...
     def rows(self, first_sample: int, count: int) -> np.ndarray: ...
     def epochs(self, samples: int) -> dict[str, float]: ...
     def close(self) -> None: ...
@@ -123,7 +130,7 @@ class StepBatches:
         self.restart(step + 1, sample + global_batch_sequences(self._config))
         special_ids = self._stream.special_ids
         text_tokens = None if special_ids is None else text_targets(rows, special_ids)
-        return StepBatch(step, rows, plans, depths, text_tokens)
+        return StepBatch(step, rows, plans, depths, self._stream.answers, text_tokens)
 
     def epochs(self, sample: int) -> dict[str, float]:
         """How many epochs of each source were read before this sample."""
@@ -147,9 +154,28 @@ class StepBatches:
             raise UserError(f"the data cannot be read ({error}): repair the disk and start again") from error
 
 
-def tokens_and_targets(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A micro batch on its device, (B, S) each."""
-    tensor = torch.from_numpy(rows)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory().to(device, non_blocking=True)
-    return tensor[:, :-1], tensor[:, 1:]
+class MicroBatch(NamedTuple):
+    """Tokens and targets on their device, (B, S) each, and the number of targets that count."""
+
+    tokens: Tensor
+    targets: Tensor
+    counted: int
+    divisor: float | None
+    """What the sum of their losses is divided by: the number that count in as many rows of the data on average.
+
+    Not the number in these rows, or a target would weigh more in a micro batch with few of them, and the sum over micro
+    batches and ranks would depend on how the rows are shared out. None: all targets count.
+    """
+
+
+def micro_batch(rows: np.ndarray, answers: AnswerTargets | None, device: torch.device) -> MicroBatch:
+    """A micro batch of rows, (B, S + 1), in which only ``answers`` count."""
+    targets = counted_targets(rows, answers.tokens if answers else None)
+    divisor = len(rows) * answers.in_a_row if answers else None
+    counted = int((targets != IGNORED).sum())
+    return MicroBatch(_on_device(rows[:, :-1], device), _on_device(targets, device), counted, divisor)
+
+
+def _on_device(ids: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(ids)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -13,7 +13,7 @@ from mythos.engine.engine import TrainingEngine
 from mythos.loss import Losses, Mean
 from mythos.model.moe import balance, expert_load, moe_layers
 from mythos.ranks import group
-from mythos.train.batch import StepBatch, StepBatches, tokens_and_targets
+from mythos.train.batch import StepBatch, StepBatches, micro_batch
 
 GIB = 2**30
 
@@ -65,12 +65,13 @@ def train_step(engine: TrainingEngine, batch: StepBatch, groups: Mapping[str, Ma
     measured: list[Mapping[str, Mean]] = []
     load_LE = None
     for rows, plan in zip(batch.rows, batch.plans, strict=True):
-        tokens, targets = tokens_and_targets(rows, engine.device)
-        losses: Losses = engine(tokens, targets, plan)
+        own = micro_batch(rows, batch.answers, engine.device)
+        losses: Losses = engine(own.tokens, own.targets, plan, count=own.divisor)
         if moe_layers(engine.module):  # before the backward pass, whose recomputation would count the tokens again
             load_LE = expert_load(engine.module) + (0 if load_LE is None else load_LE)
         engine.backward(losses.total)
-        measured.append({"train/loss": Mean(losses.cross_entropy), **losses.measured})
+        loss = Mean(losses.cross_entropy * own.divisor, own.counted) if own.divisor else Mean(losses.cross_entropy)
+        measured.append({"train/loss": loss, **losses.measured})
     update = engine.step(groups)
     return StepResult(_join(measured), load_LE, update.applied, update.gradient_norm, batch.text_tokens)
 

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.arguments import split_configuration
-from mythos.config.data_schema import DataSource
 from mythos.config.arguments import split_arguments
+from mythos.config.data_schema import DataSource
 from mythos.config.layers import read_saved
 from mythos.config.load import load, load_run, to_dict
 from mythos.config.schema import Config

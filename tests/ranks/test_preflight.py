@@ -239,7 +239,7 @@ def test_a_package_that_is_not_installed_is_recorded_as_missing(monkeypatch: pyt
 
 
 def test_batches_reach_a_gpu_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mythos.train.batch import tokens_and_targets
+    from mythos.train.batch import micro_batch
 
     calls: list[object] = []
 
@@ -254,12 +254,12 @@ def test_batches_reach_a_gpu_through_pinned_memory(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch, "from_numpy", lambda array: torch.as_tensor(array).as_subclass(Rows))
     gpu = torch.device("cuda", 0)
-    tokens, targets = tokens_and_targets(np.arange(12).reshape(3, 4), gpu)
-    assert calls == ["pinned", (gpu, True)]
-    assert tokens.tolist() == [[0, 1, 2], [4, 5, 6], [8, 9, 10]]
-    assert targets.tolist() == [[1, 2, 3], [5, 6, 7], [9, 10, 11]]
+    batch = micro_batch(np.arange(12).reshape(3, 4), None, gpu)
+    assert calls == ["pinned", (gpu, True)] * 2
+    assert batch.tokens.tolist() == [[0, 1, 2], [4, 5, 6], [8, 9, 10]]
+    assert batch.targets.tolist() == [[1, 2, 3], [5, 6, 7], [9, 10, 11]]
     calls.clear()
-    tokens_and_targets(np.arange(12).reshape(3, 4), CPU)
+    micro_batch(np.arange(12).reshape(3, 4), None, CPU)
     assert calls == []
 
 

@@ -75,7 +75,7 @@ class SlowStream:
         self.asked: list[int] = []
         self.gate = threading.Semaphore(0)
         self.error: Exception | None = None
-        self.special_ids = None
+        self.special_ids = self.answers = None
 
     def rows(self, first_sample: int, count: int) -> np.ndarray:
         self.gate.acquire()

@@ -27,7 +27,7 @@ def synchronisations_of_a_step(config: Config, mean_depths: list[int]) -> list[C
         depths = generator.poisson(mean_depth, (MICRO_STEPS, 8)).clip(1)
         rows = generator.integers(VOCABULARY, size=(MICRO_STEPS, 8, SEQUENCE_LENGTH + 1))
         plans = tuple(plan(own, 2, slice(0, 8), range(8)) for own in depths)
-        batch = StepBatch(step=1, rows=rows, text_tokens=None, plans=plans, depths=depths)
+        batch = StepBatch(step=1, rows=rows, answers=None, text_tokens=None, plans=plans, depths=depths)
         with count_synchronisations() as counted:
             train_step(engine, batch, schedule(config.optim, 0, config.train.steps))
         found.append(counted)
