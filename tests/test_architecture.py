@@ -27,6 +27,7 @@ LAYERS = [
     ("mythos.eval",),
     ("mythos.train",),
     ("mythos.bench",),
+    ("mythos.parity",),
     ("mythos.export",),
     ("data_prep",),
     ("launch",),
@@ -40,6 +41,7 @@ WITHOUT_TORCH = (
     "mythos/plan",
     "mythos/run",
     "mythos/network",
+    "mythos/parity",
     "launch",
 )
 """Files and packages that do not import torch when they are imported; a function may still import it."""
