@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from mythos.checkpoint import layout
 from mythos.checkpoint.exported import INDEX_FILE, REMEDY, read_index
+from mythos.checkpoint.plain import checked_reader, plain_tensors, values_of
 from mythos.checkpoint.reader import CheckpointReader
 from mythos.checkpoint.tensors import write_tensors
 from mythos.config.load import load_run
 from mythos.errors import UserError
 from mythos.files import check_regular
 from mythos.model import build_structure
-from mythos.model.moe import plain_parameters
 from mythos.readers import one_line
 from mythos.run.directory import CONFIG_FILE, RunDirectory
 
@@ -47,10 +47,7 @@ def export(
         UserError: there is no such checkpoint, it is damaged, or ``output`` is in use or cannot be written.
     """
     checkpoint = layout.find(run, step)
-    reader = CheckpointReader(checkpoint)
-    weights = [name for name in reader.manifest.files if name.startswith("weights_")]
-    for problem in layout.damaged_files(checkpoint, reader.manifest, only=weights).values():
-        raise UserError(f"{problem}: export another step")
+    reader = checked_reader(checkpoint)
     copied = (RunDirectory(run).config, RunDirectory(run).tokenizer)
     for path in copied:
         if not path.is_file():
@@ -79,9 +76,7 @@ def load_exported(directory: Path) -> nn.Module:
         UserError: a file is missing, or holds weights of another model.
     """
     model = build_structure(load_run(directory / CONFIG_FILE))
-    wanted = dict(model.named_parameters()) | {
-        name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()
-    }
+    wanted = values_of(model)
     try:
         files = read_index(directory)
         if set(files) != set(wanted):
@@ -102,7 +97,7 @@ def load_exported(directory: Path) -> nn.Module:
 def _write_weights(reader: CheckpointReader, directory: Path, dtype: torch.dtype, file_bytes: int) -> None:
     numbers: dict[str, int] = {}  # of the file that holds a weight
     count, total_bytes = 0, 0
-    for tensors in _in_groups(_tensors(reader, dtype), file_bytes):
+    for tensors in _in_groups(plain_tensors(reader, dtype), file_bytes):
         count += 1
         write_tensors(directory / f"{count}.safetensors", tensors)
         numbers |= dict.fromkeys(tensors, count)
@@ -128,11 +123,3 @@ def _in_groups(tensors: Iterable[tuple[str, Tensor]], group_bytes: int) -> Itera
             group = {}
     if group:
         yield group
-
-
-def _tensors(reader: CheckpointReader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the plain model's weights."""
-    for name, parts in plain_parameters(reader.manifest.parameters).items():
-        tensors = [reader.parameter(part).to(dtype) for part in parts]
-        yield name, tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
-    yield from reader.buffers().items()

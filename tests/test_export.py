@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mythos.checkpoint import layout
 from mythos.checkpoint import restore as checkpoint
 from mythos.checkpoint.manifest import weights_file
+from mythos.checkpoint.plain import load_plain_model
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
@@ -79,11 +80,21 @@ def test_logits_equal_those_of_the_trained_model(
         plain = build_model(config).eval()
         plain.load_state_dict(one_rank.run(plain_state, alone, found)[0])
         assert torch.equal(logits(loaded, tokens), logits(plain, tokens))
+    assert torch.equal(logits(load_plain_model(config, found), tokens), logits(loaded, tokens))
     fresh = build_model(config).eval()
     assert not torch.equal(logits(fresh, tokens), trained), "training has changed the weights"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tiny_data / "tokenizer.json").read_bytes()
     buffers = [name for name in loaded.state_dict() if name.endswith("e_score_correction_bias")]
     assert all(loaded.state_dict()[name].any() for name in buffers)
+
+
+def test_a_checkpoint_of_another_model_is_refused(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    two_ranks.run(run_some_steps, tiny_config("dense", tiny_data, tmp_path / "run", ranks=2), 1)
+    found = layout.find(tmp_path / "run", None)
+    with pytest.raises(UserError, match=r"its blocks\.0\.attention.* is not of the configured model"):
+        load_plain_model(tiny_config("looped", tiny_data, tmp_path / "other"), found)
+    with pytest.raises(UserError, match="has no blocks.2"):
+        load_plain_model(tiny_config("dense", tiny_data, tmp_path / "other", model__layers=3), found)
 
 
 IN_PLAIN_PYTORCH = """
@@ -183,7 +194,7 @@ def test_a_damaged_checkpoint_is_not_exported(trained: Path, tmp_path: Path) -> 
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)
-    with pytest.raises(UserError, match="does not match the hash in the manifest: export another step"):
+    with pytest.raises(UserError, match="does not match the hash in the manifest: name another step"):
         export(tmp_path / "run", tmp_path / "out", step=4)
     assert not (tmp_path / "out").exists()
     assert export(tmp_path / "run", tmp_path / "out", step=5).name == layout.tag(5)
