@@ -3,9 +3,12 @@
 A new kind is a class with the methods of these two, and a case in ``build_attention``.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mythos.config.derive import has_value_embedding
 from mythos.config.model_schema import VALUE_GATE_CHANNELS, Dense, GroupedQuery, Latent, Looped
@@ -167,7 +170,31 @@ def build_attention(
 
 
 def _attend(q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
-    """Causal attention with concatenated heads: (B, S, H x C)."""
+    """Causal attention with concatenated heads: (B, S, H x C); where the kernel is chosen.
+
+    Latent attention has larger queries and keys than values, which only cuDNN's kernel takes as they are. For the flash
+    kernels, of GPUs and of CPUs, values are padded with zeros, which costs less than torch's plain form, whose S x S
+    scores of every head are in memory. For equal sizes, and for fp32 on GPUs, torch itself chooses a fused kernel.
+    """
+    batch, heads, length, size = q_BHSC.shape
+    value = v_BKSC.shape[-1]
+    if batch == 0:  # which torch 2.11 refuses
+        return q_BHSC.new_zeros(0, length, heads * value)
+    if size <= value or (q_BHSC.is_cuda and q_BHSC.dtype == torch.float32):
+        return _fused(q_BHSC, k_BKSC, v_BKSC).transpose(1, 2).flatten(2)
+    if q_BHSC.is_cuda and _cudnn_takes_latent():
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
+            return _fused(q_BHSC, k_BKSC, v_BKSC).transpose(1, 2).flatten(2)
+    y_BHSC = _fused(q_BHSC, k_BKSC, F.pad(v_BKSC, (0, size - value)))
+    return y_BHSC[..., :value].transpose(1, 2).flatten(2)
+
+
+def _fused(q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
     grouped = q_BHSC.shape[1] != k_BKSC.shape[1]
-    y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BKSC, v_BKSC, is_causal=True, enable_gqa=grouped)
-    return y_BHSC.transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q_BHSC, k_BKSC, v_BKSC, is_causal=True, enable_gqa=grouped)
+
+
+@cache
+def _cudnn_takes_latent() -> bool:
+    """Whether cuDNN's attention takes values smaller than queries: from version 9.11 on Hopper."""
+    return torch.cuda.get_device_capability() >= (9, 0) and (torch.backends.cudnn.version() or 0) >= 91100

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
 
 from mythos.config.model_schema import MixtureOfExperts
 from mythos.model.layers import SwiGLU
 from mythos.model.parameters import Role
-from mythos.model.precision import FP32Linear
+from mythos.model.precision import FP32Linear, product, rounded
 from mythos.model.rules import Rule, Start
 
 TOKENS_PER_EXPERT = "tokens_per_expert"
@@ -54,13 +55,10 @@ class Experts(nn.Module):
         """Gate and up of each expert."""
         return {self.gate_up_proj: 2}
 
-    def forward(self, x_TD: Tensor, tokens_per_expert: list[int]) -> Tensor:
-        """``x_TD`` has the tokens of expert 0, then those of expert 1, and so on."""
-        outputs = []
-        for expert, x_tD in enumerate(x_TD.split(tokens_per_expert)):
-            gate, up = F.linear(x_tD, self.gate_up_proj[expert]).chunk(2, dim=-1)
-            outputs.append(F.linear(F.silu(gate) * up, self.down_proj[expert]))
-        return torch.cat(outputs)
+    def forward(self, x_TD: Tensor, ends_E: Tensor) -> Tensor:
+        """``x_TD`` has the tokens of expert 0, then those of expert 1, and so on, which end before ``ends_E``."""
+        gate_TF, up_TF = _grouped_linear(x_TD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
+        return _grouped_linear(F.silu(gate_TF) * up_TF, self.down_proj, ends_E)
 
 
 class MoE(nn.Module):
@@ -89,14 +87,69 @@ class MoE(nn.Module):
             weights_Tk = weights_Tk / (weights_Tk.sum(dim=-1, keepdim=True) + 1e-20)
         weights_Tk = weights_Tk * self.config.route_scale
 
-        counts_E = torch.bincount(chosen_Tk.flatten(), minlength=scores_TE.shape[1])
-        self.tokens_per_expert.add_(counts_E)
-        # A stable sort and its inverse, instead of adding rows in place: no atomics, so the result is deterministic.
-        order = chosen_Tk.flatten().argsort(stable=True)
-        rows_D = x_TD.repeat_interleave(self.config.experts_per_token, dim=0)[order]
-        outputs_D = self.experts(rows_D, counts_E.tolist())[order.argsort()]
+        expert, order = chosen_Tk.flatten().sort(stable=True)
+        ends_E = torch.searchsorted(expert, torch.arange(scores_TE.shape[1], device=expert.device), right=True)
+        self.tokens_per_expert.add_(ends_E.diff(prepend=ends_E.new_zeros(1)))
+        place = order.argsort()
+        rows_D = _Rows.apply(x_TD, order, place, self.config.experts_per_token)
+        outputs_D = _Rows.apply(self.experts(rows_D, ends_E.int()), place, order, 1)
         routed_TD = (outputs_D.unflatten(0, chosen_Tk.shape) * weights_Tk[..., None]).sum(dim=1).type_as(x_TD)
         return routed_TD.view_as(x_BSD) + self.shared_experts(x_BSD)
+
+
+class _Rows(Function):
+    """Row i of the result is row ``order[i] // copies`` of x; ``order`` is a permutation, ``place`` its inverse.
+
+    The gradient is gathered by the inverse, instead of adding rows in place: no atomics, so it is deterministic.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.copies = copies
+        return x_TD.index_select(0, order if copies == 1 else order // copies)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (place,) = ctx.saved_tensors
+        gradient = gradient.index_select(0, place)
+        return gradient if ctx.copies == 1 else gradient.unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
+
+
+def _grouped_linear(x_TD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    """Each expert's rows of x times its matrix, (T, F); the rows of expert e end before ``ends_E[e]``."""
+    x_TD = rounded(x_TD)
+    if _has_grouped_product(x_TD, weight_EFD):
+        return _GroupedProduct.apply(x_TD, weight_EFD, ends_E)
+    rows = x_TD.tensor_split(ends_E[:-1].cpu().long())
+    return torch.cat([product(x_tD, weight_FD) for x_tD, weight_FD in zip(rows, weight_EFD, strict=True)])
+
+
+def _has_grouped_product(x_TD: Tensor, weight_EFD: Tensor) -> bool:
+    """torch has it for every type on a CPU, for bf16 on a GPU; rows must be multiples of 16 bytes."""
+    aligned = all(size * x_TD.element_size() % 16 == 0 for size in weight_EFD.shape[1:])
+    return aligned and (x_TD.device.type == "cpu" or x_TD.dtype == torch.bfloat16)
+
+
+class _GroupedProduct(Function):
+    """The experts' products in the type of x; the gradients of the weights are summed in fp32, as ``product`` does."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_EFD, ends_E)
+        return F.grouped_mm(x_TD, weight_EFD.to(x_TD.dtype).mT, offs=ends_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_TD, weight_EFD, ends_E = ctx.saved_tensors
+        of_x, of_weight = None, None
+        gradient_TF = gradient_TF.contiguous()
+        if ctx.needs_input_grad[0]:
+            of_x = F.grouped_mm(gradient_TF, weight_EFD.to(gradient_TF.dtype), offs=ends_E)
+        if ctx.needs_input_grad[1]:
+            of_weight = F.grouped_mm(gradient_TF.T, x_TD, offs=ends_E).to(weight_EFD.dtype)
+        return of_x, of_weight, None
 
 
 def router_scores(logits: Tensor, config: MixtureOfExperts) -> Tensor:

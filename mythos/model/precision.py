@@ -45,9 +45,14 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, self.weight)
-        return _Product.apply(rounded(x), self.weight)
+        return product(x, self.weight)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """W x in the type of matrix products, where W keeps its fp32 gradient."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight)
+    return _Product.apply(rounded(x), weight)
 
 
 class FP32Linear(nn.Linear):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -131,6 +133,23 @@ def test_latent_attention_equals_transformers_deepseek_v3() -> None:
     reference = gradients(their_output, x, *(target for _, target in pairs))
     for gradient, expected in zip(own, reference, strict=True):
         assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value_head_size", [5, 10])
+def test_latent_attention_never_uses_the_plain_kernel(value_head_size: int) -> None:
+    module = randomise(LatentAttention(12, replace(LATENT, value_head_size=value_head_size)))
+    with torch.profiler.profile() as profile:
+        gradients(module(numbers(2, 9, 12), module.rotary(9, CPU), None), *module.parameters())
+    kernels = {event.key for event in profile.key_averages() if "_scaled_dot_product" in event.key}
+    assert kernels == {
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    }
+
+
+def test_a_batch_without_sequences_passes_through() -> None:
+    module = LatentAttention(12, LATENT)
+    assert module(torch.empty(0, 9, 12), module.rotary(9, CPU), None).shape == (0, 9, 12)
 
 
 def test_rotation_equals_multiplication_by_a_complex_unit() -> None:

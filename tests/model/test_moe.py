@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import mythos.model.moe
 from mythos.config.model_schema import MixtureOfExperts
 from mythos.model.moe import MoE, balance, expert_load, forget_load, moe_layers, observe_routing, routing_penalties
+from mythos.model.precision import products_in
 from tests.model.helpers import gradients, numbers, randomise
 from tests.reference.moe import slow_moe
+from tests.synchronisations import count_synchronisations
 
-SIZES = {"experts": 6, "experts_per_token": 2, "expert_hidden_size": 6, "shared_hidden_size": 4}
+SIZES = {"experts": 6, "experts_per_token": 2, "expert_hidden_size": 12, "shared_hidden_size": 4}
 CONFIG = MixtureOfExperts(**SIZES)
 
 
@@ -29,13 +32,42 @@ def moe(**options: Any) -> MoE:
         {"groups": 2, "groups_per_token": 1, "scores": "softmax"},
     ],
 )
-def test_moe_and_its_gradients_equal_the_definition(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("grouped", [True, False])
+def test_moe_and_its_gradients_equal_the_definition(
+    options: dict[str, Any], grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mythos.model.moe, "_has_grouped_product", lambda *_: grouped)
     module, x = moe(**options), numbers(2, 7, 8)
     fast, slow = module(x), slow_moe(module, x)
     assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     inputs = (x, *module.parameters())
     for own, reference in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
         assert_close(own, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_the_experts_never_wait_for_the_device() -> None:
+    module, x = moe(), numbers(2, 7, 8)
+    with count_synchronisations() as counted:
+        module(x).square().sum().backward()
+    assert not counted
+
+
+def test_experts_in_bf16_over_fp32_weights_at_a_real_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"experts": 16, "experts_per_token": 4, "expert_hidden_size": 128, "shared_hidden_size": 128}
+    module = randomise(MoE(256, MixtureOfExperts(**options)), deviation=0.06)
+    x = numbers(2, 512, 256).detach().bfloat16()
+    outcomes = {}
+    for form in ("fp32", "slow", "grouped"):
+        monkeypatch.setattr(mythos.model.moe, "_has_grouped_product", lambda *_, form=form: form == "grouped")
+        own = (x.float() if form == "fp32" else x).requires_grad_()
+        with products_in(torch.float32 if form == "fp32" else torch.bfloat16, torch.device("cpu")):
+            y = module(own)
+        assert y.dtype == own.dtype
+        outcomes[form] = [y, *gradients(y.float(), own, *module.parameters())]
+    for exact, slow, grouped in zip(*outcomes.values(), strict=True):
+        assert grouped.dtype == slow.dtype
+        assert (grouped.float() - exact).norm() < 6e-3 * exact.norm()
+        assert (grouped.float() - slow.float()).norm() < 3e-3 * exact.norm()
 
 
 def test_the_balance_bias_changes_the_choice_but_not_the_weights() -> None:
@@ -88,12 +120,12 @@ def test_moe_equals_transformers_deepseek_v3(groups: int | None) -> None:
     from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-    options = {"groups": groups, "groups_per_token": groups and 1, "route_scale": 2.5, "shared_hidden_size": 12}
+    options = {"groups": groups, "groups_per_token": groups and 1, "route_scale": 2.5, "shared_hidden_size": 24}
     module = moe(**options)
     theirs = DeepseekV3MoE(
         DeepseekV3Config(
             hidden_size=8,
-            moe_intermediate_size=6,
+            moe_intermediate_size=12,
             n_routed_experts=6,
             n_shared_experts=2,
             num_experts_per_tok=2,
