@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from mythos.config.schema import Loop
+from mythos.config.loop_schema import Loop
 
 QUADRATURE_POINTS = 64
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from mythos.config.data_schema import Data
-from mythos.config.model_schema import Dense, GroupedQuery, Looped
+from mythos.config.model_schema import Dense, Looped
 from mythos.config.schema import Config
 
 BF16_BYTES = 2
@@ -64,12 +64,6 @@ def eval_depths(config: Config) -> tuple[int, ...]:
     """Depths at which the validation loss of a looped model is shown; empty for a dense model."""
     depth = whole_mean_depth(config)
     return () if depth is None else config.eval.depths or (depth,)
-
-
-def has_value_embedding(model: Looped | Dense, layer: int, layers: int) -> bool:
-    """Whether this layer of the model (a core layer counts once) has a table: every second one, including the last."""
-    attention = model.attention
-    return isinstance(attention, GroupedQuery) and attention.value_embeddings and (layers - 1 - layer) % 2 == 0
 
 
 def data_sources(data: Data) -> dict[str, tuple[str, float]]:

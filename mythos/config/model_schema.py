@@ -2,9 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
-from mythos.config.option import Needs, option, section
+from mythos.config.option import Field, Needs, option, section
 
 VALUE_GATE_CHANNELS = 32
 """Channels of an attention layer's input from which the gate on the value embedding is computed: the first ones."""
@@ -150,3 +148,9 @@ class Dense:
 
 
 Model = Annotated[Looped | Dense, Field(discriminator="kind")]
+
+
+def has_value_embedding(model: Looped | Dense, layer: int, layers: int) -> bool:
+    """Whether this layer of the model (a core layer counts once) has a table: every second one, including the last."""
+    attention = model.attention
+    return isinstance(attention, GroupedQuery) and attention.value_embeddings and (layers - 1 - layer) % 2 == 0

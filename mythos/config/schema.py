@@ -10,12 +10,12 @@ from pydantic import Field
 
 from mythos.config.data_schema import Data
 from mythos.config.init_schema import Init
+from mythos.config.loop_schema import Loop
 from mythos.config.model_schema import Model
 from mythos.config.optim_schema import COOLDOWN, Optim
 from mythos.config.option import Needs, option, section
 
 LOOPED = Needs("model.kind", ("looped",))
-PER_SEQUENCE = Needs("loop.depth", ("poisson_per_sequence", "log_normal_poisson_per_sequence"))
 LONGEST_S = 10_000_000
 """Of a time limit: 16 weeks; the timers of the operating system overflow above some hundred years."""
 
@@ -26,43 +26,6 @@ class Run:
 
     directory: str = option(
         "directory of the run: config, logs, metrics, checkpoints", change="free", path=True, min_length=1
-    )
-
-
-@section
-class Loop:
-    """How often the core is run; for looped models only."""
-
-    mean_depth: float = option(
-        "mean number of loop steps in training; the number itself when depth is fixed",
-        8.0,
-        ge=1,
-        le=10_000,
-        change="ask",
-    )
-    depth: Literal["fixed", "poisson_per_batch", "poisson_per_sequence", "log_normal_poisson_per_sequence"] = option(
-        "how depths are drawn in training; every draw is at least 1", "poisson_per_sequence", change="ask"
-    )
-    log_normal_sigma: float = option(
-        "spread of the log-normal rate",
-        0.5,
-        gt=0,
-        le=5,
-        change="ask",
-        needs=Needs("loop.depth", ("log_normal_poisson_per_sequence",)),
-    )
-    stratified: bool = option(
-        "draw the sequences' depths as evenly spread quantiles: every micro batch then costs nearly the same",
-        True,
-        change="ask",
-        needs=PER_SEQUENCE,
-    )
-    curriculum_steps: int = option(
-        "steps over which the mean depth rises linearly from 1 to mean_depth", 0, ge=0, change="ask"
-    )
-    backprop_depth: int = option("the last min(depth, this) loop steps carry gradient", 4, gt=0, change="ask")
-    recompute: bool = option(
-        "recompute each loop step in the backward pass instead of keeping its activations", True, change="free"
     )
 
 

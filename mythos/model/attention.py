@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mythos.config.derive import has_value_embedding
-from mythos.config.model_schema import VALUE_GATE_CHANNELS, Dense, GroupedQuery, Latent, Looped
+from mythos.config.model_schema import VALUE_GATE_CHANNELS, Dense, GroupedQuery, Latent, Looped, has_value_embedding
 from mythos.model.layers import rotary_angles, rotate
 from mythos.model.precision import Linear, RMSNorm
 from mythos.model.rules import Rule, Start, normal, orthogonal, uniform

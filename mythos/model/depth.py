@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mythos.config.depth_distribution import cumulative_distribution, mean_depth
-from mythos.config.schema import Loop
+from mythos.config.loop_schema import Loop
 from mythos.random_streams import Purpose, philox
 
 BLOCK_BITS = 6

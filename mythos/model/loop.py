@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mythos.config.derive import has_value_embedding
-from mythos.config.model_schema import Looped
+from mythos.config.model_schema import Looped, has_value_embedding
 from mythos.loss import Mean
 from mythos.model.block import CoreBlock
 from mythos.model.depth import DepthPlan, due

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos.config.derive import has_value_embedding
-from mythos.config.model_schema import Dense, Looped
-from mythos.config.schema import Loop as LoopOptions
+from mythos.config.loop_schema import Loop as LoopOptions
+from mythos.config.model_schema import Dense, Looped, has_value_embedding
 from mythos.loss import Losses, Mean, cross_entropy_and_z_loss, sequence_losses
 from mythos.model.attention import ValueEmbeddings
 from mythos.model.block import Block

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mythos.config.depth_distribution import cumulative_distribution
-from mythos.config.derive import has_value_embedding
-from mythos.config.model_schema import Dense, GroupedQuery, Latent, Looped, MixtureOfExperts
-from mythos.config.schema import Config, Loop
+from mythos.config.loop_schema import Loop
+from mythos.config.model_schema import Dense, GroupedQuery, Latent, Looped, MixtureOfExperts, has_value_embedding
+from mythos.config.schema import Config
 from mythos.plan.precision import Bytes
 
 FP32 = 4

@@ -15,9 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from mythos.config.depth_distribution import cumulative_distribution
-from mythos.config.derive import has_value_embedding
-from mythos.config.model_schema import VALUE_GATE_CHANNELS, Dense, GroupedQuery, Latent, Looped, MixtureOfExperts
-from mythos.config.schema import Loop
+from mythos.config.loop_schema import Loop
+from mythos.config.model_schema import (
+    VALUE_GATE_CHANNELS,
+    Dense,
+    GroupedQuery,
+    Latent,
+    Looped,
+    MixtureOfExperts,
+    has_value_embedding,
+)
 from mythos.plan.tensors import attention_shapes, feed_forward_shapes, matrix_elements, swiglu_shapes
 
 FORWARD_AND_BACKWARD = 3

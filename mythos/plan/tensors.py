@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cached_property
 
-from mythos.config.derive import has_value_embedding
 from mythos.config.model_schema import (
     VALUE_GATE_CHANNELS,
     Dense,
@@ -18,6 +17,7 @@ from mythos.config.model_schema import (
     Latent,
     Looped,
     MixtureOfExperts,
+    has_value_embedding,
 )
 
 Shape = tuple[int, ...]

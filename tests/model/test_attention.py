@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from mythos.config.derive import has_value_embedding
-from mythos.config.model_schema import GroupedQuery, Latent
+from mythos.config.model_schema import GroupedQuery, Latent, has_value_embedding
 from mythos.model.attention import (
     GroupedQueryAttention,
     LatentAttention,

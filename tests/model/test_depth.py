@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mythos.config.depth_distribution import mean_depth
-from mythos.config.schema import Loop
+from mythos.config.loop_schema import Loop
 from mythos.model.depth import draw_depths, due, fixed, plan, state_seed
 
 SEQUENCES = 4096

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mythos.config.load import load_model, merge
-from mythos.config.schema import Loop
+from mythos.config.loop_schema import Loop
 from mythos.model import build_model
 from mythos.model.depth import draw_depths, plan
 from mythos.plan.flops import (
