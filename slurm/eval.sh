@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Measures the validation losses of a run's checkpoints, one checkpoint per array task. From the repository's root:
+# Evaluates a run's checkpoints, one checkpoint per array task, or follows the run. From the repository's root:
 #
 #   sbatch slurm/eval.sh RUN                                             the newest checkpoint
 #   sbatch --array=0-2 slurm/eval.sh RUN --step 1000 --step 2000 --step 3000
 #   sbatch --array=0-9%2 slurm/eval.sh RUN all eval.sequences=1024       every checkpoint, two at a time
+#   sbatch --time=1-00:00:00 slurm/eval.sh RUN --watch --depths 1,4,8    each checkpoint once, those to come too
 #
+# Options of `mythos eval` may follow. A job with --watch ends with the checkpoint of the run's last step; if its time is
+# over before, submit it again: checkpoints that have a result are not evaluated again.
 # The array's first task takes the first checkpoint; tasks beyond the last checkpoint do nothing. The results are in
 # RUN/evaluations/.
 #SBATCH --job-name=mythos-eval
@@ -29,7 +32,7 @@ shift
 # step_of NAME: print the step of a checkpoint; fails for another name, which must not be evaluated as an expression.
 step_of() { [[ $1 =~ ^step_([0-9]{1,18})$ ]] && echo "$((10#${BASH_REMATCH[1]}))"; }
 
-steps=() overrides=()
+steps=() options=() watch=''
 while [ $# -gt 0 ]; do
   case $1 in
     --step)
@@ -43,23 +46,38 @@ while [ $# -gt 0 ]; do
         if step=$(step_of "${path##*/}"); then steps+=("$step"); fi
       done
       ;;
-    *=*) overrides+=("$1") ;;
-    *) say "$1: neither --step N nor all nor key=value"; exit 2 ;;
+    --watch) watch=yes ;;
+    --bos | --no-bos) options+=("$1") ;;
+    --depths | --documents | --tasks | --task-data | --limit)
+      [ $# -gt 1 ] || { say "$1: give a value"; exit 2; }
+      options+=("$1" "$2")
+      shift
+      ;;
+    *=*) options+=("$1") ;;
+    *) say "$1: neither an option of \`mythos eval\` nor all nor key=value"; exit 2 ;;
   esac
   shift
 done
-if [ ${#steps[@]} -eq 0 ]; then
+if [ -n "$watch" ]; then
+  if [ ${#steps[@]} -gt 0 ] || [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    say "--watch evaluates every checkpoint in one job: leave out --step, all and --array"
+    exit 2
+  fi
+  chosen=(--watch)
+elif [ ${#steps[@]} -eq 0 ]; then
   latest=$run/checkpoints/latest
   [ -f "$latest" ] || { say "$run: no complete checkpoint yet"; exit 2; }
   step=$(step_of "$(cat "$latest")") || { say "$latest: not the name of a checkpoint: give --step N or all"; exit 2; }
   steps=("$step")
 fi
 index=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))
-if [ "$index" -ge ${#steps[@]} ]; then
+if [ -z "$watch" ] && [ "$index" -ge ${#steps[@]} ]; then
   say "nothing to do for index ${SLURM_ARRAY_TASK_ID:-0}: ${#steps[@]} checkpoints"
   exit 0
 fi
 
+[ -n "$watch" ] || chosen=(--step "${steps[$index]}")
+
 exec srun --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" \
-  --ntasks-per-node="$per_node" --cpus-per-task="$cpus" "${MYTHOS[@]}" eval "$run" --step "${steps[$index]}" \
-  "${overrides[@]+"${overrides[@]}"}"
+  --ntasks-per-node="$per_node" --cpus-per-task="$cpus" "${MYTHOS[@]}" eval "$run" "${chosen[@]}" \
+  "${options[@]+"${options[@]}"}"

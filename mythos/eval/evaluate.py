@@ -3,8 +3,9 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,29 @@ import torch.distributed as dist
 import xxhash
 
 import mythos
-from mythos.checkpoint import restore
+from mythos.checkpoint import layout, restore
 from mythos.config.derive import eval_depths
+from mythos.config.layers import read_saved
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
 from mythos.data.open import RunData
 from mythos.engine.engine import TrainingEngine
 from mythos.engine.sections import precision
+from mythos.errors import UserError
 from mythos.eval.forward import evaluation_forward
+from mythos.eval.generate import sample_tokens
 from mythos.eval.lead import lead
-from mythos.eval.measure import Ask, Metrics, Scoring, Wanted, text_metrics
-from mythos.eval.requests import Score, score
+from mythos.eval.measure import Ask, Metrics, Question, Wanted, hash_tasks, task_metrics, text_metrics
+from mythos.eval.requests import Prompt, score
 from mythos.eval.validation import validate
 from mythos.files import hash_file, write_atomically
 from mythos.ranks import group, preflight
 from mythos.ranks.watchdog import Watchdog
 from mythos.run.console import log
-from mythos.run.directory import MANIFEST_FILE, RunDirectory
+from mythos.run.directory import MANIFEST_FILE, RunDirectory, newest_checkpoint, saved_course
 from mythos.run.metrics import json_values, write_points
+
+POLL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Evaluator:
             UserError: the checkpoint does not fit the configuration, or a file cannot be read.
         """
         restore.check(found, self.watchdog.progress)
-        settings = group.from_rank_0(lambda: self._settings(found))
+        path, settings = group.from_rank_0(lambda: self._result_of(found))
         step = restore.load(self.engine, found, self.watchdog.progress)["step"]
         depths: tuple[int | None, ...] = eval_depths(self.config) or (None,)
         losses = validate(
@@ -65,35 +71,82 @@ class Evaluator:
         )
         assert losses is not None, "no stop can be requested"
 
-        def measure(ask: Ask) -> Metrics:
-            return text_metrics(ask, self.data, losses, depths, self.config.eval.sequences, self.wanted)
+        def measure(ask: Ask) -> tuple[Metrics, dict[str, Any]]:
+            metrics = text_metrics(ask, self.data, losses, depths, self.config.eval.sequences, self.wanted)
+            if not self.wanted.tasks:
+                return metrics, {}
+            of_tasks, details = task_metrics(ask, self.data, self.config.data.sequence_length, depths, self.wanted)
+            return metrics | of_tasks, details
 
         with self.engine.evaluation():
-            metrics = losses | lead(measure, self._scores)
-        path = group.from_rank_0(lambda: _write(found, step, metrics, settings))
+            metrics, details = lead(measure, self._answer)
+        metrics = losses | metrics
+        result = {"checkpoint": found.name, "step": step, **json_values(metrics), "tasks": details, **settings}
+        group.from_rank_0(lambda: _write(path, step, metrics, result))
         log.info(f"written to {path}")
         return metrics
 
-    def _scores(self, asked: Scoring) -> list[Score]:
-        options, sequence_length = self.config.eval, self.config.data.sequence_length
-        return score(
-            evaluation_forward(self.engine, options, self.watchdog, "scoring text", None),
-            asked.requests,
-            asked.steps,
-            self.config.train.micro_batch_sequences * sequence_length,
-            sequence_length,
-            self.engine.device,
-        )
+    def watch(self, run: Path) -> None:
+        """Measure every checkpoint of a run once, those to come too, until it has reached its budgets. Collective.
 
-    def _settings(self, found: Path) -> dict[str, Any]:
-        """What determines the metrics."""
+        A checkpoint that the run removes before it is measured is left out.
+
+        Raises:
+            UserError: as ``measure``.
+        """
+        while (found := group.from_rank_0(lambda: self._wait_for_checkpoint(run))) is not None:
+            try:
+                self.measure(found)
+            except UserError:
+                if group.from_rank_0(found.exists):
+                    raise
+                log.warning(f"{found}: removed by the run before it was measured")
+
+    def _wait_for_checkpoint(self, run: Path) -> Path | None:
+        """The oldest checkpoint without a result; None when the run has reached its budgets and each has one."""
+        directory = RunDirectory(run)
+        while True:
+            self.watchdog.progress("waiting for a checkpoint")
+            position = None
+            with suppress(UserError):  # just removed by the run; a damaged one is reported where it is measured
+                _, position = newest_checkpoint(run)
+            for found in reversed(layout.resumable_checkpoints(directory.checkpoints)):
+                with suppress(FileNotFoundError):  # just removed by the run
+                    if not self._result_of(found)[0].exists():
+                        return found
+            course = saved_course(read_saved(directory.config))
+            if position is not None and (course is None or course.target(position) is None):
+                return None
+            time.sleep(POLL_S)
+
+    def _answer(self, question: Question) -> Any:
+        """The scores of requests, or a prompt with its continuation. Collective."""
+        forward = evaluation_forward(self.engine, self.config.eval, self.watchdog, "scoring text", None)
+        longest, device = self.config.data.sequence_length, self.engine.device
+        match question.asked:
+            case Prompt(ids, tokens, temperature):
+                seed = self.config.seed + len(ids)  # the parts of a text are drawn one after the other
+                return sample_tokens(forward, ids, tokens, temperature, longest, question.steps, seed, device)
+            case requests:
+                micro_batch_tokens = self.config.train.micro_batch_sequences * longest
+                return score(forward, requests, question.steps, micro_batch_tokens, longest, device)
+
+    def _result_of(self, found: Path) -> tuple[Path, dict[str, Any]]:
+        """The file of a checkpoint's metrics, and what determines them."""
+        # The step may have been repeated with other data.
+        settings = {"checkpoint_hash": hash_file(found / MANIFEST_FILE)} | self._settings
+        digest = xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True))
+        return RunDirectory(found.parent.parent).evaluations / f"{found.name}_{digest}.json", settings
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
         tree = to_dict(self.config)
         del tree["eval"]["every"]
         return {
-            "checkpoint_hash": hash_file(found / MANIFEST_FILE),  # its step may have been repeated with other data
             "data": self.data.identity["sources"],
             "eval": tree["eval"],
             "wanted": asdict(self.wanted),
+            "task_files": hash_tasks(self.wanted),
             "loop": tree.get("loop"),
             "model": tree["model"],
             "precision": precision(self.config, self.engine.device),
@@ -116,15 +169,11 @@ def open_evaluator(config: Config, device: torch.device, wanted: Wanted) -> Iter
         yield Evaluator(config, wanted, TrainingEngine(config, device), data, watchdog)
 
 
-def _write(found: Path, step: int, metrics: Metrics, settings: dict[str, Any]) -> Path:
-    run = RunDirectory(found.parent.parent)
-    digest = xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True))
-    path = run.evaluations / f"{found.name}_{digest}.json"
-    result = {"checkpoint": found.name, "step": step, **json_values(metrics), **settings}
+def _write(path: Path, step: int, metrics: Metrics, result: dict[str, Any]) -> None:
     result["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    run.evaluations.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     is_new = not path.exists()
     write_atomically(path, json.dumps(result, indent=2))
     if is_new:
-        write_points(run.evaluation_points, step, {name: value for name, value in metrics.items() if "eval/" in name})
-    return path
+        points = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        write_points(RunDirectory(path.parent.parent).evaluation_points, step, points)

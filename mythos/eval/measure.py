@@ -6,31 +6,35 @@ Text is measured in two ways (docs/metrics.md): ``rows``, packed as in training,
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from mythos.data.open import RunData, read_tokenizer
 from mythos.data.stream import Source
-from mythos.errors import UserError
+from mythos.errors import UserError, os_errors_as_user_errors
+from mythos.eval import tasks
 from mythos.eval.answers import accuracies
 from mythos.eval.batches import validation_rows
 from mythos.eval.documents import bytes_in_rows, read_documents
-from mythos.eval.requests import Request, Score, Scorer
+from mythos.eval.requests import Prompt, Request, Scorer, Writer
+from mythos.files import hash_file
 from mythos.run.console import log
 
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """Requests for all ranks at a number of loop steps; None for a dense model."""
+class Question:
+    """For all ranks: requests to score or a prompt to continue, at a number of loop steps (None for a dense model)."""
 
-    requests: Sequence[Request]
+    asked: Sequence[Request] | Prompt
     steps: int | None
 
 
-Ask = Callable[[Scoring], list[Score]]
+Ask = Callable[[Question], Any]
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,15 @@ class Wanted:
     """What to measure beside the validation losses.
 
     ``documents`` of each source are measured, None for all, 0 for none; ``with_bos``: see ``mythos.eval.documents``.
+    ``tasks`` are files of ``mythos.eval.tasks``, whose data is in ``task_data``, and names or files of
+    lm-evaluation-harness; of each task, ``limit`` items are measured, None for all.
     """
 
     documents: int | None = 1000
     with_bos: bool = True
+    tasks: tuple[str, ...] = ()
+    task_data: str | None = None
+    limit: int | None = None
 
 
 def text_metrics(
@@ -83,8 +92,95 @@ def text_metrics(
     return found
 
 
+def task_metrics(
+    ask: Ask, data: RunData, longest: int, depths: Sequence[int | None], wanted: Wanted
+) -> tuple[Metrics, dict[str, Any]]:
+    """One metric of each task at each depth, and everything that is known of it.
+
+    Raises:
+        UserError: a task or its data cannot be read.
+    """
+    tokenizer = read_tokenizer(data.tokenizer)
+    tokenizer.encode_special_tokens = True  # BOS inside a text is text
+    metrics: Metrics = {}
+    details: dict[str, Any] = {}
+    lists, others = _sorted(wanted.tasks)
+    for each in lists.values():
+        found = _of_list(ask, each, tokenizer, tokenizer.token_to_id(data.bos), longest, depths, wanted)
+        for name, results in found.items():
+            metrics |= {f"eval/{name}{suffix(steps)}": each.accuracy for steps, each in results.items()}
+            details |= {f"{name}{suffix(steps)}": asdict(each) for steps, each in results.items()}
+        for steps in depths:
+            centred = [results[steps].centred for results in found.values()]
+            metrics[f"eval/{each['name']}{suffix(steps)}"] = math.fsum(centred) / len(centred)
+    for steps in depths if others else ():
+        model = _harness().MythosLM(_scorer(ask, steps), _writer(ask, steps), tokenizer, data.bos, longest)
+        for name, values in _harness().run_tasks(model, others, wanted.limit).items():
+            metrics |= {f"eval/{name}{suffix(steps)}": value for value in list(values.values())[:1]}
+            details[f"{name}{suffix(steps)}"] = values
+    return metrics, details
+
+
+def hash_tasks(wanted: Wanted) -> dict[str, str]:
+    """The hash of each file that the tasks are read from; those of lm-evaluation-harness have no files of data here.
+
+    Raises:
+        UserError: a file cannot be read, or there is no such task.
+    """
+    lists, others = _sorted(wanted.tasks)
+    paths = [Path(name) for name in wanted.tasks if name.endswith(".yaml")]
+    paths += [Path(wanted.task_data or "") / task["file"] for each in lists.values() for task in each["tasks"]]
+    if others:
+        _harness().check_names(others)
+    found = {}
+    for path in paths:
+        with os_errors_as_user_errors(path, "name the directory of the tasks' data with --task-data"):
+            found[str(path)] = hash_file(path)
+    return found
+
+
+def _sorted(names: Sequence[str]) -> tuple[dict[str, tasks.TaskList], list[str]]:
+    """The lists of tasks by file, and the tasks of lm-evaluation-harness."""
+    lists = {name: tasks.read_tasks(Path(name)) for name in names if tasks.is_list(Path(name))}
+    return lists, [name for name in names if name not in lists]
+
+
+def _of_list(
+    ask: Ask,
+    each: tasks.TaskList,
+    tokenizer: Tokenizer,
+    bos: int,
+    longest: int,
+    depths: Sequence[int | None],
+    wanted: Wanted,
+) -> dict[str, dict[int | None, tasks.Accuracy]]:
+    """The accuracy of each task at each depth."""
+    found: dict[str, dict[int | None, tasks.Accuracy]] = {}
+    for task in each["tasks"]:
+        items = tasks.read_items(Path(wanted.task_data or "") / task["file"], task["kind"], wanted.limit)
+        found[task["name"]] = {
+            steps: tasks.accuracy(task, items, tokenizer, bos, longest, _scorer(ask, steps)) for steps in depths
+        }
+        log.info(
+            f"{task['name']}: accuracy " + ", ".join(f"{one.accuracy:.4f}" for one in found[task["name"]].values())
+        )
+    return found
+
+
+def _harness() -> Any:
+    try:
+        from mythos.eval import harness
+    except ImportError as error:
+        raise UserError(f"--tasks: needs lm-evaluation-harness ({error}): pip install 'mythos[eval]'") from None
+    return harness
+
+
 def _scorer(ask: Ask, steps: int | None) -> Scorer:
-    return lambda requests: ask(Scoring(requests, steps))
+    return lambda requests: ask(Question(requests, steps))
+
+
+def _writer(ask: Ask, steps: int | None) -> Writer:
+    return lambda prompt: ask(Question(prompt, steps))
 
 
 def suffix(steps: int | None) -> str:

@@ -48,6 +48,19 @@ Scorer = Callable[[Sequence[Request]], list[Score]]
 """A model at one depth."""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to continue by a number of tokens, at a temperature."""
+
+    ids: list[int]
+    tokens: int
+    temperature: float
+
+
+Writer = Callable[[Prompt], list[int]]
+"""A model at one depth: returns the prompt and its continuation."""
+
+
 def windows(tokens: Sequence[int] | np.ndarray, first: int, longest: int, state_seed: int = 0) -> list[Request]:
     """Requests that score each token from number ``first`` on once, with inputs of at most ``longest`` tokens.
 

@@ -1,6 +1,7 @@
 """`mythos eval` keeps every result: its file holds the settings, and only the same evaluation replaces it."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from mythos.checkpoint.layout import find
 from mythos.config.schema import Config
 from mythos.data.dataset import TokenDataset
-from mythos.eval.evaluate import open_evaluator
+from mythos.eval import evaluate as evaluate_module
+from mythos.eval.evaluate import Evaluator, open_evaluator
 from mythos.eval.measure import Wanted
 from mythos.ranks.watchdog import Watchdog
 from mythos.run.directory import RunDirectory
@@ -100,3 +102,39 @@ def test_every_long_phase_is_progress_for_the_watchdog(run: Path, one_rank: Rank
 
 def losses_in(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in result.items() if name.startswith("val/")}
+
+
+def follow(run: Path, config: Config, last: Path) -> list[str]:
+    """The checkpoints that are measured while the run saves two more, ``last`` and one that it removes at once."""
+    first, measured, measure = find(run, None), [], Evaluator.measure
+    removed = first.with_name("step_00000003")
+
+    def measure_and_save(evaluator: Evaluator, found: Path) -> dict[str, float]:
+        measured.append(found.name)
+        if found == first:
+            shutil.copytree(found, removed)
+            shutil.move(last, first.parent)
+            (first.parent / "latest").write_text(last.name, encoding="utf-8")
+        if found == removed:
+            shutil.rmtree(found)
+        return measure(evaluator, found)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "measure", measure_and_save)
+        patch.setattr(evaluate_module, "POLL_S", 0.01)
+        with open_evaluator(config, torch.device("cpu"), Wanted()) as evaluator:
+            evaluator.watch(run)
+            evaluator.watch(run)
+    return measured
+
+
+def test_each_checkpoint_is_measured_once_until_the_run_is_complete(
+    run: Path, one_rank: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The run keeps the checkpoint before its decay, at step 2. One that it has removed meanwhile is left out."""
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations")))
+    last = Path(shutil.move(copy / "checkpoints" / "step_00000004", tmp_path))
+    (copy / "checkpoints" / "latest").write_text("step_00000002", encoding="utf-8")
+    config = tiny_config("looped", tiny_data, copy, train__steps=STEPS)
+    assert one_rank.run(follow, copy, config, last) == [["step_00000002", "step_00000003", "step_00000004"]]
+    assert {name[:13] for name in results(copy)} == {"step_00000002", "step_00000004"}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,9 @@ def evaluate(config: Config, wanted: Wanted) -> Metrics:
 
 
 def test_they_are_the_trainers_on_any_ranks_and_in_any_batches(
-    text_run: Path, text_data: Path, one_rank: RankPool, two_ranks: RankPool, four_ranks: RankPool
+    text_run: Path, text_data: Path, tmp_path: Path, one_rank: RankPool, two_ranks: RankPool, four_ranks: RankPool
 ) -> None:
+    text_run = Path(shutil.copytree(text_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations")))
     trained = next(line for line in reversed(read_metrics(text_run)) if "val/loss" in line)
     measured: list[Metrics] = []
     for pool, micro_batch in ((one_rank, 8), (one_rank, 3), (two_ranks, 1), (four_ranks, 2)):

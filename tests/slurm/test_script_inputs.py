@@ -114,5 +114,13 @@ def test_the_name_in_latest_is_not_evaluated(tmp_path: Path) -> None:
     for words in ((), ("all",)):
         assert evaluate(*words)[1].endswith(f"mythos eval {run_directory} --step 8\n")
     latest.unlink()
+    words = ["--watch", "--depths", "1,2", "--no-bos", "eval.sequences=4"]
+    followed = f"mythos eval {run_directory} --watch --depths 1,2 --no-bos eval.sequences=4\n"
+    assert evaluate(*words)[1].endswith(followed), "before the first checkpoint"
+    assert evaluate("--watch", "--step", "8")[::2] == (
+        2,
+        "eval.sh: --watch evaluates every checkpoint in one job: leave out --step, all and --array\n",
+    )
+    assert evaluate("--depths")[::2] == (2, "eval.sh: --depths: give a value\n")
     assert evaluate() == (2, "", f"eval.sh: {run_directory}: no complete checkpoint yet\n")
     assert not (tmp_path / "evaluated").exists()
