@@ -27,8 +27,9 @@ LAYERS = [
     ("mythos.eval",),
     ("mythos.train",),
     ("mythos.bench",),
-    ("mythos.parity",),
     ("mythos.export",),
+    ("mythos.inspect",),
+    ("mythos.parity",),
     ("data_prep",),
     ("launch",),
 ]

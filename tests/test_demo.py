@@ -38,3 +38,8 @@ def test_the_demo_learns_and_a_second_start_says_that_it_is_finished(tmp_path: P
     assert again.returncode == 0, again.stderr
     assert f"the run is finished at step {STEPS}" in again.stderr
     assert read_metrics(directory) == lines
+
+    inspect = [str(Path(sys.prefix, "bin", "mythos")), "inspect", str(directory), "--rows", "8", "device=cpu"]
+    inspected = run(inspect, limit_s=300, env=environ, cwd=REPO)
+    assert inspected.returncode == 0, inspected.stderr
+    assert {path.stem for path in (directory / "inspect").glob("*.png")} == {"depth", "state", "experts", "cache"}

@@ -2,7 +2,6 @@
 
     chinchilla:  L(N, D)    = E + A N^-a + B D^-b                (Hoffmann et al. 2022, arXiv 2203.15556)
     recurrence:  L(N, D, R) = E + A N^-a + B D^-b + C R^-c       R: mean loop steps in training (after arXiv 2604.12946)
-    depth:       L(T)       = E + Z exp(-z T)                    T: loop steps at test time (arXiv 2604.12946)
 
 The coefficients are positive, so they are fitted as logarithms; N, D and R are divided by their geometric means, which
 makes coefficients and exponents nearly independent. The residual is that of log L, with Huber's loss (delta 1e-3), as
@@ -148,34 +147,3 @@ def _starts(losses_P: np.ndarray, count: int) -> list[np.ndarray]:
 
 def _constants(law: PowerLaw) -> np.ndarray:
     return np.log([law.floor, *law.coefficients, *law.exponents])
-
-
-@dataclass(frozen=True)
-class DepthLaw:
-    """L(T) = floor + gain exp(-rate T)."""
-
-    floor: float
-    gain: float
-    rate: float
-
-    def loss(self, loop_steps: np.ndarray) -> np.ndarray:
-        """The loss at these depths."""
-        return self.floor + self.gain * np.exp(-self.rate * loop_steps)
-
-
-def fit_depth(loop_steps: np.ndarray, losses: np.ndarray) -> DepthLaw:
-    """The depth law through measured losses. Raises UserError with fewer than 4 depths."""
-    if len(losses) < 4:
-        raise UserError(f"{len(losses)} depths: the law of the depth has 3 constants: evaluate at 4 or more depths")
-    span = max(float(losses.max() - losses.min()), 1e-6)
-
-    def residuals(constants: np.ndarray) -> np.ndarray:
-        floor, log_gain, log_rate = constants
-        return floor + np.exp(log_gain - np.exp(log_rate) * loop_steps) - losses
-
-    results = [
-        least_squares(residuals, [losses.min(), np.log(span) + rate, np.log(rate)], x_scale="jac", max_nfev=2000)
-        for rate in (0.1, 0.3, 1.0)
-    ]
-    floor, log_gain, log_rate = min(results, key=lambda result: result.cost).x
-    return DepthLaw(float(floor), float(np.exp(log_gain)), float(np.exp(log_rate)))

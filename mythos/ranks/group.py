@@ -45,7 +45,7 @@ def start(
         UserError: there is no GPU for this rank, MASTER_ADDR does not resolve on this host, no port is free, or the
             ranks do not reach each other within MEET_TIMEOUT.
     """
-    device = _choose_device(device_option)
+    device = choose_device(device_option)
     _check_address(os.environ["MASTER_ADDR"])
     user_sets_threads = "OMP_NUM_THREADS" in os.environ
     set_training_variables(device.type, os.environ)
@@ -194,7 +194,8 @@ def _check_address(address: str) -> None:
         ) from None
 
 
-def _choose_device(option: str) -> torch.device:
+def choose_device(option: str) -> torch.device:
+    """The device of this process, by ``device``. Raises UserError if there are too few GPUs."""
     if option == "cpu" or (option == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

@@ -7,7 +7,7 @@ events.jsonl                 the journal: when and where each attempt started, h
 metrics.jsonl, tensorboard/  losses, speeds and the rest, by step
 log/rank_00000.log           one log per rank, and those of Slurm jobs
 checkpoints/                 see ``mythos.checkpoint.layout``; ``latest`` names the newest complete one
-evaluations/, export/        what `mythos eval` and `mythos export` write
+evaluations/, export/, inspect/   what `mythos eval`, `mythos export` and `mythos inspect` write
 .lock, run_id                see ``mythos.run.lock``
 environment.json             of version 0.1: the environments that are in events.jsonl now
 """
@@ -116,6 +116,16 @@ class RunDirectory:
     def evaluation_points(self) -> Path:
         """The same results for TensorBoard. Not among the files that training still writes."""
         return self.tensorboard / "evaluations"
+
+    @property
+    def inspections(self) -> Path:
+        """What `mythos inspect` writes."""
+        return self.path / "inspect"
+
+    @property
+    def inspection_pictures(self) -> Path:
+        """Its pictures for TensorBoard."""
+        return self.tensorboard / "inspections"
 
     @property
     def exports(self) -> Path:

@@ -15,6 +15,7 @@ from mythos.run.console import log
 from mythos.run.directory import RunDirectory
 
 if TYPE_CHECKING:  # the import takes half a second, which only rank 0 has to spend
+    import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
 
@@ -131,6 +132,15 @@ def write_points(directory: Path, step: int, metrics: Mapping[str, float]) -> No
     with SummaryWriter(str(directory)) as writer:
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
+
+
+def write_pictures(directory: Path, step: int, pictures: Mapping[str, "np.ndarray"]) -> None:
+    """Pictures, (height, width, 3) of uint8, in TensorBoard, in a file of its own. Raises OSError."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(directory)) as writer:
+        for name, picture in pictures.items():
+            writer.add_image(name, picture, step, dataformats="HWC")
 
 
 def json_values(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -59,7 +59,20 @@ def test_help_lists_every_command_once_and_the_exit_codes(capsys: pytest.Capture
     text = capsys.readouterr().out
     listed = [line.split()[0] for line in text.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()]
     assert sorted(listed) == sorted(
-        ["train", "status", "eval", "checkpoint", "export", "config", "params", "plan", "bench", "data", "job"]
+        [
+            "train",
+            "status",
+            "eval",
+            "checkpoint",
+            "export",
+            "config",
+            "params",
+            "plan",
+            "bench",
+            "inspect",
+            "data",
+            "job",
+        ]
     )
     for code in ("0 done", "2 bad input", "74 checkpoints", "85"):
         assert code in " ".join(text.split())

@@ -7,7 +7,7 @@ import pytest
 
 from mythos.errors import UserError
 from mythos.parity import scaling
-from mythos.parity.scaling import fit, fit_depth
+from mythos.parity.scaling import fit
 
 PARAMETERS, TOKENS, STEPS = (1e8, 2e8, 4e8, 8e8), (1e9, 4e9, 16e9, 64e9), (1, 2, 4, 8)
 
@@ -49,12 +49,6 @@ def test_intervals_cover_the_truth_and_a_diverged_run_does_not_bend_the_law() ->
         low, high = found.interval(name)
         assert low <= exponent <= high
         assert found.law.exponent(name) == pytest.approx(exponent, rel=0.15)
-
-
-def test_the_law_of_the_depth_is_recovered() -> None:
-    depths = np.array([1, 2, 3, 4, 6, 8, 12, 16])
-    law = fit_depth(depths, 2.5 + 0.9 * np.exp(-0.45 * depths))
-    assert (law.floor, law.gain, law.rate) == pytest.approx((2.5, 0.9, 0.45), rel=0.02)
 
 
 def test_too_few_runs_are_refused() -> None:

@@ -175,17 +175,17 @@ def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_the_local_rank_chooses_the_gpu(eight_gpus: pytest.MonkeyPatch) -> None:
     eight_gpus.setenv("LOCAL_RANK", "5")
-    assert group._choose_device("auto") == torch.device("cuda", 5)
-    assert group._choose_device("cpu") == CPU
+    assert group.choose_device("auto") == torch.device("cuda", 5)
+    assert group.choose_device("cpu") == CPU
     eight_gpus.setenv("LOCAL_RANK", "8")
     with pytest.raises(UserError, match="needs GPU 8 of its node, which has 8"):
-        group._choose_device("cuda")
+        group.choose_device("cuda")
 
 
 def test_a_process_that_sees_only_its_own_gpu_takes_it(eight_gpus: pytest.MonkeyPatch) -> None:
     eight_gpus.setattr(torch.cuda, "device_count", lambda: 1)  # as under srun --gpus-per-task=1
     eight_gpus.setenv("LOCAL_RANK", "3")
-    assert group._choose_device("auto") == torch.device("cuda", 0)
+    assert group.choose_device("auto") == torch.device("cuda", 0)
 
 
 def test_gpus_communicate_by_nccl_and_compute_in_bf16(eight_gpus: pytest.MonkeyPatch, tmp_path: Path) -> None:
