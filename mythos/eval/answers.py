@@ -4,6 +4,7 @@ A problem is solved if every token of its answer is the likeliest one, which gre
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,25 +15,36 @@ from mythos.eval.requests import Request, Scorer, in_parts
 ROWS_AT_ONCE = 256
 
 
-def accuracies(dataset: TokenDataset, scorer: Scorer) -> dict[str, float]:
-    """The share of problems that are solved: ``accuracy_difficulty_N`` of each difficulty, and the means over those of
-    training, ``accuracy``, and over those beyond, ``accuracy_beyond``.
+@dataclass(frozen=True)
+class Problems:
+    """The problems of a validation split."""
 
-    Raises:
-        UserError: a shard is missing or damaged.
-    """
+    requests: list[Request]
+    difficulties_N: np.ndarray
+    trained_difficulty: int
+
+    def solved(self, scorer: Scorer) -> np.ndarray:
+        """Whether each problem is solved, (N,)."""
+        return np.array([score.is_greedy for part in in_parts(self.requests) for score in scorer(part)], dtype=bool)
+
+    def accuracies(self, solved_N: np.ndarray) -> dict[str, float]:
+        """The share of problems that are solved: ``accuracy_difficulty_N`` of each difficulty, and the means over those
+        of training, ``accuracy``, and over those beyond, ``accuracy_beyond``."""
+        levels = np.unique(self.difficulties_N).tolist()
+        by_level = {level: float(solved_N[self.difficulties_N == level].mean()) for level in levels}
+        found = {"accuracy": _mean([share for level, share in by_level.items() if level <= self.trained_difficulty])}
+        if beyond := [share for level, share in by_level.items() if level > self.trained_difficulty]:
+            found["accuracy_beyond"] = _mean(beyond)
+        return found | {f"accuracy_difficulty_{level}": accuracy for level, accuracy in by_level.items()}
+
+
+def read_problems(dataset: TokenDataset) -> Problems:
+    """All problems of the validation split. Raises UserError if a shard is missing or damaged."""
     manifest = dataset.manifest
     assert manifest.answers is not None
     assert manifest.synthetic is not None
-    requests, difficulties = _problems(dataset, manifest.answers, manifest.synthetic)
-    solved = np.array([score.is_greedy for part in in_parts(requests) for score in scorer(part)], dtype=bool)
-    levels = range(1, manifest.synthetic.most_difficult + 1)
-    by_level = {level: float(solved[difficulties == level].mean()) for level in levels}
-    trained = manifest.synthetic.trained_difficulty
-    found = {"accuracy": _mean([by_level[level] for level in levels if level <= trained])}
-    if beyond := [by_level[level] for level in levels if level > trained]:
-        found["accuracy_beyond"] = _mean(beyond)
-    return found | {f"accuracy_difficulty_{level}": accuracy for level, accuracy in by_level.items()}
+    requests, difficulties_N = _problems(dataset, manifest.answers, manifest.synthetic)
+    return Problems(requests, difficulties_N, manifest.synthetic.trained_difficulty)
 
 
 def _problems(dataset: TokenDataset, answers: Answers, synthetic: Synthetic) -> tuple[list[Request], np.ndarray]:

@@ -32,19 +32,28 @@ class Text:
     requests: list[Request]
     bytes_of: list[np.ndarray]
 
-    def measure(self, scorer: Scorer) -> dict[str, float]:
-        """Loss and bits per byte by name; none without a token to count, no bits per byte where bytes are unknown."""
+    def nats(self, scorer: Scorer) -> np.ndarray:
+        """-log p of the tokens that count, of each document."""
         scores = [score for part in in_parts(self.requests) for score in scorer(part)]
-        nats = tokens = size = 0.0
-        for score, bytes_of in zip(scores, self.bytes_of, strict=True):
-            counted = bytes_of != 0
-            nats -= math.fsum(score.log_probabilities[counted])
-            tokens += int(counted.sum())
-            size += float(bytes_of.sum())
+        pairs = zip(scores, self.bytes_of, strict=True)
+        return np.array([-math.fsum(score.log_probabilities[bytes_of != 0]) for score, bytes_of in pairs])
+
+    def items(self) -> dict[str, np.ndarray]:
+        """Of each document its number in the data, the tokens that count, and their bytes."""
+        return {
+            "documents": np.array([request.state_seed for request in self.requests]),
+            "documents_tokens": np.array([(bytes_of != 0).sum() for bytes_of in self.bytes_of]),
+            "documents_bytes": np.array([bytes_of.sum() for bytes_of in self.bytes_of]),
+        }
+
+    def metrics(self, nats_N: np.ndarray) -> dict[str, float]:
+        """Loss and bits per byte by name; none without a token to count, no bits per byte where bytes are unknown."""
+        items, nats = self.items(), math.fsum(nats_N)
+        tokens, size = items["documents_tokens"].sum(), items["documents_bytes"].sum()
         if not tokens:
             return {}
-        found = {"loss": nats / tokens}
-        return found if math.isnan(size) else found | {"bits_per_byte": nats / math.log(2) / size}
+        found = {"loss": nats / float(tokens)}
+        return found if math.isnan(size) else found | {"bits_per_byte": nats / math.log(2) / float(size)}
 
 
 def read_documents(

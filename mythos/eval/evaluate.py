@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
@@ -26,7 +28,7 @@ from mythos.errors import UserError
 from mythos.eval.forward import evaluation_forward
 from mythos.eval.generate import sample_tokens
 from mythos.eval.lead import lead
-from mythos.eval.measure import Ask, Metrics, Question, Wanted, hash_tasks, task_metrics, text_metrics
+from mythos.eval.measure import Ask, Items, Metrics, Question, Wanted, hash_tasks, task_metrics, text_metrics
 from mythos.eval.requests import Prompt, score
 from mythos.eval.validation import validate
 from mythos.files import hash_file, write_atomically
@@ -52,8 +54,9 @@ class Evaluator:
     def measure(self, found: Path) -> Metrics:
         """Load the checkpoint ``found`` and measure it at each of ``eval.depths``. Collective.
 
-        Rank 0 writes the metrics and all that determines them to RUN/evaluations/step_XXXXXXXX_HASH.json. HASH is that
-        of what determines them, so only the same evaluation replaces its file.
+        Rank 0 writes the metrics and all that determines them to RUN/evaluations/step_XXXXXXXX_HASH.json, and what was
+        measured of each document to a file .npz beside it. HASH is that of what determines them, so only the same
+        evaluation replaces its files.
 
         Raises:
             UserError: the checkpoint does not fit the configuration, or a file cannot be read.
@@ -71,18 +74,18 @@ class Evaluator:
         )
         assert losses is not None, "no stop can be requested"
 
-        def measure(ask: Ask) -> tuple[Metrics, dict[str, Any]]:
-            metrics = text_metrics(ask, self.data, losses, depths, self.config.eval.sequences, self.wanted)
+        def measure(ask: Ask) -> tuple[Metrics, Items, dict[str, Any]]:
+            metrics, items = text_metrics(ask, self.data, losses, depths, self.config.eval.sequences, self.wanted)
             if not self.wanted.tasks:
-                return metrics, {}
+                return metrics, items, {}
             of_tasks, details = task_metrics(ask, self.data, self.config.data.sequence_length, depths, self.wanted)
-            return metrics | of_tasks, details
+            return metrics | of_tasks, items, details
 
         with self.engine.evaluation():
-            metrics, details = lead(measure, self._answer)
+            metrics, items, details = lead(measure, self._answer)
         metrics = losses | metrics
         result = {"checkpoint": found.name, "step": step, **json_values(metrics), "tasks": details, **settings}
-        group.from_rank_0(lambda: _write(path, step, metrics, result))
+        group.from_rank_0(lambda: _write(path, step, metrics, items, result))
         log.info(f"written to {path}")
         return metrics
 
@@ -169,10 +172,14 @@ def open_evaluator(config: Config, device: torch.device, wanted: Wanted) -> Iter
         yield Evaluator(config, wanted, TrainingEngine(config, device), data, watchdog)
 
 
-def _write(path: Path, step: int, metrics: Metrics, result: dict[str, Any]) -> None:
+def _write(path: Path, step: int, metrics: Metrics, items: Items, result: dict[str, Any]) -> None:
+    """The result comes last: where it is, everything is."""
     result["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     path.parent.mkdir(exist_ok=True)
     is_new = not path.exists()
+    content = BytesIO()
+    np.savez_compressed(content, **items)
+    write_atomically(path.with_suffix(".npz"), content.getvalue())
     write_atomically(path, json.dumps(result, indent=2))
     if is_new:
         points = {name: value for name, value in metrics.items() if name.startswith("eval/")}

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from mythos.data.open import RunData, read_tokenizer
 from mythos.data.stream import Source
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.eval import tasks
-from mythos.eval.answers import accuracies
+from mythos.eval.answers import read_problems
 from mythos.eval.batches import validation_rows
 from mythos.eval.documents import bytes_in_rows, read_documents
 from mythos.eval.requests import Prompt, Request, Scorer, Writer
@@ -24,6 +25,8 @@ from mythos.files import hash_file
 from mythos.run.console import log
 
 Metrics = dict[str, float]
+Items = dict[str, np.ndarray]
+"""Of each document or synthetic problem, by name: what it is, and what was measured of it at each depth."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ def text_metrics(
     depths: Sequence[int | None],
     sequences: int | None,
     wanted: Wanted,
-) -> Metrics:
-    """Loss, perplexity and bits per byte at each depth, of rows and of documents.
+) -> tuple[Metrics, Items]:
+    """Loss, perplexity and bits per byte at each depth, of rows and of documents, and the values of each document.
 
     Without a tokenizer that can be read only those that need none are measured.
 
@@ -80,16 +83,26 @@ def text_metrics(
         tokenizer = bos = None
     rows = [_of_rows(source, len(data.validation), losses, depths, sequences, tokenizer) for source in data.validation]
     found = _named("rows_", data.validation, depths, rows)
+    items: Items = {}
     if data.validation[0].dataset.manifest.answers is not None:
-        solved = [[accuracies(source.dataset, _scorer(ask, steps)) for steps in depths] for source in data.validation]
-        found |= _named("", data.validation, depths, solved)
+        of_sources = []
+        for source in data.validation:
+            problems = read_problems(source.dataset)
+            solved = {steps: problems.solved(_scorer(ask, steps)) for steps in depths}
+            of_sources.append([problems.accuracies(solved[steps]) for steps in depths])
+            one = {f"problems_solved{suffix(at)}": each for at, each in solved.items()}
+            items |= _of_source(source, data, {"problems_difficulty": problems.difficulties_N} | one)
+        found |= _named("", data.validation, depths, of_sources)
     elif tokenizer is not None and wanted.documents != 0:
         of_sources = []
         for source in data.validation:
             text = read_documents(source.dataset, tokenizer, bos, wanted.documents, wanted.with_bos)
-            of_sources.append([text.measure(_scorer(ask, steps)) for steps in depths])
+            nats = {steps: text.nats(_scorer(ask, steps)) for steps in depths}
+            of_sources.append([text.metrics(nats[steps]) for steps in depths])
+            one = {f"documents_nats{suffix(at)}": each for at, each in nats.items()}
+            items |= _of_source(source, data, text.items() | one)
         found |= _named("documents_", data.validation, depths, of_sources)
-    return found
+    return found, items
 
 
 def task_metrics(
@@ -181,6 +194,11 @@ def _scorer(ask: Ask, steps: int | None) -> Scorer:
 
 def _writer(ask: Ask, steps: int | None) -> Writer:
     return lambda prompt: ask(Question(prompt, steps))
+
+
+def _of_source(source: Source, data: RunData, items: Items) -> Items:
+    """The names of several sources' items, told apart."""
+    return items if len(data.validation) == 1 else {f"{source.name}/{name}": each for name, each in items.items()}
 
 
 def suffix(steps: int | None) -> str:

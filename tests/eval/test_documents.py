@@ -56,7 +56,10 @@ def test_bits_per_byte_are_those_of_the_raw_text(sentences: list[str], text_data
     assert sum(len([bos, *tokenizer.encode(raw).ids]) <= SEQUENCE_LENGTH for raw in texts) > 2
     del text.requests[len(texts) :], text.bytes_of[len(texts) :]
     with torch.no_grad():
-        found = text.measure(lambda requests: score(net, requests, 2, 256, SEQUENCE_LENGTH, CPU))
+        nats = text.nats(lambda requests: score(net, requests, 2, 256, SEQUENCE_LENGTH, CPU))
+    found = text.metrics(nats)
+    assert len(nats) == len(texts)
+    assert math.isclose(nats.sum() / math.log(2), expected_bits, rel_tol=1e-6)
     assert math.isclose(found["bits_per_byte"], expected_bits / expected_bytes, rel_tol=1e-6)
     tokens = sum(len(request.tokens) - 1 for request in text.requests)
     assert math.isclose(found["loss"], expected_bits * math.log(2) / tokens, rel_tol=1e-6)

@@ -39,7 +39,7 @@ def run(one_rank: RankPool, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def results(run: Path) -> dict[str, dict[str, Any]]:
-    paths = RunDirectory(run).evaluations.iterdir()
+    paths = RunDirectory(run).evaluations.glob("*.json")
     return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 

@@ -56,10 +56,19 @@ def test_they_are_the_trainers_on_any_ranks_and_in_any_batches(
     assert measured[0]["eval/rows_bits_per_byte_depth_3"] == pytest.approx(bits_per_byte, rel=1e-6)
 
     directory = RunDirectory(text_run)
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in directory.evaluations.iterdir()]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in directory.evaluations.glob("*.json")]
     assert len(results) == 4
     for result in results:
         assert {name: result[name] for name in measured[0]} == pytest.approx(measured[0], rel=1e-6)
+    for path in directory.evaluations.glob("*.json"):
+        items = np.load(path.with_suffix(".npz"))
+        assert len(set(items["documents"].tolist())) == len(items["documents"])
+        for steps in DEPTHS:
+            nats = items[f"documents_nats_depth_{steps}"].sum()
+            loss = measured[0][f"eval/documents_loss_depth_{steps}"]
+            assert nats / items["documents_tokens"].sum() == pytest.approx(loss, rel=1e-6)
+            bits = measured[0][f"eval/documents_bits_per_byte_depth_{steps}"]
+            assert nats / math.log(2) / items["documents_bytes"].sum() == pytest.approx(bits, rel=1e-6)
     events = EventAccumulator(str(directory.evaluation_points))
     events.Reload()
     assert set(events.Tags()["scalars"]) == expected
@@ -85,5 +94,6 @@ def test_without_a_readable_tokenizer_there_are_losses_of_rows_alone(
     from tests.tiny import tiny_config
 
     data = open_run_data(tiny_config("dense", tiny_data, tiny_data))
-    found = text_metrics(lambda asked: [], data, {"val/loss": 2.0}, [None], None, Wanted())
+    found, items = text_metrics(lambda asked: [], data, {"val/loss": 2.0}, [None], None, Wanted())
     assert found == {"eval/rows_loss": 2.0, "eval/rows_perplexity": math.exp(2.0)}
+    assert not items

@@ -12,7 +12,7 @@ from mythos.data.dataset import TokenDataset, answer_targets
 from mythos.data.open import open_data
 from mythos.data.stream import AnswerTargets
 from mythos.errors import UserError
-from mythos.eval.answers import accuracies
+from mythos.eval.answers import read_problems
 from mythos.eval.requests import Score
 from mythos.loss import cross_entropy_and_z_loss
 from mythos.train.batch import micro_batch
@@ -79,7 +79,8 @@ def test_accuracy_is_the_share_of_answers_that_are_right_by_difficulty(addition:
         return [Score(np.zeros(1), bool(request.tokens[request.first] == zero)) for request in requests]
 
     zero = 4  # after the four special tokens
-    found = accuracies(dataset, scorer)
+    problems = read_problems(dataset)
+    found = problems.accuracies(problems.solved(scorer))
     assert len(asked) == dataset.manifest.splits["validation"].documents
     assert sum(len(request.tokens) - request.first for request in asked) == (
         dataset.manifest.splits["validation"].counted_targets
