@@ -60,7 +60,8 @@ def closure(requirements: list[Requirement]) -> set[str]:
 def test_imports_are_declared_and_declared_packages_are_imported() -> None:
     optional = [Requirement(line) for line in PROJECT["optional-dependencies"]["eval"]]  # imported where it is used
     declared = {canonicalize_name(requirement.name) for requirement in REQUIRED + optional}
-    assert imported() - {"pydantic-core"} == declared - NEVER_IMPORTED  # pydantic-core belongs to pydantic
+    # pydantic-core belongs to pydantic; transformers is imported by code that is only copied into exports
+    assert imported() - {"pydantic-core", "transformers"} == declared - NEVER_IMPORTED
 
 
 def test_pinned_versions_are_in_the_declared_ranges() -> None:

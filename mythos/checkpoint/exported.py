@@ -1,7 +1,7 @@
-"""The files of exported weights: which file holds which weight of the plain model."""
+"""The files of exported weights: which file holds which weight of the plain model, and under which name."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -10,6 +10,15 @@ from mythos.readers import LARGE_FILE_BYTES, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 REMEDY = "run `mythos export` again"
+PREFIX_FOR_TRANSFORMERS = "model."
+"""Before the names of the weights in an export for transformers, whose models contain the plain one."""
+
+
+class Place(NamedTuple):
+    """Where a weight is: the file's name, and the weight's name in it."""
+
+    file: str
+    name: str
 
 
 class _Index(TypedDict):
@@ -21,7 +30,7 @@ class _Index(TypedDict):
 _INDEX = TypeAdapter(_Index)
 
 
-def read_index(directory: Path) -> dict[str, str]:
-    """The file of each weight. Raises UserError."""
+def read_index(directory: Path) -> dict[str, Place]:
+    """The place of each weight, by its name in the plain model. Raises UserError."""
     files: dict[str, str] = read_json(directory / INDEX_FILE, _INDEX, REMEDY, LARGE_FILE_BYTES)["weight_map"]
-    return files
+    return {name.removeprefix(PREFIX_FOR_TRANSFORMERS): Place(file, name) for name, file in files.items()}

@@ -65,10 +65,11 @@ class ExportedWeights:
 
     def __init__(self, directory: Path, parameters: Iterable[str], buffers: Iterable[str]) -> None:
         files = read_index(directory)
-        for name in set(files.values()):
+        names = {place.file for place in files.values()}
+        for name in names:
             check_regular(directory / name)
-        opened = {name: safe_open(str(directory / name), "pt") for name in set(files.values())}
-        self._files = {name: opened[file] for name, file in files.items()}
+        opened = {name: safe_open(str(directory / name), "pt") for name in names}
+        self._saved = {name: (opened[place.file], place.name) for name, place in files.items()}
         self._buffers = [name for name in buffers if name in files]
         split = {plain: parts for plain, parts in plain_parameters(parameters).items() if plain in files}
         whole = {name: (name,) for name in files if name not in split and name not in self._buffers}
@@ -82,15 +83,20 @@ class ExportedWeights:
     def weights(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """See ``Weights``."""
         plain, number, parts = self._places[name]
-        tensor = self._files[plain].get_tensor(plain)
+        tensor = self._tensor(plain)
         out.copy_((tensor.chunk(parts, dim=1)[number] if parts > 1 else tensor).reshape(-1)[start:stop])
 
     def buffers(self) -> dict[str, Tensor]:
         """See ``Weights``."""
-        return {name: self._files[name].get_tensor(name) for name in self._buffers}
+        return {name: self._tensor(name) for name in self._buffers}
+
+    def _tensor(self, plain: str) -> Tensor:
+        file, name = self._saved[plain]
+        return file.get_tensor(name)
 
     def _shape(self, plain: str, _: int, parts: int) -> tuple[int, ...]:
-        first, *others = self._files[plain].get_slice(plain).get_shape()
+        file, name = self._saved[plain]
+        first, *others = file.get_slice(name).get_shape()
         return (first, others[0] // parts, *others[1:]) if parts > 1 else (first, *others)
 
 

@@ -3,6 +3,7 @@
     DIR/model-00001-of-00003.safetensors ...   weights under the names of the plain PyTorch model
     DIR/model.safetensors.index.json           which file holds which weight
     DIR/config.yaml, DIR/tokenizer.json
+    DIR/config.json, tokenizer_config.json ... for transformers: see ``mythos.export.hugging_face``
 
 Needs no GPU and no DeepSpeed. It keeps at most one output file and one parameter in memory.
 """
@@ -18,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mythos.checkpoint import layout
-from mythos.checkpoint.exported import INDEX_FILE, REMEDY, read_index
+from mythos.checkpoint.exported import INDEX_FILE, PREFIX_FOR_TRANSFORMERS, REMEDY, read_index
 from mythos.checkpoint.plain import checked_reader, plain_tensors, values_of
-from mythos.checkpoint.reader import CheckpointReader
 from mythos.checkpoint.tensors import write_tensors
 from mythos.config.load import load_run
 from mythos.errors import UserError
+from mythos.export.hugging_face import SpecialTokens, write_description
 from mythos.files import check_regular
 from mythos.model import build_structure
 from mythos.readers import one_line
@@ -33,7 +34,12 @@ FILE_BYTES = 4 << 30
 
 
 def export(
-    run: Path, output: Path, step: int | None = None, dtype: torch.dtype = torch.float32, file_bytes: int = FILE_BYTES
+    run: Path,
+    output: Path,
+    step: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    file_bytes: int = FILE_BYTES,
+    for_transformers: SpecialTokens | None = None,
 ) -> Path:
     """Write the weights of a checkpoint to ``output``; returns the path of the checkpoint.
 
@@ -42,12 +48,13 @@ def export(
         step: of the checkpoint; None for the newest complete one.
         dtype: of the written weights; balance biases remain in fp32.
         file_bytes: a new file begins after this size.
+        for_transformers: also write what transformers needs, with these special tokens.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, or ``output`` is in use or cannot be written.
+        UserError: there is no such checkpoint, it is damaged or removed meanwhile, or ``output`` is in use or cannot be
+            written.
     """
     checkpoint = layout.find(run, step)
-    reader = checked_reader(checkpoint)
     copied = (RunDirectory(run).config, RunDirectory(run).tokenizer)
     for path in copied:
         if not path.is_file():
@@ -57,12 +64,22 @@ def export(
     partial = output.with_name(f".{output.name}.partial.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        _write_weights(reader, partial, dtype, file_bytes)
         for path in copied:
             check_regular(path)
             shutil.copyfile(path, partial / path.name)
+        if for_transformers is not None:
+            write_description(partial, load_run(partial / CONFIG_FILE), dtype, for_transformers)
+        prefix = PREFIX_FOR_TRANSFORMERS if for_transformers else ""
+        write_weights(plain_tensors(checked_reader(checkpoint), dtype), partial, prefix, file_bytes)
         os.rename(partial, output)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UserError) as error:
+        if not checkpoint.exists():
+            raise UserError(
+                f"{checkpoint}: was removed while it was exported (a run keeps its newest checkpoint.keep_last): "
+                "export another step"
+            ) from error
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{output}: cannot be written ({error}): free space or name another --output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -78,26 +95,30 @@ def load_exported(directory: Path) -> nn.Module:
     model = build_structure(load_run(directory / CONFIG_FILE))
     wanted = values_of(model)
     try:
-        files = read_index(directory)
-        if set(files) != set(wanted):
+        places = read_index(directory)
+        if set(places) != set(wanted):
             raise UserError(
-                f"{directory}: weights and {CONFIG_FILE} differ: {sorted(set(files) ^ set(wanted))[:3]} ..."
+                f"{directory}: weights and {CONFIG_FILE} differ: {sorted(set(places) ^ set(wanted))[:3]} ..."
             )
-        for file in sorted(set(files.values())):
+        for file in sorted({place.file for place in places.values()}):
             check_regular(directory / file)
             with safe_open(str(directory / file), "pt") as tensors, torch.no_grad():
-                for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-                    wanted[name].copy_(tensors.get_tensor(name))
+                for plain, place in places.items():
+                    if place.file == file:
+                        wanted[plain].copy_(tensors.get_tensor(place.name))
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         reason = one_line(str(error))
         raise UserError(f"{directory}: not an exported model ({reason}): {REMEDY}") from error
     return model.eval()
 
 
-def _write_weights(reader: CheckpointReader, directory: Path, dtype: torch.dtype, file_bytes: int) -> None:
+def write_weights(
+    weights: Iterable[tuple[str, Tensor]], directory: Path, prefix: str = "", file_bytes: int = FILE_BYTES
+) -> None:
+    """Write the files of the weights of a plain model, with a prefix before their names."""
     numbers: dict[str, int] = {}  # of the file that holds a weight
     count, total_bytes = 0, 0
-    for tensors in _in_groups(plain_tensors(reader, dtype), file_bytes):
+    for tensors in _in_groups(((prefix + name, tensor) for name, tensor in weights), file_bytes):
         count += 1
         write_tensors(directory / f"{count}.safetensors", tensors)
         numbers |= dict.fromkeys(tensors, count)
