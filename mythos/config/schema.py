@@ -240,6 +240,9 @@ class Config:
     deterministic: bool = option(
         "on a GPU the same bits in every run, slower", False, change="free", needs=Needs("device", ("auto", "cuda"))
     )
+    compile: Literal["auto", "off", "blocks"] = option(
+        "blocks: compile dense layers, a minute at each start; auto: on GPUs with triton", "auto", change="free"
+    )
     model: Model = option("the architecture")
     init: Init = option("initial weights", default_factory=Init)
     loop: Loop | None = option("the loop of a looped model", None, needs=LOOPED)

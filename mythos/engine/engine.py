@@ -30,8 +30,10 @@ from mythos.engine.placement import (
     parameter_shards,
     refresh_weights,
 )
-from mythos.engine.sections import deepspeed_config, expert_parallel_section, precision, training_dtype
+from mythos.engine.sections import compiles, deepspeed_config, expert_parallel_section, precision, training_dtype
 from mythos.model import Model, build_structure, draws
+from mythos.model.block import Block
+from mythos.model.compilation import compile_blocks
 from mythos.model.depth import DepthPlan
 from mythos.model.loop import ExitRule, Loop
 from mythos.model.moe import TOKENS_PER_EXPERT, MoE, moe_layers
@@ -63,9 +65,8 @@ class TrainingEngine:
         model = _build_model(config, sections, device)
         model.product_type = self.dtype
         moe_names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
-        # Before initialisation: marked later, the children of the loop would keep their gathering hooks.
-        if any(isinstance(module, Loop) for module in model.modules()):
-            deepspeed.utils.set_z3_leaf_modules(model, [Loop])
+        # Before initialisation: marked later, the children would keep their gathering hooks, which cannot be compiled.
+        deepspeed.utils.set_z3_leaf_modules(model, [Loop, Block])
         optimizer = build_optimizer(model, config.optim)
         if moe_names:
             assert isinstance(config.model, Looped)
@@ -83,6 +84,8 @@ class TrainingEngine:
         for layer in moe_layers(self.module):
             layer.router.gate.__class__ = FP32Linear  # AutoEP's own would compute the logits in bf16
         self._gather_in_training_type()
+        if compiles(config, device):
+            compile_blocks(self.module)
         if isinstance(optimizer, MuonAdamW):
             optimizer.exchanges = self._exchanges(optimizer)
 

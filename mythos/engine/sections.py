@@ -1,7 +1,9 @@
 """DeepSpeed's configuration from ours, without importing DeepSpeed."""
 
 import importlib.util
+import os
 import re
+import shutil
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from mythos.config.derive import micro_steps
 from mythos.config.model_schema import MixtureOfExperts
 from mythos.config.schema import Config
+from mythos.errors import UserError
 
 
 def precision(config: Config, device: torch.device) -> str:
@@ -21,6 +24,15 @@ def precision(config: Config, device: torch.device) -> str:
 def training_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The type of matrix products in training."""
     return torch.bfloat16 if precision(config, device) == "bf16" else torch.float32
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether blocks are compiled. Raises UserError where they should be and torch finds no compiler."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
+    possible = compiler is not None and (device.type == "cpu" or importlib.util.find_spec("triton") is not None)
+    if config.compile == "blocks" and not possible:
+        raise UserError("compile = blocks: this host has no g++ (or no triton for its GPU): install it or set off")
+    return config.compile == "blocks" or (config.compile == "auto" and device.type == "cuda" and possible)
 
 
 def deepspeed_config(config: Config, world_size: int, device: torch.device) -> dict[str, Any]:

@@ -26,9 +26,16 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.width, eps=config.norm_epsilon)
         self.feed_forward = feed_forward
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None = None) -> Tensor:
+    def attend(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x after attention, and norm(x), the input of the feed-forward layer."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, value_embedding)
-        return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
+        return x_BSD, self.feed_forward_norm(x_BSD)
+
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None = None) -> Tensor:
+        x_BSD, normed_BSD = self.attend(x_BSD, rotary, value_embedding)
+        return x_BSD + self.feed_forward(normed_BSD)
 
 
 class Adapter(nn.Module):
@@ -84,8 +91,7 @@ class CoreBlock(Block):
         observe: bool,
     ) -> CoreOutput:
         """``loop_step_B`` counts each sequence's own loop steps from 0; ``observe`` requests the routing."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, value_embedding)
-        normed_BSD = self.feed_forward_norm(x_BSD)
+        x_BSD, normed_BSD = self.attend(x_BSD, rotary, value_embedding)
         x_BSD = x_BSD + self.feed_forward(normed_BSD)
         if self.adapter is not None:
             x_BSD = x_BSD + self.adapter(normed_BSD, loop_step_B)

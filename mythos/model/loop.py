@@ -209,7 +209,7 @@ class Loop(nn.Module):
         """
         previous, done = state, 0
         for steps_left in range(most, 0, -1):
-            last, observe = final and steps_left == 1, final and steps_left <= 2
+            last, observe = final and steps_left == 1, final and steps_left <= 2 and self.exchanges_tokens
             rows = due(steps, steps_left)
             done += rows
             previous = state = state.followed_by(start.rows(len(state), rows))

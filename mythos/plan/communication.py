@@ -22,7 +22,7 @@ from mythos.config.derive import micro_steps
 from mythos.config.model_schema import Looped
 from mythos.config.optim_schema import Muon
 from mythos.config.schema import Config
-from mythos.plan.gathers import DEEPSPEED, Limits, micro_step
+from mythos.plan.gathers import DEEPSPEED, Limits, leaf_of, micro_step
 from mythos.plan.layout import Group, Held, Layout, held_by_rank
 from mythos.plan.precision import Bytes
 from mythos.plan.tensors import Treatment
@@ -139,31 +139,27 @@ def reduce_buckets(config: Config, parameters: Sequence[Held], largest: int) -> 
 
 def optimizer_groups(config: Config, parameters: Sequence[Held]) -> list[list[Held]]:
     """The parameter groups in their order: those of the optimizer; under ZeRO 3 routers are apart, after theirs."""
-    by_treatment = {t: [p for p in parameters if p.treatment is t] for t in Treatment}
-    matrices, others = by_treatment[Treatment.MATRIX], by_treatment[Treatment.OTHER]
-    routers, experts = by_treatment[Treatment.ROUTER], by_treatment[Treatment.EXPERT]
-    if config.parallel.zero_stage < 3:
-        with_routers = others if isinstance(config.optim, Muon) else matrices
-        with_routers += routers
-        routers = []
+    routers, experts = {Treatment.ROUTER}, {Treatment.EXPERT}
     if isinstance(config.optim, Muon):
-        ordered = [others, routers, matrices, experts]
+        groups = [{Treatment.OTHER, Treatment.OUTER_MATRIX}, routers, {Treatment.MATRIX}, experts]
     else:
-        ordered = [matrices, routers, others, experts]
+        groups = [{Treatment.MATRIX, Treatment.OUTER_MATRIX}, routers, {Treatment.OTHER}, experts]
+    if config.parallel.zero_stage < 3:
+        groups = [groups[0] | routers, *groups[2:]]
+    ordered = [[parameter for parameter in parameters if parameter.treatment in group] for group in groups]
     return [group for group in ordered if group]
 
 
 def _gradients_in_order(config: Config, parameters: Sequence[Held]) -> Iterator[Held]:
-    """Backward through the modules; the loop's gradients are complete together, and come in the optimizer's order."""
-    in_loop = [parameter for parameter in parameters if parameter.name.startswith("loop.")]
-    outside = [parameter for parameter in parameters if not parameter.name.startswith("loop.")]
-    loop_is_done = not in_loop
-    for parameter in reversed(outside):
-        if not loop_is_done and parameter.name == "prelude_norm.weight":
-            loop_is_done = True
-            for group in optimizer_groups(config, in_loop):
-                yield from group
-        yield parameter
+    """Backward through the modules; a leaf's gradients are complete together, and come in the optimizer's order."""
+    leaves: dict[str, list[Held]] = {}
+    for parameter in parameters:
+        leaves.setdefault(leaf_of(parameter.name) or parameter.name, []).append(parameter)
+    loop = leaves.pop("loop", [])
+    for name, own in reversed(leaves.items()):
+        if name == "prelude_norm.weight":
+            yield from chain(*optimizer_groups(config, loop))
+        yield from chain(*optimizer_groups(config, own))
 
 
 def _zero_0_to_2(

@@ -2,7 +2,8 @@
 
 Every call of a module fetches the parameters of its own that are not there, then prefetches those of the next modules,
 in the order of the micro-step before, up to a bucket's size. A parameter that is not used again soon is released
-(deepspeed/runtime/zero/partitioned_param_coordinator.py, version 0.19). The loop is one module.
+(deepspeed/runtime/zero/partitioned_param_coordinator.py, version 0.19). The loop is one module, and so is every other
+block.
 """
 
 import math
@@ -15,7 +16,8 @@ from mythos.config.model_schema import Dense, Looped
 from mythos.plan.layout import Held, Layout, held_by_rank
 from mythos.plan.tensors import Treatment
 
-LISTS = ("prelude", "coda", "blocks", "value_embeddings.tables")
+BLOCKS = ("prelude", "coda", "blocks")
+LISTS = (*BLOCKS, "value_embeddings.tables")
 """Containers, which are not called themselves."""
 
 
@@ -68,6 +70,12 @@ class Gathers:
     """The most elements that are gathered at a time."""
 
 
+def leaf_of(parameter: str) -> str | None:
+    """The name of the leaf that a parameter belongs to, or None: the loop and the blocks outside of it are leaves."""
+    first, second, *_ = parameter.split(".")
+    return first if first == "loop" else f"{first}.{second}" if first in BLOCKS else None
+
+
 def module_tree(parameters: Sequence[Held]) -> Module:
     """The modules of the model as ZeRO-3 sees them."""
     root = Module()
@@ -83,26 +91,29 @@ def module_tree(parameters: Sequence[Held]) -> Module:
             if name not in module.children:
                 module.children[name] = Module([tied] if name == "head" else [])
             module = module.children[name]
-            if name == "loop":
-                module.is_leaf, module.backward_calls = True, 2  # the state and the penalties
+            module.is_leaf = name == leaf_of(parameter.name)
+            if module.is_leaf:
                 break
         module.parameters.append(parameter)
         if name == "embedding":
             root.children["value_embeddings"] = Module()
     tables = root.children["value_embeddings"]
     tables.backward_calls = len(tables.children)
-    if "loop" in root.children:
-        root.children["loop"].parameters.sort(key=_created)
+    for name, child in root.children.items():
+        if child.is_leaf:
+            child.parameters.sort(key=_created)
+        if name == "loop":
+            child.backward_calls = 2  # the state and the penalties
     return root
 
 
 def _created(parameter: Held) -> tuple[bool, float, bool]:
-    """Sorts the loop's parameters as they were created: experts and routers by AutoEP, a block's feed-forward first."""
+    """Sorts a leaf's parameters as they were created: experts and routers by AutoEP, a block's feed-forward first."""
     by_autoep = parameter.treatment in (Treatment.EXPERT, Treatment.ROUTER)
-    _, where, number, *_ = parameter.name.split(".")
+    part, where, number, *_ = parameter.name.split(".")
     block = {"core": int(number) if where == "core" else 0, "injection": -1}.get(where, math.inf)
     first = ".feed_forward." in parameter.name or parameter.name.endswith("input.weight")
-    return by_autoep, 0 if by_autoep else block, not first
+    return by_autoep, 0 if by_autoep or part != "loop" else block, not first
 
 
 @cache

@@ -31,8 +31,10 @@ class Treatment(Enum):
     """Of a block, with at least two dimensions: Muon's, or AdamW's with weight decay."""
     ROUTER = auto()
     EXPERT = auto()
+    OUTER_MATRIX = auto()
+    """Of the injection, the readout and halting: AdamW's, with weight decay where AdamW has all matrices."""
     OTHER = auto()
-    """Tables, norms, vectors, and the matrices outside of blocks."""
+    """Tables, norms, vectors."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def _parameters(model: Looped | Dense) -> Iterator[Parameter]:
     if isinstance(model, Looped):
         yield Parameter("prelude_norm.weight", (width,), "norms", Treatment.OTHER)
         yield from _loop(model, layers)
-        yield Parameter("readout.weight", (width, width), "readout C", Treatment.OTHER)
+        yield Parameter("readout.weight", (width, width), "readout C", Treatment.OUTER_MATRIX)
         for layer in range(before_coda, layers):
             yield from _block(model, f"coda.{layer - before_coda}", has_value_embedding(model, layer, layers))
     yield Parameter("head.norm.weight", (width,), "norms", Treatment.OTHER)
@@ -90,7 +92,8 @@ def _loop(model: Looped, layers: int) -> Iterator[Parameter]:
         "additive": {},
     }
     for name, shape in injection[model.injection].items():
-        yield Parameter(f"loop.injection.{name}", shape, "injection", Treatment.OTHER)
+        treatment = Treatment.OUTER_MATRIX if len(shape) > 1 else Treatment.OTHER
+        yield Parameter(f"loop.injection.{name}", shape, "injection", treatment)
     for layer in range(model.core_layers):
         place = f"loop.core.{layer}"
         gate = has_value_embedding(model, model.prelude_layers + layer, layers)
@@ -103,7 +106,7 @@ def _loop(model: Looped, layers: int) -> Iterator[Parameter]:
         table = (model.loop_embeddings, width)
         yield Parameter("loop.step_embedding.weight", table, "loop embeddings", Treatment.OTHER)
     if model.halting:
-        yield Parameter("loop.halting.gate.weight", (1, width), "halting", Treatment.OTHER)
+        yield Parameter("loop.halting.gate.weight", (1, width), "halting", Treatment.OUTER_MATRIX)
         yield Parameter("loop.halting.gate.bias", (1,), "halting", Treatment.OTHER)
 
 

@@ -124,8 +124,8 @@ def test_every_parameter_has_the_name_shape_and_treatment_that_the_model_gives_i
 
 
 def treatment(role: Role, tensor: torch.Tensor) -> Treatment:
-    if role is Role.BLOCK:
-        return Treatment.MATRIX if tensor.ndim > 1 else Treatment.OTHER
+    if tensor.ndim > 1 and role in (Role.BLOCK, Role.OTHER):
+        return Treatment.MATRIX if role is Role.BLOCK else Treatment.OUTER_MATRIX
     return {Role.EXPERT: Treatment.EXPERT, Role.ROUTER: Treatment.ROUTER}.get(role, Treatment.OTHER)
 
 

@@ -1,7 +1,7 @@
 """Every parallel form against plain training: one process, whole batch, no DeepSpeed."""
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 
 from mythos import loss
 from mythos.config.schema import Config
+from mythos.engine import engine
 from tests.reference.plain_training import train_plainly
 from tests.spawn import RankPool
 from tests.tiny import VOCABULARY, tiny_config
@@ -65,6 +66,22 @@ def test_one_rank_trains_like_the_plain_process(
     config = tiny_config(model, tiny_data, tmp_path / "run", train__steps=STEPS)
     assert one_rank.run(run_training, config) == [0]
     plain = plain_curve(model, tiny_data, None)
+    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
+    assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
+
+
+def train_compiled(config: Config) -> int:
+    """With the graphs as they are: generated code for them takes a minute; tests/model/test_compilation.py has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "compiles", lambda *_: True)
+        patch.setattr(engine, "compile_blocks", partial(engine.compile_blocks, backend="aot_eager"))
+        return run_training(config)
+
+
+def test_compiled_blocks_train_the_same_under_zero_3(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config("looped-moe", tiny_data, tmp_path / "run", ranks=2, train__steps=STEPS)
+    assert two_ranks.run(train_compiled, config) == [0, 0]
+    plain = plain_curve("looped-moe", tiny_data, None)
     assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
     assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
 
