@@ -32,7 +32,7 @@ def results(directory: Path) -> dict[str, Any]:
     found["loss"].backward()
     found["gradient"] = model.get_input_embeddings().weight.grad
     model.eval()
-    length = {"max_new_tokens": GENERATED, "min_new_tokens": GENERATED, "do_sample": False}
+    length = {"max_new_tokens": GENERATED, "do_sample": False, "eos_token_id": -1}  # no token ends a text
     found["generated"] = model.generate(**batch, **deeper, **length)[:, batch.input_ids.shape[1] :]
     half = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, torch_dtype=torch.bfloat16)
     found["fp32_in_bf16"] = sorted(name for name, value in half.state_dict().items() if value.dtype == torch.float32)

@@ -1,0 +1,51 @@
+"""Exports of tiny models without a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+
+from mythos.checkpoint.plain import values_of
+from mythos.config.load import to_dict
+from mythos.config.schema import Config
+from mythos.config.yaml_file import dump
+from mythos.data.format import BOS
+from mythos.export import SpecialTokens
+from mythos.export.hugging_face import write_description
+from mythos.export.weights import write_weights
+from mythos.model import build_model
+from tests.export.load_in_transformers import TEXTS
+from tests.model.helpers import randomise
+
+VOCABULARY = 300
+
+
+@pytest.fixture(scope="package")
+def tokenizer() -> Tokenizer:
+    """Bytes, and the most frequent pairs of the texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+def write_export(config: Config, tokenizer: Tokenizer, directory: Path) -> None:
+    """An export for transformers, with random weights in all parameters and several files."""
+    model = randomise(build_model(config), deviation=0.3)
+    for buffer in values_of(model).keys() - dict(model.named_parameters()):
+        values_of(model)[buffer].copy_(torch.linspace(-0.1, 0.1, 4))  # the balance biases of four experts
+    if config.model.kind == "looped" and config.model.halting:
+        nn.init.constant_(model.get_submodule("loop.halting.gate").bias, -2.0)  # tokens halt after nine steps
+    directory.mkdir()
+    (directory / "config.yaml").write_text(dump(to_dict(config)), encoding="utf-8")
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    write_description(directory, config, torch.float32, SpecialTokens())
+    tensors = ((name, tensor.detach().clone()) for name, tensor in values_of(model).items())
+    write_weights(tensors, directory, "model.", file_bytes=40_000)

@@ -1,0 +1,81 @@
+"""lm-evaluation-harness's own model for Hugging Face, on an export, gives what this project's adapter gives."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from mythos.data.format import BOS
+from mythos.eval.requests import score
+from mythos.export import load_exported
+from tests.export.conftest import VOCABULARY, write_export
+from tests.require import missing
+from tests.tiny import tiny_config
+
+ITEMS, DEPTH, LONGEST = 200, 5, 24
+TEXT = "The quick brown fox jumps over the lazy dog; caf\u00e9, \u4e2d\u6587 and \U0001f600. "
+
+
+def write_task(directory: Path) -> str:
+    """Three answers to each question; the longest questions do not fit into the model."""
+    words = TEXT.split()
+    questions = [" ".join(words[n % 9 : n % 9 + 3] * (1 + n % 4)) for n in range(ITEMS)]
+    answers = [[words[n % 11], words[n % 7], "x"] for n in range(ITEMS)]
+    items = [{"question": questions[n], "answers": answers[n], "gold": n % 3} for n in range(ITEMS)]
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    (directory / "items.jsonl").write_text(lines, encoding="utf-8")
+    (directory / "task.yaml").write_text(
+        "task: local_words\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {directory}/items.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\nmetric_list: [{metric: acc}]\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{answers}}"\ndoc_to_target: "{{gold}}"\n',
+        encoding="utf-8",
+    )
+    return str(directory / "task.yaml")
+
+
+def log_likelihoods(model: Any, task: str) -> list[tuple[float, bool]]:
+    from lm_eval import simple_evaluate
+
+    samples = simple_evaluate(model, tasks=[task], bootstrap_iters=0)["samples"]["local_words"]
+    samples.sort(key=lambda sample: sample["doc_id"])
+    return [tuple(answer) for sample in samples for (answer,) in sample["resps"]]
+
+
+def test_log_likelihoods_of_their_model_on_the_export_are_ours(
+    tokenizer: Tokenizer, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if find_spec("lm_eval") is None or find_spec("accelerate") is None:
+        missing("no lm-evaluation-harness here (the extra `eval`)")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    from lm_eval.models.huggingface import HFLM
+
+    from mythos.eval.harness import MythosLM
+
+    sizes = {"model__vocabulary_size": VOCABULARY, "data__sequence_length": LONGEST}
+    write_export(tiny_config("mythos", tiny_data, tmp_path / "run", **sizes), tokenizer, tmp_path / "out")
+    options = {"add_bos_token": True, "batch_size": 7, "device": "cpu", "dtype": "float32", "depth": DEPTH}
+    theirs = HFLM(pretrained=str(tmp_path / "out"), trust_remote_code=True, **options)
+    model = load_exported(tmp_path / "out")
+
+    def forward(tokens: torch.Tensor, targets: None, plan: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(tokens, targets, plan)
+
+    ours = MythosLM(
+        lambda requests: score(forward, requests, DEPTH, 200, LONGEST, torch.device("cpu")),
+        lambda prompt: [],
+        Tokenizer.from_str(tokenizer.to_str()),
+        BOS,
+        LONGEST,
+    )
+    task = write_task(tmp_path)
+    expected, found = log_likelihoods(theirs, task), log_likelihoods(ours, task)
+    assert len(expected) == 3 * ITEMS
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert len({round(total, 3) for total, _ in expected}) > 100
