@@ -27,9 +27,10 @@ LATENT = {
     "rotary_head_size": 8,
     "value_head_size": 12,
 }
+LOOP = {"mean_depth": 3, "backprop_depth": 2, "recompute": True}
 MODELS: dict[str, dict[str, Any]] = {
-    "looped-moe": {"model": LOOPED | {"core_experts": EXPERTS}, "loop": {"mean_depth": 3, "backprop_depth": 2}},
-    "looped": {"model": LOOPED, "loop": {"mean_depth": 3, "backprop_depth": 2}},
+    "looped-moe": {"model": LOOPED | {"core_experts": EXPERTS}, "loop": LOOP},
+    "looped": {"model": LOOPED, "loop": LOOP},
     "mythos": {  # every option of the mythos presets
         "model": LOOPED
         | {
@@ -41,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "adapter_loops": 3,
             "halting": {"ponder_weight": 0.01},
         },
-        "loop": {"mean_depth": 3, "backprop_depth": 2, "depth": "log_normal_poisson_per_sequence"},
+        "loop": LOOP | {"depth": "log_normal_poisson_per_sequence"},
     },
     "published": {  # the architecture of the parity experiment
         "model": LOOPED
@@ -49,7 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "attention": BLOCK["attention"] | {"kv_heads": 2, "value_embeddings": True},
             "feed_forward": {"kind": "relu2", "hidden_size": 64},
         },
-        "loop": {"mean_depth": 3, "backprop_depth": 2},
+        "loop": LOOP,
     },
     "dense": {"model": BLOCK | {"kind": "dense", "layers": 2, "feed_forward": {"kind": "relu2", "hidden_size": 64}}},
 }

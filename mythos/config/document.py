@@ -99,7 +99,8 @@ def _type(field: FieldInfo) -> str:
 
 def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
-        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+        choices = get_args(annotation)
+        return ", ".join(str(choice).lower() if isinstance(choice, bool) else f"`{choice}`" for choice in choices)
     if get_origin(annotation) is dict:
         return "sections by name"
     if get_origin(annotation) is tuple:

@@ -39,6 +39,9 @@ class Loop:
         "steps over which the mean depth rises linearly from 1 to mean_depth", 0, ge=0, change="ask"
     )
     backprop_depth: int = option("the last min(depth, this) loop steps carry gradient", 4, gt=0, change="ask")
-    recompute: bool = option(
-        "recompute each loop step in the backward pass instead of keeping its activations", True, change="free"
+    recompute: Literal["auto", True, False] = option(
+        "recompute each loop step in the backward pass instead of keeping its activations: slower, with less memory; "
+        "auto: only where the activations do not fit, by the plan and the smallest device of all ranks",
+        "auto",
+        change="free",
     )

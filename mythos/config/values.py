@@ -37,12 +37,19 @@ def typed(tree: Any, path: str = "") -> Any:
     field = find(path)
     if field is None or not takes_text(field):
         return _plain(tree)
+    if takes_booleans(field):
+        return WORDS.get(tree.lower(), tree)
     return os.path.expanduser(tree) if is_path(field) else tree
 
 
 def takes_text(field: FieldInfo) -> bool:
     """Whether the option's value is a text or one of several words."""
     return any(kind is str or get_origin(kind) is Literal for kind in _alternatives(field))
+
+
+def takes_booleans(field: FieldInfo) -> bool:
+    """Whether true and false are among the words that the option takes."""
+    return get_origin(field.annotation) is Literal and True in get_args(field.annotation)
 
 
 def is_free_text(field: FieldInfo) -> bool:

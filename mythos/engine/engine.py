@@ -31,7 +31,7 @@ from mythos.engine.placement import (
     refresh_weights,
 )
 from mythos.engine.sections import compiles, deepspeed_config, expert_parallel_section, precision, training_dtype
-from mythos.model import Model, build_structure, draws
+from mythos.model import LoopedTransformer, Model, build_structure, draws
 from mythos.model.block import Block
 from mythos.model.compilation import compile_blocks
 from mythos.model.depth import DepthPlan
@@ -39,6 +39,7 @@ from mythos.model.loop import ExitRule, Loop
 from mythos.model.moe import TOKENS_PER_EXPERT, MoE, moe_layers
 from mythos.model.parameters import Role, parameter_roles, stacked_matrices
 from mythos.model.precision import FP32Linear
+from mythos.ranks.fit import device_of_each_rank, recomputes_on
 from mythos.ranks.group import hosts
 from mythos.run.console import log
 
@@ -57,13 +58,16 @@ class TrainingEngine:
         _silence_deepspeed(device)
         self.device = device
         self.stage = config.parallel.zero_stage
-        self.expert_parallel_size = expert_parallel_size(config, hosts())
+        ranks = hosts()
+        self.expert_parallel_size = expert_parallel_size(config, ranks)
         self.clip = config.optim.gradient_clip
         self.precision = precision(config, device)
         self.dtype = training_dtype(config, device)
         sections = deepspeed_config(config, dist.get_world_size(), device)
         model = _build_model(config, sections, device)
         model.product_type = self.dtype
+        if isinstance(model, LoopedTransformer):
+            model.loop.recompute = recomputes_on(config, ranks, device_of_each_rank(device))
         moe_names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
         # Before initialisation: marked later, the children would keep their gathering hooks, which cannot be compiled.
         deepspeed.utils.set_z3_leaf_modules(model, [Loop, Block])

@@ -22,7 +22,7 @@ from mythos.plan.activations import CHUNK_LOGITS, FP32, kept_bytes, prelude_byte
 from mythos.plan.communication import optimizer_groups, reduce_buckets, sub_groups
 from mythos.plan.gathers import DEEPSPEED, Limits, micro_step
 from mythos.plan.layout import Held, Layout, held_by_rank
-from mythos.plan.precision import Bytes
+from mythos.plan.precision import Bytes, element_bytes
 from mythos.plan.tensors import Treatment
 
 UPDATE_COPIES, COMPLETE_UPDATE_COPIES = 5, 6
@@ -96,6 +96,18 @@ def memory(
         communication=_communication(config, parameters, size, on_gpu, limits),
         update=_update(config, parameters, size, limits),
     )
+
+
+def recomputes(config: Config, layout: Layout, on_gpu: bool, usable_bytes: float) -> bool:
+    """Whether loop steps are recomputed; ``auto``: where a rank would need more memory without.
+
+    Args:
+        usable_bytes: of the smallest device of all ranks.
+    """
+    if config.loop is None or config.loop.recompute != "auto":
+        return config.loop is not None and config.loop.recompute is True
+    size = element_bytes(config, on_gpu)
+    return memory(config, layout, size, on_gpu, recompute=False).peak > usable_bytes
 
 
 def _part(parameters: Sequence[Held]) -> float:

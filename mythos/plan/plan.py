@@ -13,7 +13,7 @@ from mythos.plan.communication import Collective, Loops, collectives
 from mythos.plan.cost import Cost, cost
 from mythos.plan.flops import expected_steps, inference_flops, recomputation_flops, training_flops
 from mythos.plan.layout import Layout, layout_of
-from mythos.plan.memory import Memory, memory, snapshot_bytes
+from mythos.plan.memory import Memory, memory, recomputes, snapshot_bytes
 from mythos.plan.params import ParameterCount, count_parameters
 from mythos.plan.precision import element_bytes
 from mythos.plan.speed import StepTime, expected_loops, nodes, step_time
@@ -143,7 +143,7 @@ def make_plan(config: Config, ranks: int, cluster: Cluster) -> Plan:
     """The plan of a configuration that is valid for this number of GPUs. Raises UserError."""
     layout = layout_of(config, ranks, cluster.gpus_per_node)
     size = element_bytes(config, cluster.is_gpu)
-    recompute = config.loop is not None and config.loop.recompute
+    recompute = recomputes(config, layout, cluster.is_gpu, cluster.usable_bytes)
     needed = memory(config, layout, size, cluster.is_gpu, recompute)
     other = replace(needed, activations=kept_bytes(config, size, not recompute))
     with_recomputation, without = (needed, other) if recompute else (other, needed)

@@ -41,6 +41,8 @@ def memory_rows(plan: Plan) -> Rows:
     rows = [[name, binary(size)] for name, size in plan.memory.kinds().items() if size]
     rows.append(["peak", f"{binary(plan.memory.peak)} of {binary(plan.cluster.usable_bytes)}: {_fits(plan)}"])
     if plan.config.loop is not None:
+        asked, choice = plan.config.loop.recompute, "on" if plan.recompute else "off"
+        rows.append(["recomputation", f"{choice} (loop.recompute={str(asked).lower()})"])
         rows.append(["peak with recomputation", binary(plan.peak_with_recomputation)])
         rows.append(["peak without recomputation", binary(plan.peak_without_recomputation)])
     host = plan.cluster.host_memory_gib * GIB

@@ -252,9 +252,14 @@ def gather(own: Tensor) -> Tensor:
 
 def hosts() -> list[str]:
     """The host of each rank, the same on all ranks. Collective."""
-    names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname())
-    return names
+    return gather_objects(socket.gethostname())
+
+
+def gather_objects(own: T) -> list[T]:
+    """The objects of all ranks, the same list on all of them. Collective."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:

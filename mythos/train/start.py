@@ -25,7 +25,7 @@ from mythos.eval.validation import validate
 from mythos.hardware import peak_of_all_ranks
 from mythos.plan.budgets import Course, course_of
 from mythos.ranks import group, preflight
-from mythos.ranks.fit import plan_run
+from mythos.ranks.fit import device_of_each_rank, plan_run
 from mythos.ranks.preemption import StopRequest
 from mythos.ranks.watchdog import Watchdog
 from mythos.run import directory as run_directory
@@ -238,8 +238,9 @@ def _open_directory(
     log.info(f"rank {rank} of {dist.get_world_size()} on {reports[0].host}, process {os.getpid()}, device {device}")
     for report in reports:
         log.info(str(report))
+    devices = device_of_each_rank(device)
     if rank == 0:
-        plan_run(config, [report.host for report in reports], device)
+        plan_run(config, [report.host for report in reports], devices)
     for path, (before, after) in changed.items():
         log.info(f"changed since the last start: {path}: {before!r} -> {after!r}")
     return changed, lock

@@ -19,7 +19,7 @@ def tree(*overrides: str) -> dict[str, Any]:
 def test_differences_are_dotted_paths_with_both_values() -> None:
     assert differences(tree(), tree("optim.beta1=0.8", "loop.recompute=false")) == {
         "optim.beta1": (0.9, 0.8),
-        "loop.recompute": (True, False),
+        "loop.recompute": ("auto", False),
     }
     assert differences({"a": None}, {"a": {"b": 1}}) == {"a": (None, {"b": 1})}
     assert differences({}, {"a": {"b": 1}}) == {"a.b": (ABSENT, 1)}

@@ -78,7 +78,7 @@ def test_a_text_option_takes_the_text_as_it_is(text: str) -> None:
     [
         ("preemption.grace_s=2:00", "preemption.grace_s = '2:00': input should be a valid number"),
         ("seed=0x10", "seed = '0x10': input should be a valid integer"),
-        ("loop.recompute=on", "loop.recompute = 'on': input should be a valid boolean"),
+        ("loop.recompute=on", "loop.recompute = 'on': input should be 'auto', True or False"),
         ("data.directory=$HOME/data", "data.directory = '$HOME/data': shell variables are not replaced here: write "
          "${oc.env:HOME}"),
         ("run.directory=~nobody-here/x", "run.directory = '~nobody-here/x': there is no such home directory: give the "
