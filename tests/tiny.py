@@ -44,6 +44,15 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "loop": LOOP | {"depth": "log_normal_poisson_per_sequence"},
     },
+    "newer": {  # what newer work than the published models uses
+        "model": LOOPED
+        | {
+            "core_experts": EXPERTS | {"router_bias_per_loop": 2, "balance_loss": 0.01},
+            "injection": "lti_exact",
+            "residual_scaling": "loops",
+        },
+        "loop": {"mean_depth": 3, "backprop_depth": 2},
+    },
     "published": {  # the architecture of the parity experiment
         "model": LOOPED
         | {

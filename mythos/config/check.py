@@ -125,6 +125,9 @@ def _loop(config: Config) -> Iterator[Finding]:
             "must be a whole number when loop.depth is fixed",
             ("loop.depth",),
         )
+    if config.loop is not None and config.loop.mean_depth == 1 and config.model.residual_scaling != "none":
+        remedy = "has no effect with loop.mean_depth = 1: leave it at 'none', or give a larger mean depth"
+        yield Finding("model.residual_scaling", config.model.residual_scaling, remedy, ("loop.mean_depth",))
 
 
 def _batch(config: Config, world_size: int) -> Iterator[Finding]:

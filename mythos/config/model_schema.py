@@ -74,6 +74,12 @@ class MixtureOfExperts:
     route_scale: float = option("factor on the routed experts' weights", 1.0, gt=0)
     groups: int | None = option("groups of experts; a token chooses groups first (null: no groups)", None, gt=0)
     groups_per_token: int | None = option("groups that each token may choose experts from", None, gt=0)
+    router_bias_per_loop: int = option(
+        "rows of a learned table added to the router's logits by loop step; later steps use the last; 0: none",
+        0,
+        ge=0,
+        le=10_000,
+    )
     balance_rate: float = option(
         "step of the balance bias after each optimizer step; 0: no bias", 0.001, ge=0, change="ask"
     )
@@ -109,9 +115,15 @@ class Looped:
     attention: Attention = option("attention of every block")
     feed_forward: FeedForward = option("feed-forward layer of prelude and coda, and of the core unless it has experts")
     core_experts: MixtureOfExperts | None = option("experts of the core's blocks; null: dense core", None)
-    injection: Literal["lti", "linear", "additive"] = option(
-        "how the input enters the state: lti (stable by construction), for comparison: linear (learned map), additive",
+    injection: Literal["lti", "lti_exact", "linear", "additive"] = option(
+        "how the input enters the state: lti (stable by construction), lti_exact (the same with the exact zero-order "
+        "hold of arXiv 2312.00752), for comparison: linear (learned map), additive",
         "lti",
+    )
+    residual_scaling: Literal["none", "loops", "root_loops"] = option(
+        "factor on what the core's layers add to the residual stream: 1, 1/N (arXiv 2606.18524) or 1/sqrt(N), where "
+        "N is loop.mean_depth",
+        "none",
     )
     initial_state: Literal["noise", "zero"] = option("the loop's first state: truncated normal noise, or zero", "noise")
     loop_embeddings: int = option(

@@ -36,7 +36,7 @@ from mythos.model.block import Block
 from mythos.model.compilation import compile_blocks
 from mythos.model.depth import DepthPlan
 from mythos.model.loop import ExitRule, Loop
-from mythos.model.moe import TOKENS_PER_EXPERT, MoE, moe_layers
+from mythos.model.moe import TOKENS_PER_EXPERT, Gate, MoE, moe_layers
 from mythos.model.parameters import Role, parameter_roles, stacked_matrices
 from mythos.model.precision import FP32Linear
 from mythos.ranks.fit import device_of_each_rank, recomputes_on
@@ -86,7 +86,7 @@ class TrainingEngine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=sections)
         self._check_conversion(moe_names)
         for layer in moe_layers(self.module):
-            layer.router.gate.__class__ = FP32Linear  # AutoEP's own would compute the logits in bf16
+            layer.router.gate.__class__ = Gate  # AutoEP's own would compute the logits in bf16
         self._gather_in_training_type()
         if compiles(config, device):
             compile_blocks(self.module)

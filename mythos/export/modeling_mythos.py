@@ -19,6 +19,7 @@ from mythos.export.configuration_mythos import MythosConfig
 from mythos.loss import IGNORED
 from mythos.model.depth import fixed
 from mythos.model.init import initial_draws
+from mythos.model.moe import RouterBias
 from mythos.model.precision import FP32Linear
 from mythos.model.rules import Start
 from mythos.model.transformer import DenseTransformer, LoopedTransformer
@@ -130,6 +131,8 @@ def _section(annotation: Any, value: Any) -> Any:
 
 def _in_fp32(model: nn.Module) -> list[str] | None:
     """Modules and parameters that stay in fp32 in a model of another type: routers, halting, decay of the injection."""
-    modules = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, FP32Linear)}
+    modules = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, FP32Linear | RouterBias)
+    }
     parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()} & set(FP32_PARAMETERS)
     return sorted(modules | parameters) or None

@@ -24,13 +24,17 @@ class LTIInjection(nn.Module):
     a = exp(-dt * exp(log_decay)) in (0, 1) and dt = softplus(step_bias) for each channel (D,); B is (D, D). The
     spectral radius of the linear part is max(a) < 1: exp(-x) rounds to exactly 1 in fp32 for x below 3e-8 (in bf16
     below 2e-3), so a is computed in fp32 whatever the training type, and x is kept above 1e-7.
+
+    ``exact``: h <- a * h + (1 - a) / exp(log_decay) * (B e), which solves dh/dt = -exp(log_decay) h + B e over dt while
+    e stays the same (zero-order hold; Gu & Dao 2023, arXiv 2312.00752, equation 4). dt is its limit for small dt.
     """
 
     LEAST_EXPONENT = 1e-7
     LARGEST_LOG = 50.0
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, exact: bool = False) -> None:
         super().__init__()
+        self.exact = exact
         self.log_decay = nn.Parameter(torch.empty(width))
         self.step_bias = nn.Parameter(torch.empty(width))
         self.input = Linear(width, width)
@@ -46,9 +50,7 @@ class LTIInjection(nn.Module):
 
     def decay(self) -> Tensor:
         """a, (D,), in fp32."""
-        # Clamped so that neither factor can overflow: 0 * inf would be NaN.
-        log_decay = self.log_decay.float().clamp(-self.LARGEST_LOG, self.LARGEST_LOG)
-        return torch.exp(-(self._step() * torch.exp(log_decay)).clamp(min=self.LEAST_EXPONENT))
+        return torch.exp(-self._exponent())
 
     def spectral_radius(self) -> Tensor:
         """max(a), below 1."""
@@ -56,7 +58,19 @@ class LTIInjection(nn.Module):
 
     def forward(self, h_BSD: Tensor, e_BSD: Tensor) -> Tensor:
         kept = self.decay() * h_BSD.float()
-        return (kept + self._step() * self.input(e_BSD).float()).type_as(h_BSD)
+        return (kept + self._gain() * self.input(e_BSD).float()).type_as(h_BSD)
+
+    def _gain(self) -> Tensor:
+        """dt, or with x = dt * exp(log_decay) its exact form dt * (1 - exp(-x)) / x, (D,)."""
+        if not self.exact:
+            return self._step()
+        x_D = self._exponent()
+        return self._step() * (-torch.expm1(-x_D) / x_D)
+
+    def _exponent(self) -> Tensor:
+        # Clamped so that neither factor can overflow: 0 * inf would be NaN.
+        log_decay = self.log_decay.float().clamp(-self.LARGEST_LOG, self.LARGEST_LOG)
+        return (self._step() * torch.exp(log_decay)).clamp(min=self.LEAST_EXPONENT)
 
     def _step(self) -> Tensor:
         return F.softplus(self.step_bias.float())
@@ -112,8 +126,8 @@ class AdditiveInjection(nn.Module):
 def build_injection(config: Looped) -> LTIInjection | LinearInjection | AdditiveInjection:
     """The injection that the configuration names."""
     match config.injection:
-        case "lti":
-            return LTIInjection(config.width)
+        case "lti" | "lti_exact":
+            return LTIInjection(config.width, exact=config.injection == "lti_exact")
         case "linear":
             return LinearInjection(config.width)
         case "additive":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mythos.config.loop_schema import Loop as LoopOptions
 from mythos.config.model_schema import Looped, has_value_embedding
 from mythos.loss import Mean
 from mythos.model.block import CoreBlock
@@ -18,6 +19,9 @@ from mythos.model.injection import build_injection
 from mythos.model.moe import forget_load, moe_layers
 from mythos.model.rules import initial_deviation
 
+RESIDUAL_EXPONENT = {"none": 0.0, "loops": 1.0, "root_loops": 0.5}
+"""What the core's layers add is divided by the mean depth to this power. With shared weights the steps' contributions
+add up like their number, not like its root (arXiv 2606.18524)."""
 NOISE_LIMIT = 3
 """Standard deviations at which the noise of the first state is cut."""
 ExitRule = Callable[[Tensor, Tensor, Tensor | None], bool]
@@ -104,7 +108,7 @@ class Loop(nn.Module):
     whatever T is. Therefore every use of its parameters, also for diagnostics, must be inside ``forward``.
     """
 
-    def __init__(self, config: Looped, recompute: bool) -> None:
+    def __init__(self, config: Looped, options: LoopOptions) -> None:
         super().__init__()
         experts, halting = config.core_experts, config.halting
         self.penalty_weights = {
@@ -112,13 +116,14 @@ class Loop(nn.Module):
             "train/router_z_loss": experts.router_z_loss if experts else 0.0,
             "train/ponder_loss": halting.ponder_weight if halting else 0.0,
         }
-        self.recompute = recompute
+        self.recompute = options.recompute is True  # auto: the engine decides
         self.exchanges_tokens = experts is not None
         self.noise_deviation = initial_deviation(config.width) if config.initial_state == "noise" else 0.0
         self.injection = build_injection(config)
         layers = config.prelude_layers + config.core_layers + config.coda_layers
+        scale = options.mean_depth ** -RESIDUAL_EXPONENT[config.residual_scaling]
         self.core = nn.ModuleList(
-            CoreBlock(config, has_value_embedding(config, config.prelude_layers + layer, layers))
+            CoreBlock(config, has_value_embedding(config, config.prelude_layers + layer, layers), scale)
             for layer in range(config.core_layers)
         )
         self.step_embedding = nn.Embedding(config.loop_embeddings, config.width) if config.loop_embeddings else None

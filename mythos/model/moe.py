@@ -5,7 +5,8 @@ AutoEP replaces the complete module by its own expert-parallel layer. The contra
 ``tokens_per_expert`` that grows with every forward pass.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,21 @@ from mythos.model.rules import Rule, Start
 TOKENS_PER_EXPERT = "tokens_per_expert"
 
 
-class Router(FP32Linear):
-    """Logits W x, (..., D) -> (..., E), in fp32; ``router_scores`` turns them into scores.
+class Gate(FP32Linear):
+    """Logits W x, (..., D) -> (..., E), in fp32, plus an offset while there is one: see ``logit_offset``.
+
+    AutoEP's form of the layer takes nothing but the tokens, so that the offset is set beside the call.
+    """
+
+    offset_BSE: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits if self.offset_BSE is None else logits + self.offset_BSE.reshape(logits.shape)
+
+
+class Router(Gate):
+    """The gate, whose logits ``router_scores`` turns into scores.
 
     The balance bias (E,) is added to the scores when experts are chosen, but not to the experts' weights.
     """
@@ -34,6 +48,18 @@ class Router(FP32Linear):
     def __init__(self, width: int, experts: int) -> None:
         super().__init__(width, experts, bias=False)
         self.register_buffer("e_score_correction_bias", torch.zeros(experts))
+
+
+class RouterBias(nn.Embedding):
+    """Row t of a table (loops, E) for the logits at loop step t; steps after the last row use the last one."""
+
+    def initial_values(self, start: Start) -> dict[Tensor, Rule]:
+        """Zero: all steps start with the same routing."""
+        return {self.weight: torch.zeros_like}
+
+    def forward(self, loop_step_B: Tensor) -> Tensor:
+        """Rows (B, E)."""
+        return super().forward(loop_step_B.clamp(max=self.num_embeddings - 1))
 
 
 class Experts(nn.Module):
@@ -183,12 +209,26 @@ class Routing(NamedTuple):
 
 def observe_routing(layer: Any, x_BSD: Tensor, config: MixtureOfExperts) -> Routing:
     """Evaluate a layer's router again, since AutoEP's form of the layer does not return its scores."""
-    gate = getattr(layer.router, "gate", layer.router)
-    logits_BSE = gate(x_BSD).float()
+    logits_BSE = _gate(layer)(x_BSD).float()
     scores_BSE = router_scores(logits_BSE, config)
     chosen = choose_experts(scores_BSE.detach().flatten(0, 1), layer.router.e_score_correction_bias, config)
     chosen_TE = torch.zeros_like(scores_BSE.flatten(0, 1), dtype=torch.bool).scatter(-1, chosen, True)
     return Routing(scores_BSE, logits_BSE, chosen_TE.view_as(scores_BSE))
+
+
+@contextmanager
+def logit_offset(layer: Any, offset_BSE: Tensor | None) -> Iterator[None]:
+    """Within it, the layer's router adds the offset to the logits of these tokens."""
+    _gate(layer).offset_BSE = offset_BSE
+    try:
+        yield
+    finally:
+        _gate(layer).offset_BSE = None
+
+
+def _gate(layer: Any) -> Gate:
+    """The router's linear part, in the plain or in AutoEP's form of a layer."""
+    return getattr(layer.router, "gate", layer.router)
 
 
 def routing_penalties(routing: Routing, config: MixtureOfExperts) -> Tensor:
@@ -225,10 +265,14 @@ def expert_load(model: nn.Module) -> Tensor:
 def balance(model: nn.Module, load_LE: Tensor, rate: float) -> None:
     """bias += rate * sign(mean load - load), once per optimizer step (Wang et al. 2024, arXiv 2408.15664).
 
-    ``load_LE`` must be the load of the whole batch, so that the bias is the same everywhere.
+    Then the bias is shifted to mean zero, which changes no choice: the signs do not add up to zero, and without it the
+    bias would drift as a whole until it rounds the scores. ``load_LE`` must be the load of the whole batch, so that the
+    bias is the same everywhere.
     """
     for layer, load_E in zip(moe_layers(model), load_LE, strict=True):
-        layer.router.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
+        bias_E = layer.router.e_score_correction_bias
+        bias_E += rate * torch.sign(load_E.mean() - load_E)
+        bias_E -= bias_E.mean()
 
 
 def plain_parameters(names: Iterable[str]) -> dict[str, tuple[str, ...]]:

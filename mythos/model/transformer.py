@@ -42,7 +42,7 @@ class LoopedTransformer(nn.Module):
         self.value_embeddings = ValueEmbeddings(config, layers)
         self.prelude = _blocks(config, range(config.prelude_layers), layers)
         self.prelude_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
-        self.loop = Loop(config, options.recompute is True)  # auto: the engine decides
+        self.loop = Loop(config, options)
         self.readout = Linear(config.width, config.width)
         self.coda = _blocks(config, range(before_coda, layers), layers)
         self.head = TiedHead(config, self.embedding, z_loss)

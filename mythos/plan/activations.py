@@ -145,7 +145,7 @@ def _experts(width: int, experts: MixtureOfExperts, size: Bytes) -> float:
 
 def _injection(model: Looped, size: Bytes) -> float:
     match model.injection:
-        case "lti":
+        case "lti" | "lti_exact":
             rounded = model.width * size.products if size.products != size.residual else 0
             return model.width * (size.residual + FP32) + rounded
         case "linear":

@@ -183,6 +183,7 @@ def _experts(width: int, experts: MixtureOfExperts) -> float:
 def _beside_the_blocks(model: Looped) -> float:
     """FLOPs a token of one loop step outside of attention and feed-forward layers."""
     width = model.width
-    injection = {"lti": width * width, "linear": 2 * width * width, "additive": 0}[model.injection]
+    products = {"lti": 1, "lti_exact": 1, "linear": 2, "additive": 0}[model.injection]
+    injection = products * width * width
     adapters = model.core_layers * 2 * model.adapter_rank * width
     return 2.0 * (injection + adapters + (width if model.halting else 0))

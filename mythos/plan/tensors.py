@@ -86,8 +86,10 @@ def _parameters(model: Looped | Dense) -> Iterator[Parameter]:
 
 def _loop(model: Looped, layers: int) -> Iterator[Parameter]:
     width = model.width
+    lti: Shapes = {"log_decay": (width,), "step_bias": (width,), "input.weight": (width, width)}
     injection: dict[str, Shapes] = {
-        "lti": {"log_decay": (width,), "step_bias": (width,), "input.weight": (width, width)},
+        "lti": lti,
+        "lti_exact": lti,
         "linear": {"state.weight": (width, width), "input.weight": (width, width)},
         "additive": {},
     }
@@ -102,6 +104,9 @@ def _loop(model: Looped, layers: int) -> Iterator[Parameter]:
             for name, shape in (("down", (model.adapter_rank, width)), ("up", (width, model.adapter_rank))):
                 pair = (model.adapter_loops, *shape)
                 yield Parameter(f"{place}.adapter.{name}", pair, "adapters", Treatment.MATRIX)
+        if model.core_experts and model.core_experts.router_bias_per_loop:
+            table = (model.core_experts.router_bias_per_loop, model.core_experts.experts)
+            yield Parameter(f"{place}.router_bias.weight", table, "router biases", Treatment.OTHER)
     if model.loop_embeddings:
         table = (model.loop_embeddings, width)
         yield Parameter("loop.step_embedding.weight", table, "loop embeddings", Treatment.OTHER)

@@ -70,6 +70,17 @@ def test_an_option_without_effect_is_an_error(model: str, override: str, switch:
         assert not [line for line in findings(model, *off, override, switch) if line.startswith(path)]
 
 
+def test_a_residual_scale_has_no_effect_when_the_core_is_run_once() -> None:
+    once = ["loop.depth=fixed", "loop.mean_depth=1", "loop.backprop_depth=1"]
+    for kind in ("loops", "root_loops"):
+        assert findings("tiny-looped", f"model.residual_scaling={kind}", *once) == [
+            f"model.residual_scaling = '{kind}': has no effect with loop.mean_depth = 1: leave it at 'none', or give a "
+            "larger mean depth"
+        ]
+        assert not findings("tiny-looped", f"model.residual_scaling={kind}")
+    assert "model.core_experts" in findings("tiny-looped", "model.core_experts.router_bias_per_loop=2")[0]
+
+
 def test_an_end_of_the_cooldown_has_no_effect_without_a_cooldown() -> None:
     off = ["optim.cooldown_fraction=0", "optim.final_learning_rate_fraction=0.1"]
     assert findings("tiny-looped", *off) == [

@@ -115,6 +115,8 @@ def test_routers_halting_and_decay_stay_in_fp32(found: dict[str, dict[str, Any]]
     injection = {"injection.log_decay", "injection.step_bias"}
     assert kept == routers | injection | {"halting.gate.weight", "halting.gate.bias"}
     assert found["dense"]["fp32_in_bf16"] == []
+    newer = {name.removeprefix("model.loop.") for name in found["newer"]["fp32_in_bf16"]}
+    assert newer == routers | injection | {f"core.{n}.router_bias.weight" for n in (0, 1)}
 
 
 def test_a_fresh_model_has_this_projects_initial_weights(

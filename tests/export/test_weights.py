@@ -54,7 +54,14 @@ def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("model", "experts", "stage"),
-    [("looped-moe", 2, 3), ("mythos", 2, 1), ("looped-moe", 1, 0), ("published", None, 3), ("dense", None, 2)],
+    [
+        ("looped-moe", 2, 3),
+        ("mythos", 2, 1),
+        ("looped-moe", 1, 0),
+        ("newer", 2, 2),
+        ("published", None, 3),
+        ("dense", None, 2),
+    ],
 )
 def test_logits_equal_those_of_the_trained_model(
     model: str,

@@ -37,7 +37,7 @@ def losses_and_gradients(model: nn.Module, depths: list[int]) -> list[torch.Tens
     return [total, *torch.autograd.grad(total, list(model.parameters()))]
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("published", FP32), ("mythos", BF16)])
+@pytest.mark.parametrize(("kind", "dtype"), [("published", FP32), ("mythos", BF16), ("newer", FP32)])
 def test_nothing_is_compiled_again_when_depths_and_the_sequences_due_change(kind: str, dtype: torch.dtype) -> None:
     model = randomise(build_model(tiny_config(kind, "data", "run")), deviation=0.1)
     model.product_type = dtype
@@ -56,8 +56,8 @@ def test_nothing_is_compiled_again_when_depths_and_the_sequences_due_change(kind
 
 def test_compiled_code_gives_the_same_states_and_gradients() -> None:
     require("g++")
-    config = tiny_config("looped", "data", "run", model__core_layers=1)
-    loop = randomise(Loop(config.model, recompute=False), deviation=0.1)
+    config = tiny_config("looped", "data", "run", model__core_layers=1, loop__recompute=False)
+    loop = randomise(Loop(config.model, config.loop), deviation=0.1)
     compiled = copy.deepcopy(loop)
     compile_blocks(compiled)
     for depths in ([2, 2, 1], [1]):  # all with gradient, for the sake of time

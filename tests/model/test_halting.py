@@ -95,7 +95,8 @@ def test_tokens_start_by_halting_at_the_trained_depth(mean_depth: int) -> None:
 
 
 def test_evaluation_may_leave_the_loop_when_every_token_has_halted() -> None:
-    loop = Loop(tiny_config("looped", "d", "r", model__halting={}).model, recompute=False)
+    config = tiny_config("looped", "d", "r", model__halting={}, loop__recompute=False)
+    loop = Loop(config.model, config.loop)
     randomise(loop, deviation=0.1)
     with torch.no_grad():
         loop.halting.gate.bias.fill_(0.0)

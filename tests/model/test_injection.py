@@ -8,7 +8,8 @@ from mythos.config.init_schema import Init
 from mythos.model.init import initialise
 from mythos.model.injection import INITIAL_DECAY, AdditiveInjection, LinearInjection, LTIInjection
 from mythos.model.rules import Start
-from tests.model.helpers import numbers, randomise
+from tests.model.helpers import gradients, numbers, randomise
+from tests.reference.newer_core import zero_order_hold
 
 
 def test_it_computes_its_equation() -> None:
@@ -21,13 +22,29 @@ def test_it_computes_its_equation() -> None:
     assert module.spectral_radius().item() == pytest.approx(decay.max().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("log_decay", [-12.0, -3.0, 0.0, 2.0])
+def test_the_exact_form_and_its_gradients_equal_the_solution_of_its_differential_equation(log_decay: float) -> None:
+    """Also near the limit of no decay, where (1 - a) / exp(log_decay) is 0 / 0."""
+    module = randomise(LTIInjection(6, exact=True), deviation=0.7)
+    module.log_decay.data += log_decay
+    h, e = numbers(2, 3, 6, seed=3), numbers(2, 3, 6, seed=4)
+    force = (e @ module.input.weight.T).flatten(0, 1)
+    step = torch.log(1 + torch.exp(module.step_bias))
+    slow = zero_order_hold(h.flatten(0, 1), force, module.log_decay, step).view(2, 3, 6)
+    fast, inputs = module(h, e), (h, e, *module.parameters())
+    assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+    for own, reference in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
+        assert_close(own, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("log_decay", [-1000.0, -50.0, -17.0, 0.0, 17.0, 50.0, 1000.0])
 @pytest.mark.parametrize("step_bias", [-1000.0, -50.0, 0.0, 50.0, 1000.0])
 def test_spectral_radius_stays_below_one_whatever_was_learned(
-    storage: torch.dtype, log_decay: float, step_bias: float
+    storage: torch.dtype, log_decay: float, step_bias: float, exact: bool
 ) -> None:
-    module = LTIInjection(1)
+    module = LTIInjection(1, exact)
     module.log_decay.data.fill_(log_decay)
     module.step_bias.data.fill_(step_bias)
     torch.nn.init.eye_(module.input.weight)

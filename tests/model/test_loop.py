@@ -18,6 +18,7 @@ from mythos.model.moe import expert_load
 from mythos.model.rules import initial_deviation
 from tests.model.helpers import gradients, numbers, randomise
 from tests.reference.masked_loop import masked_loop
+from tests.reference.newer_core import newer_core
 from tests.tiny import MODELS, VOCABULARY, tiny_config
 
 DEPTHS = np.array([1, 6, 3, 2, 4])
@@ -35,6 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("looped-moe", {}),
     "dense core, everything": ("looped", EVERYTHING),
     "experts, everything": ("looped-moe", EVERYTHING | ROUTED),
+    "newer options": ("newer", {}),
     "linear injection": ("looped", {"model__injection": "linear"}),
     "additive injection": ("looped", {"model__injection": "additive", "model__initial_state": "zero"}),
 }
@@ -42,9 +44,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_loop(variant: str, recompute: bool = True) -> Loop:
     kind, overrides = VARIANTS[variant]
-    config = tiny_config(kind, "data", "run", **overrides).model
-    assert isinstance(config, Looped)
-    return randomise(Loop(config, recompute), deviation=0.1)
+    config = tiny_config(kind, "data", "run", loop__recompute=recompute, **overrides)
+    assert isinstance(config.model, Looped)
+    assert config.loop is not None
+    return randomise(Loop(config.model, config.loop), deviation=0.1)
 
 
 def make_plan(backprop_depth: int) -> DepthPlan:
@@ -137,6 +140,21 @@ def test_full_backpropagation_equals_an_unrolled_stack_with_tied_weights() -> No
     assert_close(output, h, rtol=1e-5, atol=1e-6)
     for own_gradient, expected in zip(gradients(output, e, *loop.parameters()), [by_copy[0], *tied], strict=True):
         assert_close(own_gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_the_core_with_newer_options_and_its_gradients_equal_their_equations(depth: int) -> None:
+    """In steps 3 and 4 the last of two router biases; the mean depth, by which layers are scaled, is 3."""
+    loop, own = make_loop("newer options"), plan(np.array([depth]), 4, slice(0, 1), [3])
+    randomise(loop, deviation=0.4)
+    e, values = make_inputs(loop, 1)
+    start = loop._initial_state(e, own).h_BSD[0]
+    output, _, _ = loop(e, values, ROTARY, own)
+    expected = newer_core(loop, start, e[0], ROTARY, depth)[None]
+    assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    inputs = (e, *loop.parameters())
+    for fast, slow in zip(gradients(output, *inputs), gradients(expected, *inputs), strict=True):
+        assert_close(fast, slow, rtol=1e-3, atol=1e-4)
 
 
 def test_gradient_stops_at_the_steps_without_it() -> None:

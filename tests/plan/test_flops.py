@@ -38,6 +38,7 @@ ADAPTERS = {"model__adapter_rank": 4, "model__adapter_loops": 3, "model__loop_em
 OPTIONS = {
     "dense, grouped queries, squared ReLU": ("dense", {}),
     "looped": ("looped", {}),
+    "newer options": ("newer", {}),
     "linear injection": ("looped", {"model__injection": "linear"}),
     "additive injection": ("looped", {"model__injection": "additive"}),
     "value embeddings": ("published", {}),

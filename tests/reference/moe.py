@@ -7,10 +7,10 @@ from torch import Tensor
 from mythos.model.moe import MoE
 
 
-def slow_moe(module: MoE, x_BSD: Tensor) -> Tensor:
+def slow_moe(module: MoE, x_BSD: Tensor, logit_bias_E: Tensor | float = 0.0) -> Tensor:
     config, rows = module.config, []
     for x_D in x_BSD.reshape(-1, x_BSD.shape[-1]):
-        logits = module.router.weight @ x_D
+        logits = module.router.weight @ x_D + logit_bias_E
         scores = torch.sigmoid(logits) if config.scores == "sigmoid" else logits.exp() / logits.exp().sum()
         biased = (scores + module.router.e_score_correction_bias).tolist()
         open_experts = set(range(len(biased)))
