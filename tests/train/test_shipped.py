@@ -1,4 +1,4 @@
-"""Every model of configs/model starts with every run of configs/run."""
+"""Every model of configs/model starts with every run of configs/run and every recipe of configs/recipe."""
 
 import re
 from functools import lru_cache
@@ -12,6 +12,7 @@ from mythos.config.derive import expert_parallel_size, global_batch_sequences, t
 from mythos.config.load import load
 from mythos.config.model_schema import Looped
 from mythos.config.optim_schema import Muon
+from mythos.config.schema import Config
 from mythos.engine.optimizer import build_optimizer
 from mythos.engine.sections import deepspeed_config
 from mythos.model import build_structure
@@ -23,7 +24,7 @@ from tests.spawn import RankPool
 from tests.train.runs import run_training
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MODELS, RUNS = (sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("model", "run"))
+MODELS, RUNS, RECIPES = (sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("model", "run", "recipe"))
 
 
 @lru_cache
@@ -112,3 +113,56 @@ def test_the_tiny_models_train_with_the_run_of_the_demo(
     assert two_ranks.run(run_training, config) == [0, 0]
     size = 2 if "core_experts" in model.read_text(encoding="utf-8") else 1
     assert describe(read_status(tmp_path / "run"))["ranks"] == f"2, expert-parallel size {size}"
+
+
+def with_recipe(model: str, recipe: Path, run: Path) -> list[Path]:
+    """The files as they are given; `parcae-paper-start` comes after `parcae`."""
+    before = [CONFIGS / "recipe" / "parcae.yaml"] if recipe.stem == "parcae-paper-start" else []
+    return [CONFIGS / "model" / f"{model}.yaml", *before, recipe, run]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_and_run_has_a_clean_configuration(recipe: Path, run: Path) -> None:
+    """``load`` is what `mythos config` does; it raises an error for every finding."""
+    model = run.stem if (CONFIGS / "model" / run.name).exists() else "looped-770m"
+    for ranks in (1, 2, 4):
+        of_two_processes = run.stem == "demo" and ranks > 2  # whose batch has two micro batches
+        smaller = ["train.micro_batch_sequences=8"] if of_two_processes else []
+        config = load(with_recipe(model, recipe, run), smaller, ranks)
+        assert config.optim.kind == "muon"
+
+
+KINDS = {
+    "looped-140m": [*(f"model.{part}_layers=1" for part in ("prelude", "core", "coda")), "eval.depths=[2]"],
+    "transformer-140m": ["model.layers=2"],
+}
+SMALL = [
+    *("model.vocabulary_size=96", "model.width=32", "model.feed_forward.hidden_size=64"),
+    *("model.attention.heads=2", "model.attention.kv_heads=2", "model.attention.head_size=16"),
+    *("train.steps=1", "train.global_batch_tokens=60", "train.micro_batch_sequences=1"),
+    *("data.sequence_length=15", "eval.sequences=2", "sample.tokens=0"),
+]
+"""Overrides of size only."""
+
+
+def train_each(configs: list[Config]) -> list[int]:
+    return [run_training(config) for config in configs]
+
+
+@pytest.mark.parametrize("pool", ["one_rank", "two_ranks", "four_ranks"])
+def test_every_recipe_starts_at_every_stage(
+    pool: str, request: pytest.FixtureRequest, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The two kinds of model alternate, so that each recipe trains both on every number of ranks."""
+    ranks: RankPool = request.getfixturevalue(pool)
+    configs = []
+    for number, recipe in enumerate(RECIPES):
+        for stage in range(4):
+            model = list(KINDS)[(number + stage) % 2]
+            run = CONFIGS / "run" / f"{model}.yaml"
+            own = [f"parallel.zero_stage={stage}", f"run.directory={tmp_path}/{recipe.stem}-{stage}"]
+            overrides = [*SMALL, *KINDS[model], f"data.directory={tiny_data}", "perf.peak_flops_per_second=5e10", *own]
+            configs.append(load(with_recipe(model, recipe, run), overrides, ranks.ranks))
+    assert ranks.run(train_each, configs) == [[0] * len(configs)] * ranks.ranks
+    assert {read_status(Path(config.run.directory)).step for config in configs} == {1}
