@@ -45,6 +45,7 @@ def of(model: str, data: Path, run: Path, ranks: int, experts: int | None, stage
         ("looped-moe", "adamw", [(4, 2, 3), (2, 2, 3), (1, 1, 3), (4, 4, 3)]),
         ("mythos", "adamw", [(2, 2, 3), (2, 1, 2), (1, 1, 0), (2, 2, 1), (2, 2, 0), (2, 1, 3)]),
         ("looped-moe", "muon", [(4, 2, 3), (2, 2, 3), (1, 1, 3), (4, 4, 2)]),
+        ("newer", "muon", [(2, 2, 1), (1, 1, 0), (2, 1, 2), (2, 2, 3)]),
     ],
 )
 def test_losses_continue_across_layouts(

@@ -106,6 +106,13 @@ def test_a_part_that_is_left_out_is_fresh_and_reported(
     log = (tmp_path / "deeper/log/rank_00000.log").read_text(encoding="utf-8")
     assert "parameters with fresh weights: prelude.1.attention." in log
     assert "not used" not in log
+    newer = {"model__core_experts__router_bias_per_loop": 2, "model__injection": "lti_exact", "train__steps": 1}
+    newer |= {"model__residual_scaling": "loops", "train__initial_weights": str(before)}
+    assert one_rank.run(run_training, tiny_config("mythos", tiny_data, tmp_path / "newer", **newer)) == [DONE]
+    log = (tmp_path / "newer/log/rank_00000.log").read_text(encoding="utf-8")
+    biases = [f"loop.core.{n}.router_bias.weight" for n in (0, 1)]
+    assert f"parameters with fresh weights: {', '.join(biases)}\n" in log
+    assert "not used" not in log
 
 
 def test_weights_that_do_not_fit_are_one_line(
