@@ -21,6 +21,7 @@ from mythos.plan.flops import (
     recomputation_flops,
     training_flops,
 )
+from mythos.plan.params import count_parameters
 from tests.tiny import EXPERTS, LATENT, VOCABULARY, tiny_config
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -115,6 +116,34 @@ def test_the_published_models_cost_what_was_published(name: str, gigaflops: floa
     model, options = load_model([file]), merge([file], ()).get("loop")
     loop = Loop(**options) if options else None
     assert training_flops(model, 2048, expected_steps(loop)) == pytest.approx(gigaflops * 1e9, rel=0.03)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("name", "standard", "length"),
+    [
+        ("looped-middle-770m", "transformer-770m", 2048),
+        ("looped-middle-1.3b", "transformer-1.3b", 2048),
+        ("looped-middle-proxy", "proxy-transformer", 256),
+    ],
+)
+def test_the_middle_half_runs_twice_at_the_size_and_cost_of_a_standard_model(
+    name: str, standard: str, length: int, causal: bool
+) -> None:
+    file = CONFIGS / f"{name}.yaml"
+    model, loop, other = (
+        load_model([file]),
+        Loop(**merge([file], ())["loop"]),
+        load_model([CONFIGS / f"{standard}.yaml"]),
+    )
+    steps = expected_steps(loop)
+    assert (steps.without_grad, steps.with_grad) == (0, 2)
+    assert model.prelude_layers == model.coda_layers == model.core_layers / 2
+    assert model.prelude_layers + 2 * model.core_layers + model.coda_layers == other.layers
+    assert (model.width, model.attention) == (other.width, other.attention)
+    assert count_parameters(model).total == pytest.approx(count_parameters(other).total, rel=2e-3)
+    cost = training_flops(other, length, causal=causal)
+    assert training_flops(model, length, steps, causal) == pytest.approx(cost, rel=2e-3)
 
 
 def test_causal_attention_has_on_average_half_the_keys() -> None:
