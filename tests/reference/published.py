@@ -122,8 +122,8 @@ def train_as_published(
     depths: Sequence[Sequence[int]],
     seeds: Sequence[Sequence[int]],
     rate: float,
-) -> list[float]:
-    """The loss of every step, trained on each batch (rows of tokens, one more than the targets) in turn."""
+) -> tuple[list[float], Weights]:
+    """The loss of every step on the batches (rows of tokens, one more than the targets), and the weights at the end."""
     steps = len(batches)
     w = {name: weight.detach().clone().requires_grad_() for name, weight in w.items()}
     by_muon = {name: x for name, x in w.items() if x.ndim == 2 and (".attention." in name or ".feed_forward." in name)}
@@ -148,4 +148,4 @@ def train_as_published(
         adamw.step(rate * scale)
         muon.step(8e-3 * scale, 0.85 + 0.1 * min(1, step / 300), 0.2 * (1 - step / steps))
         curve.append(loss.item())
-    return curve
+    return curve, w
