@@ -12,9 +12,10 @@ from typing import Protocol, TypeVar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mythos.checkpoint import layout, restore
+from mythos.checkpoint import restore
 from mythos.checkpoint.exported import INDEX_FILE, read_index
 from mythos.checkpoint.reader import CheckpointReader
+from mythos.checkpoint.trained import find_trained
 from mythos.config.schema import Train
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
@@ -23,7 +24,6 @@ from mythos.model.moe import plain_parameters
 from mythos.ranks.group import agree, from_rank_0
 from mythos.readers import one_line
 from mythos.run.console import log
-from mythos.run.directory import CHECKPOINT_NAME, MANIFEST_FILE, RunDirectory
 
 T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -108,7 +108,7 @@ def load_initial_weights(engine: TrainingEngine, options: Train, progress: resto
     """
     assert options.initial_weights is not None
     given, without = Path(options.initial_weights), options.initial_weights_without or ()
-    place = from_rank_0(lambda: _place(given))
+    place = from_rank_0(lambda: find_trained(given, None, f"{OPTION} = {str(given)!r}"))
     if not (place / INDEX_FILE).exists():
         restore.check(place, progress)
     source = agree(lambda: _readable(place, lambda: _open(place, engine)))
@@ -149,15 +149,6 @@ def matching(own: Shapes, theirs: Shapes, without: Sequence[str]) -> list[str]:
                 f"same model, or leave it out: {WITHOUT}=[{name}]"
             )
     return names
-
-
-def _place(given: Path) -> Path:
-    """The checkpoint or the exported weights."""
-    if (given / INDEX_FILE).exists() or (CHECKPOINT_NAME.fullmatch(given.name) and (given / MANIFEST_FILE).exists()):
-        return given
-    if RunDirectory(given).checkpoints.is_dir():
-        return layout.find(given, None)
-    raise UserError(f"{OPTION} = {str(given)!r}: give a run directory, one of its checkpoints, or exported weights")
 
 
 def _open(place: Path, engine: TrainingEngine) -> Weights:

@@ -203,7 +203,9 @@ def _is_inside(path: str, directory: str) -> bool:
 
 
 def _sample(config: Config) -> Iterator[Finding]:
-    temperature = config.sample.temperature
+    tokens, temperature, longest = config.sample.tokens, config.sample.temperature, config.data.sequence_length
+    if tokens > longest:
+        yield Finding("sample.tokens", tokens, f"at most data.sequence_length ({longest}), as in training")
     if 0 < temperature < LOWEST_TEMPERATURE:
         remedy = f"must be 0, or at least {LOWEST_TEMPERATURE}: the logits divided by it would overflow"
         yield Finding("sample.temperature", temperature, remedy)

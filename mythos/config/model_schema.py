@@ -6,6 +6,8 @@ from mythos.config.option import Field, Needs, option, section
 
 VALUE_GATE_CHANNELS = 32
 """Channels of an attention layer's input from which the gate on the value embedding is computed: the first ones."""
+CACHE_BLOCK_TOKENS = 64
+"""A cache of keys and values is allocated in blocks of so many tokens."""
 
 
 @section

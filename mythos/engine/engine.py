@@ -33,6 +33,7 @@ from mythos.engine.placement import (
 from mythos.engine.sections import compiles, deepspeed_config, expert_parallel_section, precision, training_dtype
 from mythos.model import LoopedTransformer, Model, build_structure, draws
 from mythos.model.block import Block
+from mythos.model.cache import Cache
 from mythos.model.compilation import compile_blocks
 from mythos.model.depth import DepthPlan
 from mythos.model.loop import ExitRule, Loop
@@ -105,9 +106,10 @@ class TrainingEngine:
         depth: DepthPlan | int | None = None,
         exit_rule: ExitRule | None = None,
         count: float | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """The model's forward pass: logits, or ``Losses`` when there are targets."""
-        return self.deepspeed(tokens_BS, targets_BS, depth, exit_rule, count)
+        return self.deepspeed(tokens_BS, targets_BS, depth, exit_rule, count, cache)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this micro batch.

@@ -26,7 +26,7 @@ from mythos.engine.engine import TrainingEngine
 from mythos.engine.sections import precision
 from mythos.errors import UserError
 from mythos.eval.forward import evaluation_forward
-from mythos.eval.generate import sample_tokens
+from mythos.eval.generate import Sampling, continuation
 from mythos.eval.lead import lead
 from mythos.eval.measure import Ask, Items, Metrics, Question, Wanted, hash_tasks, task_metrics, text_metrics
 from mythos.eval.requests import Prompt, score
@@ -129,7 +129,16 @@ class Evaluator:
         match question.asked:
             case Prompt(ids, tokens, temperature):
                 seed = self.config.seed + len(ids)  # the parts of a text are drawn one after the other
-                return sample_tokens(forward, ids, tokens, temperature, longest, question.steps, seed, device)
+                return continuation(
+                    lambda new, cache: forward(new, None, None, cache),
+                    self.engine.module,
+                    ids,
+                    tokens,
+                    Sampling(temperature),
+                    question.steps,
+                    seed,
+                    device,
+                )
             case requests:
                 micro_batch_tokens = self.config.train.micro_batch_sequences * longest
                 return score(forward, requests, question.steps, micro_batch_tokens, longest, device)

@@ -98,9 +98,9 @@ class MythosLM(TemplateLM):
     def _generate(self, context: str, options: dict[str, Any]) -> str:
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        tokens = int(options.get("max_gen_toks", DEFAULT_TOKENS))
+        tokens = min(int(options.get("max_gen_toks", DEFAULT_TOKENS)), self.max_length - 1)
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-        ids = self.tok_encode(context)[-max(1, self.max_length - tokens) :]
+        ids = self.tok_encode(context)[-(self.max_length - tokens) :]
         begin, text = len(ids), ""
         while len(ids) - begin < tokens:
             ids = self._writer(Prompt(ids, min(GENERATED_AT_ONCE, begin + tokens - len(ids)), temperature))

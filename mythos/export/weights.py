@@ -15,19 +15,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 
 from mythos.checkpoint import layout
-from mythos.checkpoint.exported import INDEX_FILE, PREFIX_FOR_TRANSFORMERS, REMEDY, read_index
-from mythos.checkpoint.plain import checked_reader, plain_tensors, values_of
+from mythos.checkpoint.exported import INDEX_FILE, PREFIX_FOR_TRANSFORMERS
+from mythos.checkpoint.plain import checked_reader, plain_tensors
 from mythos.checkpoint.tensors import write_tensors
 from mythos.config.load import load_run
 from mythos.errors import UserError
 from mythos.export.hugging_face import SpecialTokens, write_description
 from mythos.files import check_regular
-from mythos.model import build_structure
-from mythos.readers import one_line
 from mythos.run.directory import CONFIG_FILE, RunDirectory
 
 FILE_BYTES = 4 << 30
@@ -84,32 +82,6 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
-
-
-def load_exported(directory: Path) -> nn.Module:
-    """Load an exported model, in evaluation mode, on the CPU and in fp32.
-
-    Raises:
-        UserError: a file is missing, or holds weights of another model.
-    """
-    model = build_structure(load_run(directory / CONFIG_FILE))
-    wanted = values_of(model)
-    try:
-        places = read_index(directory)
-        if set(places) != set(wanted):
-            raise UserError(
-                f"{directory}: weights and {CONFIG_FILE} differ: {sorted(set(places) ^ set(wanted))[:3]} ..."
-            )
-        for file in sorted({place.file for place in places.values()}):
-            check_regular(directory / file)
-            with safe_open(str(directory / file), "pt") as tensors, torch.no_grad():
-                for plain, place in places.items():
-                    if place.file == file:
-                        wanted[plain].copy_(tensors.get_tensor(place.name))
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        reason = one_line(str(error))
-        raise UserError(f"{directory}: not an exported model ({reason}): {REMEDY}") from error
-    return model.eval()
 
 
 def write_weights(

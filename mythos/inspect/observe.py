@@ -96,12 +96,12 @@ class _Watch:
     scores: list[Tensor] = field(default_factory=list)
     halting: list[HaltingState] = field(default_factory=list)
 
-    def on_state(self, before_BSD: Tensor, after_BSD: Tensor, _: Tensor | None) -> bool:
-        """An exit rule that never leaves."""
+    def on_state(self, before_BSD: Tensor, after_BSD: Tensor, _: Tensor | None) -> Tensor:
+        """An exit rule by which no sequence leaves."""
         if not self.states:
             self.states.append(before_BSD)
         self.states.append(after_BSD)
-        return False
+        return torch.zeros(len(after_BSD), dtype=torch.bool)
 
 
 def depths_to_measure(trained: int, most: int) -> tuple[int, ...]:

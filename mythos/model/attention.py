@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mythos.config.model_schema import VALUE_GATE_CHANNELS, Dense, GroupedQuery, Latent, Looped, has_value_embedding
+from mythos.model.cache import LayerCache
 from mythos.model.layers import rotary_angles, rotate
-from mythos.model.precision import Linear, RMSNorm
+from mythos.model.precision import Linear, RMSNorm, rounded
 from mythos.model.rules import Rule, Start, normal, orthogonal, uniform
 
 
@@ -55,8 +56,17 @@ class GroupedQueryAttention(nn.Module):
         """cos and sin for all channels of a head, (S, C/2)."""
         return rotary_angles(length, self.config.head_size, self.config.rope_base, device)
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
-        """Map (B, S, D) to (B, S, D). ``value_embedding`` is (B, S, K x C), or None in a layer without one."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        value_embedding: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Map (B, S, D) to (B, S, D). ``value_embedding`` is (B, S, K x C), or None in a layer without one.
+
+        With a cache, which keeps keys and values, x is of the new tokens only.
+        """
         batch, length, _ = x_BSD.shape
         heads, kv_heads, size = self.config.heads, self.config.kv_heads, self.config.head_size
         q_BHSC = self.query(x_BSD).view(batch, length, heads, size).transpose(1, 2)
@@ -69,6 +79,11 @@ class GroupedQueryAttention(nn.Module):
         if self.config.qk_norm:
             q_BHSC = F.rms_norm(q_BHSC, (size,), eps=self.config.qk_norm_epsilon)
             k_BKSC = F.rms_norm(k_BKSC, (size,), eps=self.config.qk_norm_epsilon)
+        if cache is not None:
+            seen_BLC = cache.add(torch.stack((k_BKSC, v_BKSC), dim=1).permute(0, 3, 1, 2, 4).flatten(2))
+            if cache.new.sees_B1SL is not None:
+                k_BKLC, v_BKLC = seen_BLC.unflatten(-1, (2, kv_heads, size)).permute(2, 0, 3, 1, 4)
+                return self.out(_attend_to_seen(q_BHSC, k_BKLC, v_BKLC, cache.new.sees_B1SL, size**-0.5))
         return self.out(_attend(q_BHSC, k_BKSC, v_BKSC))
 
 
@@ -77,7 +92,9 @@ class LatentAttention(nn.Module):
 
     c_q = norm(W x); q = W c_q, for each head a part without and a part with rotation.
     c_kv = norm(W x); k, v = W c_kv; one rotated key W x is shared by all heads. Scores use both parts of q and k.
-    A cache needs only c_kv and the shared key.
+
+    A cache keeps only c_kv and the shared key. With it the products are absorbed: q . W_k c = W_k^T q . c, and the
+    heads' values are W_v times their means of c.
     """
 
     def __init__(self, width: int, config: Latent) -> None:
@@ -105,8 +122,17 @@ class LatentAttention(nn.Module):
         """cos and sin for the channels of a head that are rotated."""
         return rotary_angles(length, self.config.rotary_head_size, self.config.rope_base, device)
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
-        """Map (B, S, D) to (B, S, D). ``value_embedding`` must be None: values are computed from the latent."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        value_embedding: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Map (B, S, D) to (B, S, D). ``value_embedding`` must be None: values are computed from the latent.
+
+        With a cache, x is of the new tokens only.
+        """
         batch, length, _ = x_BSD.shape
         content, rotated, value = (
             self.config.content_head_size,
@@ -116,12 +142,32 @@ class LatentAttention(nn.Module):
         q_BSHC = self.query_up(self.query_norm(self.query_down(x_BSD))).unflatten(-1, (-1, content + rotated))
         q_content, q_rotary = q_BSHC.transpose(1, 2).split((content, rotated), dim=-1)
         latent, shared_key = self.key_value_down(x_BSD).split((self.config.key_value_latent_size, rotated), dim=-1)
-        up_BSHC = self.key_value_up(self.key_value_norm(latent)).unflatten(-1, (-1, content + value))
+        latent, q_rotary = self.key_value_norm(latent), rotate(q_rotary, rotary)
+        k_rotary = rotate(shared_key[:, None], rotary)
+        if cache is not None:
+            seen_BLC = cache.add(torch.cat((latent, k_rotary[:, 0]), dim=-1))
+            if cache.new.sees_B1SL is not None:
+                return self.out(self._attend_to_latents(q_content, q_rotary, seen_BLC, cache.new.sees_B1SL))
+        up_BSHC = self.key_value_up(latent).unflatten(-1, (-1, content + value))
         k_content, v_BHSC = up_BSHC.transpose(1, 2).split((content, value), dim=-1)
-        k_rotary = rotate(shared_key[:, None], rotary).expand(batch, self.config.heads, length, rotated)
-        q_BHSC = torch.cat((q_content, rotate(q_rotary, rotary)), dim=-1)
-        k_BHSC = torch.cat((k_content, k_rotary), dim=-1)
+        q_BHSC = torch.cat((q_content, q_rotary), dim=-1)
+        k_BHSC = torch.cat((k_content, k_rotary.expand(batch, self.config.heads, length, rotated)), dim=-1)
         return self.out(_attend(q_BHSC, k_BHSC, v_BHSC))
+
+    def _attend_to_latents(self, q_content: Tensor, q_rotary: Tensor, seen_BLC: Tensor, sees_B1SL: Tensor) -> Tensor:
+        """The heads' values with absorbed products, (B, S, H x C). Keys and values of all heads are the entries."""
+        content, value, latent = (
+            self.config.content_head_size,
+            self.config.value_head_size,
+            self.config.key_value_latent_size,
+        )
+        up_HCc = rounded(self.key_value_up.weight).unflatten(0, (-1, content + value))
+        k_up, v_up = up_HCc.split((content, value), dim=1)
+        q_BHSC = torch.cat((torch.einsum("bhsk,hkc->bhsc", q_content, k_up), q_rotary), dim=-1)
+        seen_B1LC, scale = seen_BLC[:, None], (content + self.config.rotary_head_size) ** -0.5
+        mean_BSE = _attend_to_seen(q_BHSC, seen_B1LC, seen_B1LC, sees_B1SL, scale)
+        mean_BSHc = mean_BSE.unflatten(-1, (self.config.heads, -1))[..., :latent]
+        return torch.einsum("bshc,hvc->bshv", mean_BSHc, v_up).flatten(2)
 
 
 class ValueEmbeddings(nn.Module):
@@ -197,3 +243,15 @@ def _fused(q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
 def _cudnn_takes_latent() -> bool:
     """Whether cuDNN's attention takes values smaller than queries: from version 9.11 on Hopper."""
     return torch.cuda.get_device_capability() >= (9, 0) and (torch.backends.cudnn.version() or 0) >= 91100
+
+
+def _attend_to_seen(q_BHSC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, sees_B1SL: Tensor, scale: float) -> Tensor:
+    """Attention of one token a sequence (S = 1) to the entries of a cache, with concatenated heads: (B, 1, H x C).
+
+    The query heads of a group are handed over as its tokens, which see the same: no key or value is repeated.
+    """
+    q_BKGC = q_BHSC.squeeze(2).unflatten(1, (k_BKLC.shape[1], -1))
+    y_BKGC = F.scaled_dot_product_attention(
+        q_BKGC, k_BKLC.type_as(q_BKGC), v_BKLC.type_as(q_BKGC), attn_mask=sees_B1SL, scale=scale
+    )
+    return y_BKGC.flatten(1, 3)[:, None]

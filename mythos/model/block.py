@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mythos.config.model_schema import Dense, Looped
 from mythos.model.attention import build_attention
+from mythos.model.cache import LayerCache
 from mythos.model.layers import feed_forward
 from mythos.model.moe import MoE, RouterBias, Routing, logit_offset, observe_routing, routing_penalties
 from mythos.model.parameters import Role
@@ -30,15 +31,25 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
 
     def attend(
-        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        value_embedding: Tensor | None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x after attention, and norm(x), the input of the feed-forward layer."""
-        attended_BSD = self.attention(self.attention_norm(x_BSD), rotary, value_embedding)
+        attended_BSD = self.attention(self.attention_norm(x_BSD), rotary, value_embedding, cache)
         x_BSD = torch.add(x_BSD, attended_BSD, alpha=self.residual_scale)
         return x_BSD, self.feed_forward_norm(x_BSD)
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None = None) -> Tensor:
-        x_BSD, normed_BSD = self.attend(x_BSD, rotary, value_embedding)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        value_embedding: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x_BSD, normed_BSD = self.attend(x_BSD, rotary, value_embedding, cache)
         return x_BSD + self.feed_forward(normed_BSD)
 
 
@@ -95,12 +106,13 @@ class CoreBlock(Block):
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
         value_embedding: Tensor | None,
+        cache: LayerCache | None,
         loop_step_B: Tensor,
         observe: bool,
     ) -> CoreOutput:
         """``loop_step_B`` counts each sequence's own loop steps from 0; ``observe`` requests the routing."""
         scale = self.residual_scale
-        x_BSD, normed_BSD = self.attend(x_BSD, rotary, value_embedding)
+        x_BSD, normed_BSD = self.attend(x_BSD, rotary, value_embedding, cache)
         with self._routed_by_step(normed_BSD, loop_step_B):
             x_BSD = torch.add(x_BSD, self.feed_forward(normed_BSD), alpha=scale)
         if self.adapter is not None:

@@ -3,7 +3,7 @@
 Not compiled: the loop itself, routing and routed experts, which are Python around them, tables and loss.
 
 Every function is compiled twice, with and without gradient, whatever the number of sequences: the loop's steps differ
-in it. A batch without sequences is computed as written.
+in it. A batch without sequences, and new tokens with a cache, are computed as written.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from mythos.model.block import Block, CoreBlock
+from mythos.model.cache import LayerCache
 from mythos.model.injection import LTIInjection
 from mythos.model.layers import SwiGLU
 
@@ -45,7 +46,7 @@ def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     compiled = torch.compile(function, fullgraph=True, backend=backend)
 
     def call(first_B: Tensor, *rest: Any) -> Any:
-        if not len(first_B):
+        if not len(first_B) or any(isinstance(argument, LayerCache) for argument in rest):
             return function(first_B, *rest)
         for argument in (first_B, *rest):
             if isinstance(argument, Tensor):

@@ -1,9 +1,8 @@
 """The recurrent core: one set of weights, run as often as the depth plan requires."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,89 +12,25 @@ from mythos.config.loop_schema import Loop as LoopOptions
 from mythos.config.model_schema import Looped, has_value_embedding
 from mythos.loss import Mean
 from mythos.model.block import CoreBlock
+from mythos.model.cache import NewTokens
 from mythos.model.depth import DepthPlan, due
-from mythos.model.halting import ACTHalting, HaltingState
+from mythos.model.halting import ACTHalting
 from mythos.model.injection import build_injection
 from mythos.model.moe import forget_load, moe_layers
 from mythos.model.rules import initial_deviation
+from mythos.model.state import LoopInputs, LoopState, ObservedRouting
 
 RESIDUAL_EXPONENT = {"none": 0.0, "loops": 1.0, "root_loops": 0.5}
 """What the core's layers add is divided by the mean depth to this power. With shared weights the steps' contributions
 add up like their number, not like its root (arXiv 2606.18524)."""
 NOISE_LIMIT = 3
 """Standard deviations at which the noise of the first state is cut."""
-ExitRule = Callable[[Tensor, Tensor, Tensor | None], bool]
-"""(state before, state after, which tokens have halted or None) -> whether to leave the loop; for evaluation.
+ExitRule = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(state before, state after, which tokens have halted or None) -> which sequences (B,) need no more loop steps.
 
-Processes that share experts must all decide the same.
+For evaluation, where the loop ends when none needs more; in generation each sequence leaves it by itself. Processes
+that share experts must all decide the same.
 """
-
-
-@dataclass(frozen=True)
-class LoopInputs:
-    """What is the same at every loop step; the value embeddings are those of the core's layers."""
-
-    e_BSD: Tensor
-    value_embeddings: Sequence[Tensor | None]
-    rotary: tuple[Tensor, Tensor]
-
-    def first(self, sequences: int) -> "LoopInputs":
-        """The inputs of the first sequences."""
-        if sequences == len(self.e_BSD):
-            return self
-        values = [None if value is None else value[:sequences] for value in self.value_embeddings]
-        return LoopInputs(self.e_BSD[:sequences], values, self.rotary)
-
-
-class ObservedRouting(NamedTuple):
-    """Which experts the tokens went to in one core layer, and the router's scores, without gradient."""
-
-    chosen_BSE: Tensor
-    scores_BSE: Tensor
-
-
-@dataclass(frozen=True)
-class LoopState:
-    """What each sequence carries from loop step to loop step; the first dimension of every tensor is the batch.
-
-    ``loop_step_B`` counts a sequence's own loop steps; ``penalties_BP`` sums the two routing penalties (balance, z),
-    in fp32, over the steps with gradient and the core's layers; ``routing`` has an entry for each core layer with
-    experts if the last step was observed, of the sequences that took part in it.
-    """
-
-    h_BSD: Tensor
-    loop_step_B: Tensor
-    penalties_BP: Tensor
-    halting: HaltingState | None = None
-    routing: tuple[ObservedRouting, ...] = ()
-
-    def __len__(self) -> int:
-        """Number of sequences."""
-        return len(self.h_BSD)
-
-    def rows(self, first: int, end: int) -> "LoopState":
-        """The state of the sequences from ``first`` to ``end``, as views."""
-        return LoopState(
-            self.h_BSD[first:end],
-            self.loop_step_B[first:end],
-            self.penalties_BP[first:end],
-            None if self.halting is None else HaltingState(*(tensor[first:end] for tensor in self.halting)),
-        )
-
-    def followed_by(self, others: "LoopState") -> "LoopState":
-        """The state of these sequences and of others behind them."""
-        if not (len(self) and len(others)):
-            return self if len(self) else others
-        halting = self.halting
-        if halting is not None and others.halting is not None:
-            halting = HaltingState(*map(_join, halting, others.halting))
-        return LoopState(
-            _join(self.h_BSD, others.h_BSD),
-            _join(self.loop_step_B, others.loop_step_B),
-            _join(self.penalties_BP, others.penalties_BP),
-            halting,
-            self.routing,
-        )
 
 
 class Loop(nn.Module):
@@ -136,8 +71,9 @@ class Loop(nn.Module):
             row_B = state.loop_step_B.clamp(max=self.step_embedding.num_embeddings - 1)
             h_BSD = h_BSD + self.step_embedding(row_B)[:, None]
         penalties_BP, routing = state.penalties_BP, []
-        for block, value in zip(self.core, inputs.value_embeddings, strict=True):
-            output = block(h_BSD, inputs.rotary, value, state.loop_step_B, observe)
+        caches = inputs.caches or [None] * len(self.core)
+        for block, value, cache in zip(self.core, inputs.value_embeddings, caches, strict=True):
+            output = block(h_BSD, inputs.rotary, value, cache, state.loop_step_B, observe)
             h_BSD = output.x_BSD
             if output.penalties_BP is not None:
                 penalties_BP = penalties_BP + output.penalties_BP
@@ -155,12 +91,15 @@ class Loop(nn.Module):
         rotary: tuple[Tensor, Tensor],
         plan: DepthPlan,
         exit_rule: ExitRule | None = None,
+        new: NewTokens | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         """The final state, or its halting-weighted mean, (B, S, D); the penalties to add to the loss (3,); diagnostics.
 
         All sequences are in the plan's order. ``exit_rule`` may end the loop early, in evaluation.
         """
         inputs = LoopInputs(e_BSD, value_embeddings, rotary)
+        if new is not None:
+            return self._generate(inputs, new, exit_rule), e_BSD.new_zeros(len(self.penalty_weights)), {}
         start = self._initial_state(e_BSD, plan)
         with torch.no_grad():
             none = start.rows(0, 0)
@@ -173,23 +112,59 @@ class Loop(nn.Module):
         health = self._health(state, previous)
         health["depth/done_over_due"] = Mean(done_before + done, sum(plan.without_grad) + sum(plan.with_grad))
         state = state.followed_by(start.rows(len(state), len(start)))  # an early exit leaves sequences at their start
-        output_BSD = state.h_BSD if state.halting is None else state.halting.weighted_mean(state.h_BSD)
-        return output_BSD, self._penalties(state, plan), health
+        return state.output(), self._penalties(state, plan), health
+
+    def _generate(self, inputs: LoopInputs, new: NewTokens, exit_rule: ExitRule | None) -> Tensor:
+        """The output of new tokens. With a rule, a sequence leaves the loop when it needs no more steps.
+
+        Prompts, whose entries all later tokens see, always get all steps.
+        """
+        e_BSD, cache, outputs_BSD = inputs.e_BSD, new.cache, torch.empty_like(inputs.e_BSD)
+        state = self._start(e_BSD, self._noise(e_BSD, cache.noise, cache.counts))
+        for step in range(cache.depth):
+            last = step == cache.depth - 1
+            before, state = state, self.step(state, replace(inputs, caches=new.core(step)), last, False)
+            if last or exit_rule is None or new.sees_B1SL is None:
+                continue
+            done_B = exit_rule(before.h_BSD, state.h_BSD, self._halted(state))
+            if not done_B.any():
+                continue
+            done_b, left_b = done_B.nonzero()[:, 0], (~done_B).nonzero()[:, 0]
+            outputs_BSD[new.rows_B[done_b]] = state.of(done_b).output()
+            new.of(done_b).leave_loop(step + 1)
+            state, new = state.of(left_b), new.of(left_b)
+            inputs = inputs.of(left_b, new.rotary)
+            if not len(left_b):
+                return outputs_BSD
+        if len(state) == len(outputs_BSD):
+            return state.output()
+        outputs_BSD[new.rows_B] = state.output()
+        return outputs_BSD
 
     def _initial_state(self, e_BSD: Tensor, plan: DepthPlan) -> LoopState:
-        """h_0: zero, or normal noise like the embedding's, truncated at 3 deviations, from each sequence's own seed.
+        """h_0 of sequences that begin, each from its own seed."""
+        generator = torch.Generator(e_BSD.device)
+        return self._start(e_BSD, self._noise(e_BSD, (generator.manual_seed(seed) for seed in plan.state_seeds)))
+
+    def _noise(self, e_BSD: Tensor, streams: Iterable[torch.Generator], tokens: Sequence[int] | None = None) -> Tensor:
+        """h_0: zero, or normal noise like the embedding's, truncated at 3 deviations, from each sequence's stream.
 
         sqrt(2) erf^-1(u), u uniform in (-p, p) with p = erf(3 / sqrt(2)), is such noise for deviation 1. Unlike
-        torch's ``trunc_normal_``, which rejects and repeats, it never waits for the device.
+        torch's ``trunc_normal_``, which rejects and repeats, it never waits for the device. Of ``tokens`` the pads that
+        follow stay zero. On a CPU, tokens that are drawn one after the other get the noise of those drawn together.
         """
         h_BSD = torch.zeros_like(e_BSD, dtype=torch.float32)  # bf16 would draw from a coarse grid
         if self.noise_deviation:
-            generator, limit = torch.Generator(e_BSD.device), math.erf(NOISE_LIMIT / math.sqrt(2))
-            for row_SD, seed in zip(h_BSD, plan.state_seeds, strict=True):
-                row_SD.uniform_(-limit, limit, generator=generator.manual_seed(seed))
+            limit = math.erf(NOISE_LIMIT / math.sqrt(2))
+            counts = tokens or [e_BSD.shape[1]] * len(e_BSD)
+            for row_SD, count, stream in zip(h_BSD, counts, streams, strict=True):
+                row_SD[:count].uniform_(-limit, limit, generator=stream)
             h_BSD.erfinv_().mul_(self.noise_deviation * math.sqrt(2))
+        return h_BSD.type_as(e_BSD)
+
+    def _start(self, e_BSD: Tensor, h_BSD: Tensor) -> LoopState:
         return LoopState(
-            h_BSD.type_as(e_BSD),
+            h_BSD,
             loop_step_B=torch.zeros(len(e_BSD), dtype=torch.long, device=e_BSD.device),
             penalties_BP=torch.zeros(len(e_BSD), 2, device=e_BSD.device),
             halting=None if self.halting is None else self.halting.start(e_BSD),
@@ -220,7 +195,7 @@ class Loop(nn.Module):
             previous = state = state.followed_by(start.rows(len(state), rows))
             if rows or self.exchanges_tokens:
                 state = self._checkpointed_step(state, inputs.first(rows), last, observe)
-            if exit_rule is not None and exit_rule(previous.h_BSD, state.h_BSD, self._halted(state)):
+            if exit_rule is not None and exit_rule(previous.h_BSD, state.h_BSD, self._halted(state)).all():
                 break
         return state, previous, done
 
@@ -286,7 +261,3 @@ def _choice_changed(state: LoopState, previous: LoopState) -> Mean:
         return Mean(0.0, 0)
     together = torch.stack(changed)
     return Mean(together.sum(), together.numel())
-
-
-def _join(first: Tensor, others: Tensor) -> Tensor:
-    return torch.cat((first, others))

@@ -6,6 +6,8 @@ Both are called alike, and return logits (B, S, V), or ``Losses`` when they are 
 """
 
 import math
+from collections.abc import Sequence
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from mythos.config.model_schema import Dense, Looped, has_value_embedding
 from mythos.loss import Losses, Mean, cross_entropy_and_z_loss, sequence_losses
 from mythos.model.attention import ValueEmbeddings
 from mythos.model.block import Block
+from mythos.model.cache import Cache, LayerCache
 from mythos.model.depth import DepthPlan, fixed
 from mythos.model.layers import feed_forward
 from mythos.model.loop import ExitRule, Loop
@@ -54,17 +57,22 @@ class LoopedTransformer(nn.Module):
         depth: DepthPlan | int | None = None,
         exit_rule: ExitRule | None = None,
         count: float | None = None,
+        cache: Cache | None = None,
     ) -> Tensor | Losses:
         """The logits or the losses, in the order of ``tokens_BS``; inside, the sequences are in the plan's order.
 
         Args:
             depth: the mean depth of training if it is not given.
             count: see ``cross_entropy_and_z_loss``.
+            cache: of the tokens before, to which these are added; it has the depth. The result are the logits after
+                each sequence's last token, (B, V).
         """
-        if not isinstance(depth, DepthPlan):
+        if cache is not None:
+            depth = fixed(cache.depth, len(tokens_BS))
+        elif not isinstance(depth, DepthPlan):
             depth = fixed(self.mean_depth if depth is None else depth, len(tokens_BS))
         with products_in(self.product_type, tokens_BS.device):
-            return self._forward(tokens_BS, targets_BS, depth, exit_rule, count)
+            return self._forward(tokens_BS, targets_BS, depth, exit_rule, count, cache)
 
     def _forward(
         self,
@@ -73,17 +81,21 @@ class LoopedTransformer(nn.Module):
         depth: DepthPlan,
         exit_rule: ExitRule | None,
         count: float | None,
+        cache: Cache | None,
     ) -> Tensor | Losses:
         tokens_BS = _reordered(tokens_BS, depth.order)
-        rotary = _rotary(self.prelude, tokens_BS)
+        new = None if cache is None else cache.begin(tokens_BS.shape[1])
+        rotary = _rotary(self.prelude, tokens_BS) if new is None else new.rotary
         x_BSD, values = self.embedding(tokens_BS), self.value_embeddings(tokens_BS)
         first, end = len(self.prelude), len(self.prelude) + self.config.core_layers
-        for block, value in zip(self.prelude, values[:first], strict=True):
-            x_BSD = block(x_BSD, rotary, value)
-        h_BSD, penalties_P, health = self.loop(self.prelude_norm(x_BSD), values[first:end], rotary, depth, exit_rule)
+        x_BSD = _run(self.prelude, x_BSD, rotary, values[:first], new.prelude() if new else None)
+        h_BSD, penalties_P, health = self.loop(
+            self.prelude_norm(x_BSD), values[first:end], rotary, depth, exit_rule, new
+        )
         x_BSD = self.readout(h_BSD).type_as(h_BSD)
-        for block, value in zip(self.coda, values[end:], strict=True):
-            x_BSD = block(x_BSD, rotary, value)
+        x_BSD = _run(self.coda, x_BSD, rotary, values[end:], new.coda() if new else None)
+        if new is not None:
+            return self.head(new.finish(x_BSD), None, None)
         places = _inverse(depth.order)
         if targets_BS is None:
             return _reordered(self.head(x_BSD, None, None), places)
@@ -116,19 +128,22 @@ class DenseTransformer(nn.Module):
         depth: None = None,
         exit_rule: None = None,
         count: float | None = None,
+        cache: Cache | None = None,
     ) -> Tensor | Losses:
-        """The logits or the losses; ``count``: see ``cross_entropy_and_z_loss``."""
+        """The logits or the losses; ``count``: see ``cross_entropy_and_z_loss``; ``cache``: see the looped model."""
         if depth is not None or exit_rule is not None:
             raise ValueError("a dense model has no loop: leave out depth and exit_rule")
         with products_in(self.product_type, tokens_BS.device):
-            return self._forward(tokens_BS, targets_BS, count)
+            return self._forward(tokens_BS, targets_BS, count, cache)
 
-    def _forward(self, tokens_BS: Tensor, targets_BS: Tensor | None, count: float | None) -> Tensor | Losses:
-        rotary = _rotary(self.blocks, tokens_BS)
-        x_BSD = self.embedding(tokens_BS)
-        for block, value in zip(self.blocks, self.value_embeddings(tokens_BS), strict=True):
-            x_BSD = block(x_BSD, rotary, value)
-        return self.head(x_BSD, targets_BS, count)
+    def _forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None, count: float | None, cache: Cache | None
+    ) -> Tensor | Losses:
+        new = None if cache is None else cache.begin(tokens_BS.shape[1])
+        rotary = _rotary(self.blocks, tokens_BS) if new is None else new.rotary
+        x_BSD, values = self.embedding(tokens_BS), self.value_embeddings(tokens_BS)
+        x_BSD = _run(self.blocks, x_BSD, rotary, values, new.prelude() if new else None)
+        return self.head(x_BSD if new is None else new.finish(x_BSD), targets_BS, count)
 
 
 class TiedHead(nn.Module):
@@ -165,6 +180,19 @@ class TiedHead(nn.Module):
             return Losses(by_sequence_B.mean(), by_sequence_B.mean().detach(), {}, by_sequence_B.detach())
         loss = cross_entropy_and_z_loss(x_BSD, self.weight, targets_BS, self.z_loss, count)
         return Losses(loss.total, loss.cross_entropy, {"train/z_loss": Mean(loss.z_loss)} if self.z_loss else {})
+
+
+def _run(
+    blocks: nn.ModuleList,
+    x_BSD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    values: Sequence[Tensor | None],
+    caches: Sequence[LayerCache] | None,
+) -> Tensor:
+    """x after all blocks."""
+    for block, value, cache in zip(blocks, values, caches or repeat(None, len(blocks)), strict=True):
+        x_BSD = block(x_BSD, rotary, value, cache)
+    return x_BSD
 
 
 def _rotary(blocks: nn.ModuleList, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:

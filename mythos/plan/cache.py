@@ -1,6 +1,6 @@
 """Memory of a key-value cache at inference: one entry for each layer and, in the core, for each loop step."""
 
-from mythos.config.model_schema import Dense, GroupedQuery, Latent, Looped
+from mythos.config.model_schema import CACHE_BLOCK_TOKENS, Dense, GroupedQuery, Latent, Looped
 
 
 def cached_channels(attention: GroupedQuery | Latent) -> int:
@@ -13,9 +13,10 @@ def cached_channels(attention: GroupedQuery | Latent) -> int:
 
 
 def cache_bytes(model: Looped | Dense, depth: int, tokens: int, element_bytes: int) -> int:
-    """Bytes of the cache of so many tokens at this depth (which a dense model has not)."""
+    """Bytes of the cache of a sequence of so many tokens, in complete blocks, at this depth (of a looped model)."""
     if isinstance(model, Dense):
         layers = model.layers
     else:
         layers = model.prelude_layers + model.core_layers * depth + model.coda_layers
-    return layers * tokens * cached_channels(model.attention) * element_bytes
+    blocks = -(-tokens // CACHE_BLOCK_TOKENS)
+    return layers * blocks * CACHE_BLOCK_TOKENS * cached_channels(model.attention) * element_bytes

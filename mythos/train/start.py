@@ -20,7 +20,7 @@ from mythos.data.open import RunData, check_data_unchanged
 from mythos.engine.engine import TrainingEngine
 from mythos.engine.sections import precision, training_dtype
 from mythos.errors import BAD_INPUT, UserError
-from mythos.eval.generate import sample_text
+from mythos.eval.sample import sample_text
 from mythos.eval.validation import validate
 from mythos.hardware import peak_of_all_ranks
 from mythos.plan.budgets import Course, course_of
@@ -161,7 +161,7 @@ class OpenRun:
             self.config.sample,
             self.config.eval,
             longest=self.config.data.sequence_length,
-            loop_depth=max(depths) if depths else None,
+            depth=max(depths) if depths else None,
             seed=self.config.seed,
             watchdog=self.watchdog,
             stop=self.stop,

@@ -128,7 +128,7 @@ def validate_slowly(data: Path, log_file: Path) -> float:
     """A validation of eight passes that takes twice the watchdog's limit; returns the loss."""
     start_logging(log_file, dist.get_rank())
 
-    def slow_pass(tokens: torch.Tensor, *rest: Any) -> Losses:
+    def slow_pass(tokens: torch.Tensor, *rest: Any, **options: Any) -> Losses:
         time.sleep(0.4)
         return Losses(torch.ones(()), torch.ones(()), {}, torch.ones(len(tokens)))
 
@@ -163,7 +163,7 @@ def steps_taken(data: Path, options: dict[str, Any]) -> list[int]:
     rule, steps = exit_rule(config.eval), []
     slow = 3 * dist.get_rank()
 
-    def late(before: torch.Tensor, after: torch.Tensor, halted: torch.Tensor) -> bool:
+    def late(before: torch.Tensor, after: torch.Tensor, halted: torch.Tensor) -> torch.Tensor:
         steps.append(None)
         if len(steps) <= slow:  # this rank alone is not done
             return rule(before, after + 1e6, torch.zeros_like(halted))

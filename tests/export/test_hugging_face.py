@@ -16,7 +16,7 @@ from mythos.checkpoint.initial import ExportedWeights
 from mythos.checkpoint.plain import values_of
 from mythos.data.format import BOS
 from mythos.errors import UserError
-from mythos.eval.generate import sample_tokens
+from mythos.eval.generate import Sampling, continuation
 from mythos.export import SpecialTokens, export, load_exported
 from mythos.export import weights as weights_module
 from mythos.export.hugging_face import code
@@ -87,14 +87,19 @@ def test_transformers_computes_the_same(name: str, exports: Path, found: dict[st
 def test_greedy_generation_gives_the_same_tokens(name: str, exports: Path, found: dict[str, dict[str, Any]]) -> None:
     """From prompts of different length, padded on the left."""
     model = load_exported(exports / name)
-
-    def forward(tokens: torch.Tensor, targets: None, plan: Any) -> torch.Tensor:
-        with torch.no_grad():
-            return model(tokens, targets, plan)
-
     for ids, generated in zip(found[name]["ids"], found[name]["generated"], strict=True):
         depth = None if name == "dense" else DEEPER
-        own = sample_tokens(forward, ids, GENERATED, 0.0, 1000, depth, 0, torch.device("cpu"))
+        with torch.no_grad():
+            own = continuation(
+                lambda new, cache: model(new, cache=cache),
+                model,
+                ids,
+                GENERATED,
+                Sampling(),
+                depth,
+                0,
+                torch.device("cpu"),
+            )
         assert generated.tolist() == own[len(ids) :]
 
 

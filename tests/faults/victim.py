@@ -180,12 +180,12 @@ def recording(directory: Path) -> Iterator[None]:
         with (directory / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def train_on(engine: TrainingEngine, tokens: Any, targets: Any, plan: Any, *rest: Any) -> Any:
+    def train_on(engine: TrainingEngine, tokens: Any, targets: Any, plan: Any, *rest: Any, **options: Any) -> Any:
         if engine.module.training:
             hashes = [xxhash.xxh3_64_hexdigest(row.numpy().tobytes()) for row in tokens]
             line = {"step": step, "attempt": attempt, "sequences": hashes}
             append(f"sequences_{os.environ['RANK']}.jsonl", line)
-        return call(engine, tokens, targets, plan, *rest)
+        return call(engine, tokens, targets, plan, *rest, **options)
 
     loop.train_step, TrainingEngine.__call__ = note_step, train_on  # type: ignore[method-assign]
     try:

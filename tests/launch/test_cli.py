@@ -65,6 +65,7 @@ def test_help_lists_every_command_once_and_the_exit_codes(capsys: pytest.Capture
             "eval",
             "checkpoint",
             "export",
+            "generate",
             "config",
             "params",
             "plan",

@@ -102,9 +102,9 @@ def test_evaluation_may_leave_the_loop_when_every_token_has_halted() -> None:
         loop.halting.gate.bias.fill_(0.0)
     e, rotary, seen = numbers(2, 5, 32), (torch.ones(5, 8), torch.zeros(5, 8)), []
 
-    def all_halted(before: torch.Tensor, after: torch.Tensor, halted: torch.Tensor | None) -> bool:
+    def all_halted(before: torch.Tensor, after: torch.Tensor, halted: torch.Tensor | None) -> torch.Tensor:
         seen.append(halted.float().mean().item())
-        return bool(halted.all())
+        return halted.all(dim=1)
 
     with torch.no_grad():
         early, _, _ = loop(e, [None, None], rotary, fixed(30, 2), all_halted)

@@ -85,7 +85,7 @@ def test_blocks_start_as_identity() -> None:
     for block in (*model.prelude, *model.coda):
         assert torch.equal(block(x, rotary), x)
     for block in model.loop.core:
-        assert torch.equal(block(x, rotary, None, torch.zeros(2, dtype=torch.long), False).x_BSD, x)
+        assert torch.equal(block(x, rotary, None, None, torch.zeros(2, dtype=torch.long), False).x_BSD, x)
 
 
 def test_the_head_is_the_embedding_table() -> None:

@@ -85,7 +85,7 @@ def test_the_cache_holds_what_the_attention_layers_keep(name: str) -> None:
     assert cached_channels(config.attention) == layer.cached_channels
     depth = 8
     layers = config.layers if config.kind == "dense" else 6 + 6 * depth + 6
-    assert cache_bytes(config, depth, 100, 2) == layers * 100 * layer.cached_channels * 2
+    assert cache_bytes(config, depth, 100, 2) == layers * 128 * layer.cached_channels * 2
 
 
 def test_collectives_take_latency_and_the_bytes_over_the_slowest_link() -> None:

@@ -28,8 +28,8 @@ def train_with_a_fault(config: Config, place: str, steps: list[int]) -> str:
     def faulty() -> bool:
         return len(calls) in steps and dist.get_rank() == 1
 
-    def call(self: TrainingEngine, *arguments: Any) -> Any:
-        output = plain_call(self, *arguments)
+    def call(self: TrainingEngine, *arguments: Any, **options: Any) -> Any:
+        output = plain_call(self, *arguments, **options)
         if torch.is_grad_enabled():
             calls.append(None)
             if place == "loss" and faulty():

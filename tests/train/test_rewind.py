@@ -26,8 +26,8 @@ def train_with_spikes(
     """Exit code or error of the run, and the tokens that this rank was given at each training step."""
     plain, seen, stop = TrainingEngine.__call__, [], StopRequest()
 
-    def call(engine: TrainingEngine, tokens: torch.Tensor, *rest: Any) -> Any:
-        output = plain(engine, tokens, *rest)
+    def call(engine: TrainingEngine, tokens: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        output = plain(engine, tokens, *rest, **options)
         if torch.is_grad_enabled():
             seen.append(tokens.tolist())
             if len(seen) in calls_with_a_spike:

@@ -42,13 +42,13 @@ def run_and_stop(config: Config, forward_pass: int, doing: str) -> int:
     """The run; rank 1 alone receives a stop request at a forward pass of that activity, counted from 1."""
     stop, call, calls = StopRequest(), TrainingEngine.__call__, 0
 
-    def counted(engine: TrainingEngine, tokens: torch.Tensor, targets: Any, *rest: Any) -> Any:
+    def counted(engine: TrainingEngine, tokens: torch.Tensor, targets: Any, *rest: Any, **options: Any) -> Any:
         nonlocal calls
         now = "training" if engine.module.training else "sampling" if targets is None else "validation"
         calls += now == doing
         if (now, calls, dist.get_rank()) == (doing, forward_pass, 1):
             stop.signal_name = "a test"
-        return call(engine, tokens, targets, *rest)
+        return call(engine, tokens, targets, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingEngine, "__call__", counted)
