@@ -22,6 +22,7 @@ from launch import (
     inspect,
     job,
     params,
+    parity,
     plan,
     status,
     train,
@@ -92,6 +93,19 @@ APP = group(
 APP.add_typer(
     group("List or verify the checkpoints of a run.", {"list": checkpoint.run_list, "verify": checkpoint.run_verify}),
     name="checkpoint",
+)
+APP.add_typer(
+    group(
+        "Carry out an experiment of several arms and seeds, from its file to its report.",
+        {
+            "run": parity.run,
+            "status": parity.run_status,
+            "report": parity.run_report,
+            "jobs": parity.run_jobs,
+            "arguments": parity.run_arguments,
+        },
+    ),
+    name="parity",
 )
 APP.add_typer(
     group(

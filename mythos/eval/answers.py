@@ -23,6 +23,13 @@ class Problems:
     difficulties_N: np.ndarray
     trained_difficulty: int
 
+    def items(self) -> dict[str, np.ndarray]:
+        """Of each problem its difficulty, and whether that is beyond those of training."""
+        return {
+            "problems_difficulty": self.difficulties_N,
+            "problems_beyond": self.difficulties_N > self.trained_difficulty,
+        }
+
     def solved(self, scorer: Scorer) -> np.ndarray:
         """Whether each problem is solved, (N,)."""
         return np.array([score.is_greedy for part in in_parts(self.requests) for score in scorer(part)], dtype=bool)

@@ -91,7 +91,7 @@ def text_metrics(
             solved = {steps: problems.solved(_scorer(ask, steps)) for steps in depths}
             of_sources.append([problems.accuracies(solved[steps]) for steps in depths])
             one = {f"problems_solved{suffix(at)}": each for at, each in solved.items()}
-            items |= _of_source(source, data, {"problems_difficulty": problems.difficulties_N} | one)
+            items |= _of_source(source, data, problems.items() | one)
         found |= _named("", data.validation, depths, of_sources)
     elif tokenizer is not None and wanted.documents != 0:
         of_sources = []

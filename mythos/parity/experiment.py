@@ -92,7 +92,8 @@ class Evaluation:
 
     depths: tuple[Annotated[int, Field(gt=0, le=10_000)], ...] = option("loop depths of looped arms", ())
     tasks: tuple[str, ...] = option("tasks of `mythos eval --tasks`", ())
-    sequences: int | None = option("validation sequences; null: all", None, gt=0)
+    sequences: int | None = option("validation rows of each data set; null: all", None, gt=0)
+    documents: int | None = option("documents of each data set that are measured alone; null: all", 1000, gt=0)
 
 
 @section
@@ -159,7 +160,9 @@ def planned_runs(experiment: Experiment) -> list[PlannedRun]:
 
 def design_hash(experiment: Experiment) -> str:
     """Identifies question, hypothesis, criterion, seeds, evaluation and every arm's configuration."""
-    design = _ADAPTER.dump_python(experiment, exclude={"directory", "processes"})
+    # The options themselves count, not the names of the files that they are in.
+    places: Any = {"directory": True, "processes": True, "configuration": True, "arms": {"__all__": {"configuration"}}}
+    design = _ADAPTER.dump_python(experiment, exclude=places)
     trees = {arm: merge(*split_arguments(_configuration(experiment, arm)), resolve=False) for arm in experiment.arms}
     return hashlib.sha256(json.dumps([design, trees], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -188,10 +191,10 @@ def _configuration(experiment: Experiment, arm: str) -> tuple[str, ...]:
     return (*experiment.configuration, *experiment.arms[arm].configuration)
 
 
-def _load(experiment: Experiment, arm: str, own: Sequence[str] = ("run.directory=none",)) -> Config:
+def _load(experiment: Experiment, arm: str, own: Sequence[str] = ()) -> Config:
     files, overrides = split_arguments(_configuration(experiment, arm))
     try:
-        return load(files, [*overrides, *own], experiment.processes)
+        return load(files, [f"run.directory={experiment.directory}", *overrides, *own], experiment.processes)
     except UserError as error:
         raise UserError(f"arm {arm}: {error}") from error
 

@@ -116,7 +116,11 @@ def _draw_seeds(by_seed: Sequence[np.ndarray], random: np.random.Generator) -> n
 
 
 def _interval(arms: Sequence[np.ndarray], function: Callable[[np.ndarray], np.ndarray], seed: int) -> Interval:
-    values_B = function(bootstrap(arms, seed))
+    return interval_of(function(bootstrap(arms, seed)))
+
+
+def interval_of(values_B: np.ndarray) -> Interval:
+    """The interval of a quantity that was computed from ``bootstrap``, (1 + DRAWS,)."""
     return Interval(float(values_B[0]), *_tails(values_B[1:]))
 
 

@@ -63,7 +63,7 @@ def _describe_state(status: Status) -> str:
 def describe_last_write(status: Status) -> str:
     """How long ago the run wrote anything."""
     age_s = status.seconds_since_last_write
-    return "never" if age_s is None else f"{_duration(age_s)} ago"
+    return "never" if age_s is None else f"{duration(age_s)} ago"
 
 
 def advice(status: Status) -> str | None:
@@ -91,14 +91,14 @@ def _experts(status: Status) -> str:
 
 def _left(status: Status) -> str:
     assert status.seconds_left is not None
-    text = _duration(status.seconds_left)
+    text = duration(status.seconds_left)
     if status.state != "running":
         return f"{text} of training"
     done = datetime.now() + timedelta(seconds=status.seconds_left)
     return f"{text}, finished at about {done:%Y-%m-%d %H:%M}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     total_s = round(seconds)
     days, hours, minutes = total_s // 86400, total_s // 3600 % 24, total_s // 60 % 60
     if days:

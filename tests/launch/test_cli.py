@@ -71,6 +71,7 @@ def test_help_lists_every_command_once_and_the_exit_codes(capsys: pytest.Capture
             "plan",
             "bench",
             "inspect",
+            "parity",
             "data",
             "job",
         ]

@@ -1,0 +1,138 @@
+"""The pictures of a comparison of arms."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mythos.files import write_atomically
+from mythos.parity import statistics
+from mythos.parity.measures import Arm
+
+DOTS_PER_INCH = 110
+COLORS = [f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")]
+
+
+def write_pictures(arms: Sequence[Arm], metric: str, directory: Path) -> dict[str, str]:
+    """Draw what there are data for; returns what each picture shows, by its name."""
+    drawn = {"arms": _arms(arms, metric), "curves": _curves(arms)}
+    texts = {
+        "arms": f"The mean {metric} of each arm with its 95% interval; dots are training seeds.",
+        "curves": "The validation loss at the mean depth of training, against what was spent: one line for each seed.",
+    }
+    if any(len(_depths(arm)) > 1 for arm in arms):
+        drawn["depth"] = _by_depth(arms, metric)
+        texts["depth"] = (
+            f"The {metric} against the loop steps at test time, mean over the seeds with its 95% interval; dashed: the "
+            "mean depth of training; horizontal: arms without a loop."
+        )
+    if all("problems_difficulty" in run.items for arm in arms for run in arm.runs):
+        drawn["difficulty"] = _by_difficulty(arms)
+        texts["difficulty"] = (
+            "The share of problems that are solved against their difficulty, at the mean depth of training and "
+            "(dotted) at the largest depth measured; shaded: difficulties beyond those of training."
+        )
+    for name, figure in drawn.items():
+        write_atomically(directory / f"{name}.png", _png(figure))
+    return texts
+
+
+def _figure(columns: int, width: float = 4.8, height: float = 3.8) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # half a second, which the other commands save
+
+    figure = Figure(figsize=(width * columns, height), layout="constrained", dpi=DOTS_PER_INCH)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _png(figure: Any) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    file = BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()
+
+
+def _arms(arms: Sequence[Arm], metric: str) -> Any:
+    figure, (axis,) = _figure(1, width=7.5, height=1 + 0.45 * len(arms))
+    for row, (arm, color) in enumerate(zip(arms, COLORS * len(arms), strict=False)):
+        values = arm.values(metric)
+        found = statistics.mean(values)
+        axis.plot([found.low, found.high], [row, row], color=color, linewidth=2)
+        axis.plot(found.estimate, row, "D", color=color)
+        axis.plot(values.mean(axis=1), np.full(len(values), row + 0.2), ".", color=color, alpha=0.6)
+    axis.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    axis.invert_yaxis()
+    axis.set(xlabel=metric)
+    axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def _curves(arms: Sequence[Arm]) -> Any:
+    figure, axes = _figure(3)
+    for arm, color in zip(arms, COLORS * len(arms), strict=False):
+        for number, run in enumerate(arm.runs):
+            for axis, x in zip(axes, (run.curve.tokens, run.curve.flops, run.curve.hours), strict=True):
+                label = arm.name if number == 0 else None
+                begun = x > 0
+                axis.plot(
+                    x[begun], run.curve.losses[begun], color=color, marker=".", alpha=0.8, linewidth=1.2, label=label
+                )
+    for axis, name in zip(axes, ("tokens", "training FLOPs that were executed", "device hours of steps"), strict=True):
+        axis.set(xlabel=name, ylabel="validation loss", xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    return figure
+
+
+def _depths(arm: Arm) -> list[int]:
+    """The depths at which an arm was evaluated; none of a dense model."""
+    if arm.depth is None:
+        return []
+    options = arm.runs[0].evaluation.get("eval", {})
+    return sorted(int(each) for each in options.get("depths") or ())
+
+
+def _by_depth(arms: Sequence[Arm], metric: str) -> Any:
+    figure, (axis,) = _figure(1, width=6.4)
+    for arm, color in zip(arms, COLORS * len(arms), strict=False):
+        depths = _depths(arm)
+        if not depths:
+            found = statistics.mean(arm.values(metric))
+            axis.axhline(found.estimate, color=color, label=arm.name)
+            axis.axhspan(found.low, found.high, color=color, alpha=0.08)
+            continue
+        intervals = [statistics.mean(arm.values(metric, depth)) for depth in depths]
+        axis.plot(depths, [each.estimate for each in intervals], marker="o", color=color, label=arm.name)
+        low, high = [each.low for each in intervals], [each.high for each in intervals]
+        axis.fill_between(depths, low, high, color=color, alpha=0.15)
+        axis.axvline(arm.depth, color=color, linestyle="--", linewidth=1, alpha=0.6)
+    axis.set(xlabel="loop steps at test time", ylabel=metric)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    return figure
+
+
+def _by_difficulty(arms: Sequence[Arm]) -> Any:
+    figure, (axis,) = _figure(1, width=6.4)
+    items = arms[0].runs[0].items
+    levels = np.unique(items["problems_difficulty"])
+    trained = int(items["problems_difficulty"][~items["problems_beyond"]].max())
+    for arm, color in zip(arms, COLORS * len(arms), strict=False):
+        depths = _depths(arm)
+        for depth, style in ((arm.depth, "-"), *([(depths[-1], ":")] if depths else [])):
+            solved = [each for run in arm.runs if (each := run.item("problems_solved", depth)) is not None]
+            if not solved:
+                continue
+            together = np.mean(np.stack(solved), axis=0)
+            shares = [together[items["problems_difficulty"] == level].mean() for level in levels]
+            label = arm.name if style == "-" else None
+            axis.plot(levels, shares, style, marker=".", color=color, label=label)
+    axis.axvspan(trained + 0.5, levels[-1] + 0.5, color="0.9", zorder=0)
+    axis.set(xlabel="difficulty", ylabel="share of problems that are solved", ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    return figure

@@ -1,0 +1,151 @@
+"""An experiment is carried out on this machine, also if it is killed in between, and reported."""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.cli import main
+from launch.commands import invoke
+from mythos.parity.experiment import PlannedRun, load_experiment, planned_runs
+from mythos.parity.results import read_result
+from mythos.parity.runs import LocalRunner, progress
+from mythos.run.metrics import read_metrics
+from tests.parity.conftest import write_experiment
+from tests.spawn import Job
+
+LIMIT_S = 200
+
+
+def in_a_fork(self: LocalRunner, run: PlannedRun, arguments: Sequence[str]) -> int:
+    """The command without the seconds of its imports."""
+    log = Path(self._experiment.directory) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return Job(1, main, list(arguments), output=log).wait(LIMIT_S)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment that was carried out."""
+    path = write_experiment(text_data, tmp_path_factory.mktemp("undisturbed") / "experiment")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalRunner, "_command", in_a_fork)
+        assert invoke(["parity", "run", str(path), "--jobs", "2"]) == 0
+    return path
+
+
+def report_of(path: Path) -> dict[str, Any]:
+    """The report without times."""
+    text = (path.parent / "runs/report/report.json").read_text(encoding="utf-8")
+    report: dict[str, Any] = json.loads(text)
+    for arm in report["arms"].values():
+        for run in arm["runs"]:
+            del run["device_hours"], run["curve"]["hours"], run["training_flops"], run["curve"]["flops"]
+    return report
+
+
+def test_after_a_kill_and_a_failure_the_report_is_that_of_an_undisturbed_experiment(
+    undisturbed: Path,
+    text_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_experiment(text_data, tmp_path / "experiment")
+    disturbed = {"looped": "killed", "small": "failed"}
+
+    def disturb(self: LocalRunner, run: PlannedRun, arguments: Sequence[str]) -> int:
+        if run.seed == 1 and (what := disturbed.pop(run.arm, None)):
+            if what == "failed":
+                return 74
+            job = Job(1, main, list(arguments), output=tmp_path / "output")
+            until = time.monotonic() + LIMIT_S
+            while not list(run.directory.glob("checkpoints/step_00000002/state.json")):
+                assert time.monotonic() < until, job.text()
+                time.sleep(0.05)
+            job.kill()
+            return job.wait(LIMIT_S)
+        return in_a_fork(self, run, arguments)
+
+    monkeypatch.setattr(LocalRunner, "_command", disturb)
+    assert invoke(["parity", "run", str(path), "--jobs", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert "small, seed 1: training failed with exit code 74: see " in printed
+    assert "looped, seed 1: training failed with exit code -9: see " in printed
+    assert not disturbed
+    assert invoke(["parity", "report", str(path)]) == 0
+    partial = (path.parent / "runs/report/report.md").read_text(encoding="utf-8")
+    assert "- looped, seed 1: killed, training to do" in partial
+    assert "- small, seed 1: not started, training to do" in partial
+    assert "no verdict: one seed" in partial
+    assert invoke(["parity", "jobs", str(path)]) == 0
+    first = (path.parent / "runs").resolve()
+    assert f"training looped 1 {first}/looped/seed-1\ntraining small 1 {first}/small/seed-1" in capsys.readouterr().out
+
+    assert invoke(["parity", "run", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(": training\n") == 2, "what was finished is not done again"
+    assert report_of(path) == report_of(undisturbed)
+
+
+def test_status_and_arguments(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["parity", "status", str(undisturbed)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][:5] == ["looped", "1", "evaluated", "6", "6"]
+    assert rows[1][:4] == ["equal-flops", "1", "evaluated", rows[1][4]]
+    assert invoke(["parity", "jobs", str(undisturbed)]) == 0
+    assert not capsys.readouterr().out
+    assert invoke(["parity", "arguments", str(undisturbed), "looped", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "train.steps=6"
+    assert lines[-3:] == ["train.steps=6", "seed=2", f"run.directory={undisturbed.parent}/runs/looped/seed-2"]
+    assert invoke(["parity", "arguments", str(undisturbed), "looped", "2", "--evaluation"]) == 0
+    evaluation = ["eval.sequences=4", "--documents", "12", "--depths", "1,3,6"]
+    assert capsys.readouterr().out.splitlines() == evaluation
+
+
+def test_the_numbers_of_the_report_are_those_of_the_runs(undisturbed: Path) -> None:
+    experiment = load_experiment(undisturbed)
+    report, losses = report_of(undisturbed), {}
+    for run in planned_runs(experiment):
+        found = progress(experiment, run)
+        assert found.evaluation is not None
+        result = read_result(run.directory, found.evaluation)
+        evaluation = json.loads(found.evaluation.read_text(encoding="utf-8"))
+        name = "eval/documents_bits_per_byte" + ("" if result.depth is None else "_depth_3")
+        losses.setdefault(run.arm, []).append(evaluation[name])
+        lines = read_metrics(run.directory)
+        assert result.tokens == lines[-1].get("train/tokens", result.tokens) == run.config.train.steps * 8 * 64
+        steps = [line for line in lines if "perf/step_seconds" in line]
+        spent = sum(line["perf/step_seconds"] * line["perf/model_flops_per_second"] for line in steps)
+        assert result.curve.flops[-1] == pytest.approx(spent, rel=1e-6)
+        assert result.curve.losses.tolist() == [line["val/loss"] for line in lines if "val/loss" in line]
+    for arm, values in losses.items():
+        assert report["arms"][arm]["bits_per_byte"]["estimate"] == pytest.approx(np.mean(values), rel=1e-6)
+    d = np.mean(losses["looped"]) - np.mean(losses["large"])
+    gap = np.mean(losses["small"]) - np.mean(losses["large"])
+    decision = report["decision"]
+    assert decision["difference"]["estimate"] == pytest.approx(d, rel=1e-5)
+    assert decision["missed"]["estimate"] == pytest.approx(d - 0.25 * gap, rel=1e-5)
+    assert decision["share"]["estimate"] == pytest.approx((gap - d) / gap, rel=1e-5)
+    expected = {(True, False): "matches", (False, True): "does not match", (False, False): "not decided"}
+    missed = decision["missed"]
+    assert decision["answer"] == expected[missed["high"] < 0, missed["low"] > 0]
+
+
+def test_a_design_that_was_changed_after_the_first_run_shows(undisturbed: Path, tmp_path: Path) -> None:
+    text = undisturbed.read_text(encoding="utf-8")
+    report = (undisturbed.parent / "runs/report/report.md").read_text(encoding="utf-8")
+    assert "is the one with which the first run began" in report
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(text.replace("margin: 0.25", "margin: 1"), encoding="utf-8")
+    assert invoke(["parity", "report", str(changed), "--output", str(tmp_path / "report")]) == 0
+    report = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert "**The design was changed after the first run.**" in report
+    pictures = {path.stem for path in (tmp_path / "report").glob("*.png")}
+    assert pictures == {"arms", "curves", "depth"} == set(re.findall(r"\]\((\w+)\.png\)", report))
