@@ -46,8 +46,11 @@ SUBJECTS = {
     },
 }
 """On a CPU the models are small and no share is asked for."""
-BEFORE = ("loop.recompute=true",)
-AFTER = ("loop.recompute=false",)
+BEFORE = dict.fromkeys(SUBJECTS, ("loop.recompute=true", "compile=off"))
+AFTER = {
+    "cpu": ("loop.recompute=false", "compile=off"),  # tests/model/test_compilation.py compiles for a CPU, for a minute
+    "cuda": ("loop.recompute=false", "compile=blocks"),
+}
 
 
 def settings(subject: Subject, *overrides: str) -> Config:
@@ -72,7 +75,7 @@ class Result(NamedTuple):
 def measured(device: torch.device, name: str) -> Result:
     """Speeds before and after, A B A B."""
     subject = SUBJECTS[device.type][name]
-    both = [settings(subject, *BEFORE), settings(subject, *AFTER)]
+    both = [settings(subject, *options[device.type]) for options in (BEFORE, AFTER)]
     sizes = Sizes((64,), 1 << 20, ()) if device.type == "cpu" else None
     found = measure(both, device, warmup=both[0].train.steps // 2, rounds=2, sizes=sizes)
     before, after = (joined([speeds[number] for speeds in found.rounds]) for number in (0, 1))
@@ -99,8 +102,8 @@ def test_share_of_the_peak_with_experts(device: torch.device, here: Callable[...
 def check_share(name: str, device: torch.device, here: Callable[..., Any], record: Record) -> None:
     subject, result = SUBJECTS[device.type][name], here(measured, name)
     model, wanted = subject.files[0], f">= {subject.least_share:g}"
-    record(f"{model}, before ({', '.join(BEFORE)})", result.shares[0], "printed")
-    record(f"{model}, after ({', '.join(AFTER)})", result.shares[1], wanted)
+    record(f"{model}, before ({', '.join(BEFORE[device.type])})", result.shares[0], "printed")
+    record(f"{model}, after ({', '.join(AFTER[device.type])})", result.shares[1], wanted)
     record(f"{model}, after, attention counted causally", result.causal_share, "printed")
     for when, memory in zip(("before", "after"), result.memory_gib, strict=True):
         record(f"{model}, peak memory {when}, GiB", memory, "printed")
@@ -116,7 +119,9 @@ def check_share(name: str, device: torch.device, here: Callable[..., Any], recor
 
 def profiled(device: torch.device, name: str) -> tuple[int, list[tuple[str, float]]]:
     """Graphs that are compiled after two steps of warm-up, and the operations with the largest shares of the time."""
-    config = settings(SUBJECTS[device.type][name], *AFTER, f"train.steps={2 if device.type == 'cpu' else 12}")
+    config = settings(
+        SUBJECTS[device.type][name], *AFTER[device.type], f"train.steps={2 if device.type == 'cpu' else 12}"
+    )
     engine = TrainingEngine(config, device)
     train(engine, config, config.train.steps - 1)  # other depths, and other numbers of sequences that are due
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

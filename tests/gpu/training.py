@@ -31,6 +31,8 @@ class SameRows:
     config: Config
     special_ids: None = None
     """Every token counts as text."""
+    answers: None = None
+    """Every token counts in the loss."""
 
     def rows(self, first_sample: int, count: int) -> np.ndarray:
         """Token ids, (count, sequence_length + 1)."""
