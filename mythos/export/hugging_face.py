@@ -53,7 +53,7 @@ def write_description(directory: Path, config: Config, dtype: torch.dtype, token
     of_tokens = {f"{name}_token_id": number for name, number in ids.items()}
     files: dict[str, dict[str, Any]] = {
         "config.json": _configuration(config, dtype) | of_tokens,
-        "generation_config.json": of_tokens | {"use_cache": False},
+        "generation_config.json": of_tokens,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{f"{name}_token": tokenizer.id_to_token(number) for name, number in ids.items()},

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mythos.config.init_schema import Init
@@ -17,15 +17,39 @@ from mythos.config.loop_schema import Loop as LoopOptions
 from mythos.config.model_schema import Dense, Looped
 from mythos.export.configuration_mythos import MythosConfig
 from mythos.loss import IGNORED
+from mythos.model.cache import Cache as LoopCache
 from mythos.model.depth import fixed
 from mythos.model.init import initial_draws
 from mythos.model.moe import RouterBias
 from mythos.model.precision import FP32Linear
 from mythos.model.rules import Start
-from mythos.model.transformer import DenseTransformer, LoopedTransformer
+from mythos.model.transformer import DenseTransformer, LoopedTransformer, new_cache
 
 FP32_PARAMETERS = ("log_decay", "step_bias")
 """Of the injection, in which rounding would change how long the loop remembers."""
+
+
+class GenerationCache(Cache):
+    """The cache of one ``generate``: made for the prompts when they come, then filled with one token at a time.
+
+    It is one of transformers' caches by its type only: those have no place for the entries of several loop steps.
+    ``tokens``: how many each sequence may have, pads included.
+    """
+
+    is_compileable = False
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.cache: LoopCache | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens it has."""
+        return self.cache.longest if self.cache else 0
+
+    def reorder_cache(self, beams: Tensor) -> None:
+        """The sequences that a beam search continues; all beams of a prompt are equally long."""
+        assert self.cache is not None
+        self.cache.entries = self.cache.entries[:, beams]
 
 
 class MythosForCausalLM(PreTrainedModel, GenerationMixin):
@@ -67,6 +91,7 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         depth: int | None = None,
+        past_key_values: GenerationCache | None = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -74,6 +99,7 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             attention_mask: (B, S), 0 where a token is padding.
+            past_key_values: the cache of ``generate``; then the logits are those after each last token, (B, 1, V).
             options: of transformers' loss, and options of other models, which have no effect here.
         """
         order_BS = None
@@ -83,6 +109,9 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids = input_ids.gather(1, order_BS)
             if labels is not None:
                 labels = labels.masked_fill(attention_mask == 0, IGNORED).gather(1, order_BS)
+        if past_key_values is not None:
+            logits_B1V = self._cached_logits(input_ids, attention_mask, depth, past_key_values)[:, None]
+            return CausalLMOutputWithPast(logits=logits_B1V, past_key_values=past_key_values)
         logits_BSV = self._logits(input_ids, depth)
         loss = None
         if labels is not None:
@@ -93,18 +122,46 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, depth: int | None = None, **unused: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        depth: int | None = None,
+        past_key_values: GenerationCache | None = None,
+        **unused: Any,
     ) -> dict[str, Any]:
-        """The arguments of ``forward`` for the next token."""
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "depth": depth}
+        """The arguments of ``forward`` for the next token: the prompts or, if the cache has them, the last token."""
+        if past_key_values is not None and past_key_values.cache is not None:
+            input_ids, attention_mask = input_ids[:, -1:], None
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "depth": depth,
+            "past_key_values": past_key_values,
+        }
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any) -> None:
+        """Called by ``generate``; the last of the others that all versions give is the largest length."""
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = GenerationCache(others[2])
+
+    def _cached_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None, depth: int | None, past: GenerationCache
+    ) -> Tensor:
+        if past.cache is None:
+            batch, length = input_ids.shape
+            lengths = [length] * batch if attention_mask is None else attention_mask.sum(dim=1).tolist()
+            input_ids = input_ids[:, : max(lengths)]
+            past.cache = new_cache(self.model, lengths, past.tokens, self._loop_steps(depth), input_ids.device)
+        return self.model(input_ids, cache=past.cache)
 
     def _logits(self, input_ids: Tensor, depth: int | None) -> Tensor:
-        if isinstance(self.model, DenseTransformer):
-            if depth is not None:
-                raise ValueError(f"depth={depth}: this model has no loop: leave out depth")
-            return self.model(input_ids)
-        steps = self.config.depth if depth is None else depth
-        return self.model(input_ids, depth=fixed(steps, len(input_ids), [0] * len(input_ids)))
+        steps, batch = self._loop_steps(depth), len(input_ids)
+        return self.model(input_ids, depth=None if steps is None else fixed(steps, batch, [0] * batch))
+
+    def _loop_steps(self, depth: int | None) -> int | None:
+        if depth is not None and isinstance(self.model, DenseTransformer):
+            raise ValueError(f"depth={depth}: this model has no loop: leave out depth")
+        return self.config.depth if depth is None else depth
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,21 +1,19 @@
 """The model, which does not know about ranks, process groups, environment variables or DeepSpeed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from mythos.config.model_schema import Dense, Looped
 from mythos.config.schema import Config
-from mythos.model.block import Block
-from mythos.model.cache import Cache, allocate
+from mythos.model.cache import Cache
 from mythos.model.depth import DepthPlan
 from mythos.model.init import Draw, initial_draws, initialise
 from mythos.model.rules import Start
-from mythos.model.transformer import DenseTransformer, LoopedTransformer
+from mythos.model.transformer import DenseTransformer, LoopedTransformer, Model
+from mythos.model.transformer import new_cache as new_cache
 
-Model = LoopedTransformer | DenseTransformer
 Forward = Callable[[Tensor, Tensor | None, DepthPlan | None], Any]
 """(tokens (B, S), targets (B, S) or None, plan) -> ``Losses``, or logits (B, S, V) without targets."""
 
@@ -54,22 +52,3 @@ def build_structure(config: Config) -> Model:
             return LoopedTransformer(config.model, config.loop, config.train.z_loss)
         case Dense():
             return DenseTransformer(config.model, config.train.z_loss)
-
-
-def new_cache(
-    model: nn.Module, prompts: Sequence[int], tokens: int, depth: int | None, device: torch.device, state_seed: int = 0
-) -> Cache:
-    """An empty cache for ``model(tokens_BS, cache=...)``, which takes the prompts first.
-
-    Args:
-        prompts: how many tokens each prompt has.
-        tokens: how many each sequence may have.
-        depth: loop steps; None for a dense model.
-        state_seed: of the initial loop state of every sequence, as if it were alone.
-    """
-    assert isinstance(model, Model)
-    block = model.blocks[0] if isinstance(model, DenseTransformer) else model.prelude[0]
-    assert isinstance(block, Block)
-    rotary = block.attention.rotary(tokens, device)
-    channels, seeds = block.attention.cached_channels, [state_seed] * len(prompts)
-    return allocate(model.config, channels, rotary, depth or 0, prompts, seeds, model.product_type)

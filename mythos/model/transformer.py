@@ -18,7 +18,7 @@ from mythos.config.model_schema import Dense, Looped, has_value_embedding
 from mythos.loss import Losses, Mean, cross_entropy_and_z_loss, sequence_losses
 from mythos.model.attention import ValueEmbeddings
 from mythos.model.block import Block
-from mythos.model.cache import Cache, LayerCache
+from mythos.model.cache import Cache, LayerCache, allocate
 from mythos.model.depth import DepthPlan, fixed
 from mythos.model.layers import feed_forward
 from mythos.model.loop import ExitRule, Loop
@@ -144,6 +144,30 @@ class DenseTransformer(nn.Module):
         x_BSD, values = self.embedding(tokens_BS), self.value_embeddings(tokens_BS)
         x_BSD = _run(self.blocks, x_BSD, rotary, values, new.prelude() if new else None)
         return self.head(x_BSD if new is None else new.finish(x_BSD), targets_BS, count)
+
+
+Model = LoopedTransformer | DenseTransformer
+
+
+def new_cache(
+    model: nn.Module, prompts: Sequence[int], tokens: int, depth: int | None, device: torch.device, state_seed: int = 0
+) -> Cache:
+    """An empty cache for ``model(tokens_BS, cache=...)``, which takes the prompts first.
+
+    Args:
+        prompts: how many tokens each prompt has.
+        tokens: how many each sequence may have.
+        depth: loop steps; None for a dense model.
+        state_seed: of the initial loop state of every sequence, as if it were alone.
+    """
+    assert isinstance(model, Model)
+    block = model.blocks[0] if isinstance(model, DenseTransformer) else model.prelude[0]
+    assert isinstance(block, Block)
+    rotary = block.attention.rotary(tokens, device)
+    channels, seeds = block.attention.cached_channels, [state_seed] * len(prompts)
+    weight_type = model.embedding.weight.dtype
+    dtype = model.product_type if weight_type == torch.float32 else weight_type
+    return allocate(model.config, channels, rotary, depth or 0, prompts, seeds, dtype)
 
 
 class TiedHead(nn.Module):

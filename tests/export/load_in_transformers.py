@@ -34,6 +34,8 @@ def results(directory: Path) -> dict[str, Any]:
     model.eval()
     length = {"max_new_tokens": GENERATED, "do_sample": False, "eos_token_id": -1}  # no token ends a text
     found["generated"] = model.generate(**batch, **deeper, **length)[:, batch.input_ids.shape[1] :]
+    beams = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": -1}
+    found["beams"] = [model.generate(**batch, **deeper, **beams, use_cache=cached) for cached in (True, False)]
     half = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, torch_dtype=torch.bfloat16)
     found["fp32_in_bf16"] = sorted(name for name, value in half.state_dict().items() if value.dtype == torch.float32)
     with torch.no_grad():
