@@ -48,6 +48,11 @@ class RunBy(NamedTuple):
 RUN_BY = {
     "make demo": RunBy("tests/test_demo.py", '["make", "demo"'),
     "make setup": RunBy("Makefile", "demo: setup"),
+    'mythos generate runs/demo --prompt "My fellow citizens" --tokens 32': RunBy(
+        "tests/eval/test_generate.py", "def test_a_text_is_printed_as_it_is_written"
+    ),
+    'mythos generate runs/demo --prompt "The state" --tokens 32 --depth 8 --top-p 0.9 --seed 3 eval.exit_change=0.1 '
+    "device=cpu": RunBy("tests/eval/test_generate.py", "def test_a_text_is_printed_as_it_is_written"),
     "make lint": RunBy(".ci/run", "make lint"),
     "make test": RunBy(".ci/run", "make test"),
     "python -m pytest tests/faults": RunBy("Makefile", "TESTS_OF_FAULTS := tests/faults"),
