@@ -33,6 +33,7 @@ def test_every_number_has_an_upper_bound() -> None:
         ("preemption.grace_s=1e300", "1e+300: input should be less than or equal to"),
         ("data.cache_gib=1e300", "1e+300: input should be less than or equal to 1000000000"),
         ("sample.temperature=1e-40", "1e-40: must be 0, or at least 0.001: the logits"),
+        ("sample.tokens=257", "257: at most data.sequence_length (256), as in training"),
         ("checkpoint.every=1000000000001", f"1000000000001: input should be less than or equal to {LARGEST}"),
         ("data.cache_directory=runs/demo/cache", "'runs/demo/cache': is inside run.directory"),
         ("data.cache_directory=./runs/../runs/demo", "'./runs/../runs/demo': is inside run.directory"),
