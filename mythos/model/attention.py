@@ -223,8 +223,8 @@ def _attend(q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
     """
     batch, heads, length, size = q_BHSC.shape
     value = v_BKSC.shape[-1]
-    if batch == 0:  # which torch 2.11 refuses
-        return q_BHSC.new_zeros(0, length, heads * value)
+    if batch == 0:  # which torch 2.11 refuses; the inputs remain in the graph
+        return q_BHSC.new_zeros(0, length, heads * value) + (q_BHSC.sum() + k_BKSC.sum() + v_BKSC.sum())
     if size <= value or (q_BHSC.is_cuda and q_BHSC.dtype == torch.float32):
         return _fused(q_BHSC, k_BKSC, v_BKSC).transpose(1, 2).flatten(2)
     if q_BHSC.is_cuda and _cudnn_takes_latent():

@@ -34,7 +34,7 @@ ONE_MICRO_STEP = ("train.steps=8", "train.global_batch_tokens=16384", "train.mic
 SMALL = ("train.steps=2", "train.global_batch_sequences=2", "train.micro_batch_sequences=2", "data.sequence_length=32")
 SUBJECTS = {
     "cpu": {
-        "experts": Subject(("tiny-looped-moe", "demo"), SMALL, 0.0),
+        "experts": Subject(("tiny-looped-moe", "demo"), (*SMALL, "sample.tokens=0"), 0.0),
     },
     "cuda": {
         "looped": Subject(("looped-770m", "looped-770m"), ONE_MICRO_STEP, 0.45),
