@@ -21,6 +21,7 @@ Accept = Annotated[
     ),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory")]
+RunOverrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="options that override the run's")]
 Step = Annotated[
     int | None,
     typer.Option("--step", metavar="N", min=0, help="step of the checkpoint (default: the newest complete one)"),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.arguments import Run, Step
+from launch.arguments import Run, RunOverrides, Step
 from launch.table import Column, print_table
 from launch.train import run_ranks
 from mythos.config.arguments import split_arguments
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 def run(
     directory: Run,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="key=value", help="options that override the run's")
-    ] = None,
+    overrides: RunOverrides = None,
     step: Step = None,
     depths: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="loop depths, such as 1,2,4,8 (default: eval.depths)")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.arguments import Step
+from launch.arguments import RunOverrides, Step
 from mythos.config.check import LOWEST_TEMPERATURE
 from mythos.errors import DONE, UserError, printable
 
@@ -19,9 +19,6 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 Place = Annotated[
     Path, typer.Argument(metavar="RUN", help="a run directory, one of its checkpoints, or exported weights")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="key=value", help="options that override the saved ones")
 ]
 Prompt = Annotated[str | None, typer.Option(metavar="TEXT", help="what the model continues")]
 Prompts = Annotated[
@@ -52,7 +49,7 @@ IgnoreEnd = Annotated[bool, typer.Option("--ignore-end", help="always write --to
 
 def run(
     place: Place,
-    overrides: Overrides = None,
+    overrides: RunOverrides = None,
     step: Step = None,
     prompt: Prompt = None,
     prompts: Prompts = None,

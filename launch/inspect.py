@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import Run, Step
+from launch.arguments import Run, RunOverrides, Step
 from mythos.errors import DONE, UserError
 
 LOOPS_BEYOND = 4
@@ -12,9 +12,7 @@ LOOPS_BEYOND = 4
 
 def run(
     directory: Run,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="key=value", help="options that override the run's")
-    ] = None,
+    overrides: RunOverrides = None,
     step: Step = None,
     rows: Annotated[int, typer.Option(metavar="N", min=1, help="validation rows to look at")] = 16,
     most_depth: Annotated[
@@ -34,7 +32,6 @@ def run(
     from mythos.config.arguments import split_arguments
     from mythos.config.load import load_run
     from mythos.inspect.inspect import inspect
-    from mythos.ranks.group import choose_device
     from mythos.run.directory import RunDirectory
     from mythos.run.paths import found_from_here
 
@@ -48,6 +45,6 @@ def run(
         raise UserError(f"--most-depth {most_depth}: this model has no loop: leave it out")
     if most_depth is not None and most_depth < mean:
         raise UserError(f"--most-depth {most_depth}: below the mean depth of training: give at least {mean}")
-    report = inspect(config, checkpoint, rows, most_depth or LOOPS_BEYOND * mean, choose_device(config.device))
+    report = inspect(config, checkpoint, rows, most_depth or LOOPS_BEYOND * mean)
     print(f"{checkpoint.name} of {directory}: {report}")
     return DONE

@@ -13,7 +13,7 @@ SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 SCRIPTS = [path for package in ("benchmarks", "experiments") for path in sorted((ROOT / package).rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LAYERS = [
-    ("mythos.errors", "mythos.files", "mythos.readers", "mythos.random_streams"),
+    ("mythos.errors", "mythos.files", "mythos.readers", "mythos.random_streams", "mythos.drawing"),
     ("mythos.config",),
     ("mythos.loss", "mythos.model"),
     ("mythos.data",),
@@ -38,6 +38,7 @@ WITHOUT_TORCH = (
     "mythos/errors.py",
     "mythos/files.py",
     "mythos/readers.py",
+    "mythos/drawing.py",
     "mythos/config",
     "mythos/plan",
     "mythos/run",

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mythos.checkpoint import layout
 from mythos.checkpoint.exported import INDEX_FILE, load_exported
 from mythos.checkpoint.plain import load_plain_model
 from mythos.config.load import load_run
 from mythos.config.schema import Config
+from mythos.engine.sections import training_dtype
 from mythos.errors import UserError
 from mythos.model import Model
+from mythos.ranks.group import choose_device
 from mythos.run.directory import CHECKPOINT_NAME, CONFIG_FILE, MANIFEST_FILE, RunDirectory
 
 
@@ -39,6 +43,17 @@ def load_trained(given: Path, step: int | None = None, options: Sequence[str] = 
     config = load_run(directory / CONFIG_FILE, list(options), 1)
     model = load_exported(place) if directory == place else load_plain_model(config, place)
     return Trained(model, config, directory)
+
+
+def on_device(model: Model, config: Config) -> torch.device:
+    """Move a model to the device of its configuration, with products in the type of training; returns the device.
+
+    Raises:
+        UserError: there are too few GPUs.
+    """
+    device = choose_device(config.device)
+    model.to(device).product_type = training_dtype(config, device)
+    return device
 
 
 def find_trained(given: Path, step: int | None, named: str) -> Path:

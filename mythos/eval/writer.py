@@ -12,11 +12,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from mythos.checkpoint.trained import Trained
+from mythos.checkpoint.trained import Trained, on_device
 from mythos.config.derive import data_sources, text_ids, whole_mean_depth
 from mythos.data.format import BOS, TOKENIZER_FILE, Manifest
 from mythos.data.open import read_tokenizer
-from mythos.engine.sections import training_dtype
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.eval.forward import exit_rule
 from mythos.eval.generate import Sampling, continuations, prompt_ids
@@ -25,7 +24,6 @@ from mythos.model import Model, new_cache
 from mythos.model.cache import Cache
 from mythos.model.depth import state_seed
 from mythos.model.loop import ExitRule
-from mythos.ranks.group import choose_device
 from mythos.readers import LINE_BYTES, parse_json
 from mythos.run.paths import found_from_here
 
@@ -127,9 +125,7 @@ def open_writer(
     config = trained.config
     if depth is not None and config.loop is None:
         raise UserError(f"--depth {depth}: this model has no loop: leave it out")
-    device = choose_device(config.device)
-    model = trained.model.to(device)
-    model.product_type = training_dtype(config, device)
+    device = on_device(trained.model, config)
     tokenizer = read_tokenizer(trained.directory / TOKENIZER_FILE)
     bos = bos or _bos(trained)
     for option, token in (("--bos", bos), ("--end", end)):
@@ -137,7 +133,7 @@ def open_writer(
             raise UserError(f"{option} {token}: not in {trained.directory / TOKENIZER_FILE}: name one of its tokens")
     ids = min(text_ids(config.model), max(tokenizer.get_vocab().values()) + 1)
     return Writer(
-        model,
+        trained.model,
         tokenizer,
         bos,
         config.data.sequence_length,

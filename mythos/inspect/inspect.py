@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mythos.checkpoint.plain import load_plain_model
+from mythos.checkpoint.trained import on_device
 from mythos.config.derive import text_ids
 from mythos.config.schema import Config
 from mythos.data.open import open_data
 from mythos.data.stream import Source
 from mythos.data.targets import counted_targets
-from mythos.engine.sections import training_dtype
+from mythos.drawing import pixels, png
 from mythos.errors import os_errors_as_user_errors
 from mythos.eval.batches import validation_rows
 from mythos.files import write_atomically
 from mythos.inspect.observe import Observation, Sample, observe
-from mythos.inspect.pictures import pictures, pixels, png
+from mythos.inspect.pictures import pictures
 from mythos.inspect.report import report
 from mythos.inspect.summary import Gains, caches, figures, gains_by_frequency, gains_by_position
 from mythos.run.directory import RunDirectory
@@ -41,7 +41,7 @@ class Inspection:
     rows: int
 
 
-def inspect(config: Config, checkpoint: Path, rows: int, most: int, device: torch.device) -> Path:
+def inspect(config: Config, checkpoint: Path, rows: int, most: int) -> Path:
     """Inspect a checkpoint of the run, and write RUN/inspect/; returns the path of the report.
 
     Args:
@@ -51,8 +51,8 @@ def inspect(config: Config, checkpoint: Path, rows: int, most: int, device: torc
     Raises:
         UserError: the checkpoint or the data cannot be read, or the report cannot be written.
     """
-    model = load_plain_model(config, checkpoint).to(device)
-    model.product_type = training_dtype(config, device)
+    model = load_plain_model(config, checkpoint)
+    device = on_device(model, config)
     source = open_data(config.data, text_ids(config.model), config.seed, 1).validation[0]
     sample = _sample(source, rows)
     at_once = max(1, TOKENS_AT_ONCE // config.data.sequence_length)

@@ -1,20 +1,18 @@
 """The pictures of an inspection, drawn from an observation."""
 
 from collections.abc import Iterator, Sequence
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mythos.drawing import new_figure
 from mythos.inspect.observe import HaltingTrace, Observation, RoutingTrace, StateTrace
 from mythos.inspect.summary import CACHE_ELEMENT_BYTES, Cache, Gains, depth_law, mean_losses
 
 TRAINED = {"color": "0.5", "linestyle": "--", "linewidth": 1}
-DOTS_PER_INCH = 110
 
 
 def pictures(observation: Observation, gains: Sequence[Gains], caches: Sequence[Cache]) -> Iterator[tuple[str, Figure]]:
@@ -29,28 +27,8 @@ def pictures(observation: Observation, gains: Sequence[Gains], caches: Sequence[
     yield "cache", _cache(caches)
 
 
-def pixels(figure: Figure) -> np.ndarray:
-    """The picture as (height, width, 3), uint8."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def png(figure: Figure) -> bytes:
-    """The picture as the content of a PNG file."""
-    file = BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
-    return file.getvalue()
-
-
-def _figure(columns: int, rows: int = 1, width: float = 4.6, height: float = 3.6) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=DOTS_PER_INCH)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, axes
-
-
 def _depth(observation: Observation, gains: Sequence[Gains]) -> Figure:
-    figure, ((of_loss, *of_gains),) = _figure(1 + len(gains))
+    figure, ((of_loss, *of_gains),) = new_figure(1 + len(gains))
     depths = np.array(observation.depths)
     of_loss.plot(depths, mean_losses(observation), "o", label="measured")
     if law := depth_law(observation):
@@ -73,7 +51,7 @@ def _depth(observation: Observation, gains: Sequence[Gains]) -> Figure:
 
 
 def _state(observation: Observation, state: StateTrace) -> Figure:
-    figure, ((of_decay, of_norm), (of_change, of_distance)) = _figure(2, 2)
+    figure, ((of_decay, of_norm), (of_change, of_distance)) = new_figure(2, 2)
     if observation.decay_D is None:
         of_decay.text(0.5, 0.5, "the injection has no decay by channel", ha="center", va="center")
         of_decay.set_axis_off()
@@ -102,7 +80,7 @@ def _state(observation: Observation, state: StateTrace) -> Figure:
 
 def _experts(routing: RoutingTrace, trained: int) -> Figure:
     layers, _, experts = routing.load_LTE.shape
-    figure, axes = _figure(3, layers)
+    figure, axes = new_figure(3, layers)
     for layer, (of_load, of_overlap, of_entropy) in enumerate(axes):
         name = f", core layer {layer}" if layers > 1 else ""
         load_TE = routing.load_LTE[layer] * experts
@@ -126,7 +104,7 @@ def _experts(routing: RoutingTrace, trained: int) -> Figure:
 
 
 def _halting(halting: HaltingTrace, trained: int) -> Figure:
-    figure, ((of_steps, of_ponder),) = _figure(2, width=5.4)
+    figure, ((of_steps, of_ponder),) = new_figure(2, width=5.4)
     steps, tokens = np.unique(halting.step_N, return_counts=True)
     of_steps.bar(steps, tokens / tokens.sum())
     _mark_trained(of_steps, trained)
@@ -146,7 +124,7 @@ def _halting(halting: HaltingTrace, trained: int) -> Figure:
 
 
 def _cache(caches: Sequence[Cache]) -> Figure:
-    figure, ((axis,),) = _figure(1, width=7.5, height=0.6 + 0.42 * len(caches))
+    figure, ((axis,),) = new_figure(1, width=7.5, height=0.6 + 0.42 * len(caches))
     names = [each.name for each in caches]
     sizes = [each.channels * CACHE_ELEMENT_BYTES for each in caches]
     colors = ["tab:blue", *["0.7"] * (len(caches) - 1)]

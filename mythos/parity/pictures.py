@@ -1,17 +1,16 @@
 """The pictures of a comparison of arms."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mythos.drawing import new_figure, png
 from mythos.files import write_atomically
 from mythos.parity import statistics
 from mythos.parity.measures import Arm
 
-DOTS_PER_INCH = 110
 COLORS = [f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")]
 
 
@@ -35,27 +34,12 @@ def write_pictures(arms: Sequence[Arm], metric: str, directory: Path) -> dict[st
             "(dotted) at the largest depth measured; shaded: difficulties beyond those of training."
         )
     for name, figure in drawn.items():
-        write_atomically(directory / f"{name}.png", _png(figure))
+        write_atomically(directory / f"{name}.png", png(figure))
     return texts
 
 
-def _figure(columns: int, width: float = 4.8, height: float = 3.8) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # half a second, which the other commands save
-
-    figure = Figure(figsize=(width * columns, height), layout="constrained", dpi=DOTS_PER_INCH)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def _png(figure: Any) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    file = BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
-    return file.getvalue()
-
-
 def _arms(arms: Sequence[Arm], metric: str) -> Any:
-    figure, (axis,) = _figure(1, width=7.5, height=1 + 0.45 * len(arms))
+    figure, ((axis,),) = new_figure(1, width=7.5, height=1 + 0.45 * len(arms))
     for row, (arm, color) in enumerate(zip(arms, COLORS * len(arms), strict=False)):
         values = arm.values(metric)
         found = statistics.mean(values)
@@ -70,7 +54,7 @@ def _arms(arms: Sequence[Arm], metric: str) -> Any:
 
 
 def _curves(arms: Sequence[Arm]) -> Any:
-    figure, axes = _figure(3)
+    figure, (axes,) = new_figure(3)
     for arm, color in zip(arms, COLORS * len(arms), strict=False):
         for number, run in enumerate(arm.runs):
             for axis, x in zip(axes, (run.curve.tokens, run.curve.flops, run.curve.hours), strict=True):
@@ -95,7 +79,7 @@ def _depths(arm: Arm) -> list[int]:
 
 
 def _by_depth(arms: Sequence[Arm], metric: str) -> Any:
-    figure, (axis,) = _figure(1, width=6.4)
+    figure, ((axis,),) = new_figure(1, width=6.4)
     for arm, color in zip(arms, COLORS * len(arms), strict=False):
         depths = _depths(arm)
         if not depths:
@@ -117,7 +101,7 @@ def _by_depth(arms: Sequence[Arm], metric: str) -> Any:
 
 
 def _by_difficulty(arms: Sequence[Arm]) -> Any:
-    figure, (axis,) = _figure(1, width=6.4)
+    figure, ((axis,),) = new_figure(1, width=6.4)
     items = arms[0].runs[0].items
     levels = np.unique(items["problems_difficulty"])
     trained = int(items["problems_difficulty"][~items["problems_beyond"]].max())

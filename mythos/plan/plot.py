@@ -3,22 +3,19 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from mythos.drawing import new_figure, png
 from mythos.errors import os_errors_as_user_errors
+from mythos.files import write_atomically
 from mythos.plan.plan import Plan
 
 
 def plot(by_gpus: Sequence[Plan], by_expert_size: Sequence[Plan], path: Path) -> None:
     """Write the picture. Raises UserError if it cannot be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, which a plan without a picture saves
-    from matplotlib.figure import Figure
-
     rows = [(by_gpus, "GPUs", [plan.layout.ranks for plan in by_gpus])]
     if by_expert_size:
         sizes = [plan.layout.expert_parallel_size for plan in by_expert_size]
         rows.append((by_expert_size, "expert-parallel size", sizes))
-    figure = Figure(figsize=(10, 3.6 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), 2, squeeze=False)
+    figure, axes = new_figure(2, len(rows), width=5, height=3.6)
     for (plans, label, x), (time, price) in zip(rows, axes, strict=True):
         for name, of_plan in (
             ("step", lambda plan: plan.time.total),
@@ -41,4 +38,4 @@ def plot(by_gpus: Sequence[Plan], by_expert_size: Sequence[Plan], path: Path) ->
     first = by_gpus[0]
     figure.suptitle(f"{first.cluster.name}, ZeRO {first.config.parallel.zero_stage}; red: does not fit")
     with os_errors_as_user_errors(path, "choose another file"):
-        figure.savefig(path, dpi=120)
+        write_atomically(path, png(figure))

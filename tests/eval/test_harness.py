@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from mythos.data.format import BOS
 from mythos.eval.requests import Prompt, score
 from tests.require import missing
+from tests.text_tokenizer import text_tokenizer
 
 CPU = torch.device("cpu")
 LONGEST = 24
@@ -32,13 +33,7 @@ def harness() -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([TEXT], trainer)
-    return tokenizer
+    return text_tokenizer([TEXT])
 
 
 @pytest.fixture(scope="module")

@@ -4,20 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import nn
 
 from mythos.checkpoint.plain import values_of
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
 from mythos.config.yaml_file import dump
-from mythos.data.format import BOS
 from mythos.export import SpecialTokens
 from mythos.export.hugging_face import write_description
 from mythos.export.weights import write_weights
 from mythos.model import build_model
 from tests.export.load_in_transformers import TEXTS
 from tests.model.helpers import randomise
+from tests.text_tokenizer import text_tokenizer
 
 VOCABULARY = 300
 
@@ -25,15 +25,7 @@ VOCABULARY = 300
 @pytest.fixture(scope="package")
 def tokenizer() -> Tokenizer:
     """Bytes, and the most frequent pairs of the texts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    return tokenizer
+    return text_tokenizer(TEXTS, VOCABULARY)
 
 
 def write_export(config: Config, tokenizer: Tokenizer, directory: Path) -> None:
