@@ -52,19 +52,14 @@ PUBLISHED = {
     "token table": "init.token_table=orthogonal",
     "QK epsilon": "model.attention.qk_norm_epsilon=1.1920929e-7",
 }
-ONE_LAYER_EACH = [f"model.{part}_layers=1" for part in ("prelude", "core", "coda")]
 EXPERTS = [
     "model.core_experts.experts=8",
     "model.core_experts.experts_per_token=2",
-    "model.core_experts.expert_hidden_size=112",
-    "model.core_experts.shared_hidden_size=112",
+    "model.core_experts.expert_hidden_size=344",
+    "model.core_experts.shared_hidden_size=344",
 ]
-MIDDLE_128 = [
-    "model.feed_forward.hidden_size=280",
-    "model.core_experts.expert_hidden_size=96",
-    "model.core_experts.shared_hidden_size=96",
-]
-"""At this width, too, the parameters and FLOPs of the standard model, within 0.3%."""
+"""As many active parameters as the feed-forward layers that they replace, within 1%."""
+BATCH_OF_4 = ["train.global_batch_sequences=4", "train.micro_batch_sequences=4"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ STUDIES = {
     ),
     "loops": Study(
         "proxy-looped",
-        [*WIDTH_128, *ONE_LAYER_EACH, "loop.mean_depth=4", "eval.depths=[4]"],
+        [*BATCH_OF_4, "eval.depths=[8]"],
         {
             "base": [],
             "exact injection": ["model.injection=lti_exact"],
@@ -105,21 +100,21 @@ STUDIES = {
             "residual 1 / root of loops": ["model.residual_scaling=root_loops"],
         },
         seeds=3,
-        steps=160,
+        steps=200,
     ),
     "router": Study(
         "proxy-looped",
-        [*WIDTH_128, *ONE_LAYER_EACH, *EXPERTS, "loop.mean_depth=4", "eval.depths=[4]"],
-        {"base": [], "router bias by loop step": ["model.core_experts.router_bias_per_loop=4"]},
+        [*BATCH_OF_4, *EXPERTS, "eval.depths=[8]"],
+        {"base": [], "router bias by loop step": ["model.core_experts.router_bias_per_loop=8"]},
         seeds=3,
-        steps=160,
+        steps=200,
     ),
     "middle": Study(
         "proxy-transformer",
-        WIDTH_128[:3],
-        {"standard": WIDTH_128[3:], "middle half twice": [*MIDDLE_128, "eval.depths=[2]"]},
+        BATCH_OF_4,
+        {"standard": [], "middle half twice": ["eval.depths=[2]"]},
         seeds=3,
-        steps=160,
+        steps=200,
         other_models={"middle half twice": "looped-middle-proxy"},
     ),
 }
