@@ -16,6 +16,7 @@ from mythos.config.schema import Config
 from mythos.engine.optimizer import build_optimizer
 from mythos.engine.sections import deepspeed_config
 from mythos.model import build_structure
+from mythos.plan.flops import expected_steps
 from mythos.plan.params import count_parameters
 from mythos.plan.schedule import learning_rate, schedule
 from mythos.run.describe import describe
@@ -70,9 +71,9 @@ def test_each_published_model_has_a_run_with_the_published_recipe(kind: str, siz
 
 
 def test_the_documents_say_what_the_layouts_of_the_flagship_send() -> None:
-    """ZeRO-3 gathers weights twice and reduces gradients once, ZeRO-2 only the latter.
+    """ZeRO-3 gathers weights and reduces gradients, once each; ZeRO-2 reduces, and gathers after the update.
 
-    Gradients and the token table are fp32, the rest is bf16.
+    Gradients are fp32, and the token table as ZeRO-3 gathers it; the rest is bf16.
     """
     config = load([CONFIGS / "model" / "looped-moe-770m.yaml", CONFIGS / "run" / "pretrain.yaml"], [], 16)
     model, loop = config.model, config.loop
@@ -84,21 +85,24 @@ def test_the_documents_say_what_the_layouts_of_the_flagship_send() -> None:
     table = model.vocabulary_size * model.width
     routed = config.train.micro_batch_sequences * config.data.sequence_length * model.core_experts.experts_per_token
     # To the experts and back: forward at every loop step, backward at those with gradient; nothing is recomputed.
-    exchanges = 2 * model.core_layers * (loop.mean_depth + loop.backprop_depth)
+    steps = expected_steps(loop)
+    exchanges = 2 * model.core_layers * (steps.without_grad + 2 * steps.with_grad)
 
-    def row(gathers: int, size: int) -> str:
+    def row(size: int) -> str:
         own = others + experts / size
-        weights = (gathers * (2 * (own - table) + 4 * table) + 4 * own) / 1e9
+        weights = (2 * (own - table) + 4 * table + 4 * own) / 1e9
         tokens = 2 * exchanges * routed * model.width * (1 - 1 / size) / 1e9
         return f"| {weights:.1f} GB | {f'{tokens:.1f} GB' if tokens else '0'} |"
 
-    expected = [row(2, expert_parallel_size(config, ["a"] * 8 + ["b"] * 8)), row(2, 8), row(2, 1), row(0, 1)]
+    gradients, weights = 4 * (others + experts) / 1e9, 2 * (others + experts) / 1e9
+    zero_2 = f"| {gradients + weights:.1f} GB, of which {weights:.1f} GB after the update | 0 |"
+    expected = [row(expert_parallel_size(config, ["a"] * 8 + ["b"] * 8)), row(8), row(1), zero_2]
     text = (CONFIGS.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
     found = [line for line in text.splitlines() if line.startswith("| `") and "parallel_size" in line]
     assert [line.endswith(end) for line, end in zip(found, expected, strict=True)] == [True] * 4, (found, expected)
     readme = " ".join((CONFIGS.parent / "README.md").read_text(encoding="utf-8").split())
-    for number in re.findall(r"[0-9.]+ GB", expected[0] + expected[3]):
-        assert number in readme
+    for number in re.findall(r"[0-9.]+(?= GB)", expected[0] + zero_2.partition(",")[0]):
+        assert f"{float(number):g} GB" in readme
 
 
 @pytest.mark.parametrize(
