@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mythos.config.derive import expert_parallel_size
 from mythos.config.model_schema import Looped
 from mythos.config.schema import Config
+from mythos.engine.compiled_code import remove_unfinished
 from mythos.engine.exchange import Exchange
 from mythos.engine.initial import draw_by_ranks
 from mythos.engine.muon import MuonAdamW
@@ -90,6 +91,8 @@ class TrainingEngine:
             layer.router.gate.__class__ = Gate  # AutoEP's own would compute the logits in bf16
         self._gather_in_training_type()
         if compiles(config, device):
+            for path in remove_unfinished():
+                log.warning(f"{path}: left unfinished by a process that was killed: removed, to be compiled again")
             compile_blocks(self.module)
         if isinstance(optimizer, MuonAdamW):
             optimizer.exchanges = self._exchanges(optimizer)
