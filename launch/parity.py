@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.table import Column, print_table
-from mythos.errors import DONE, UserError
+from mythos.errors import DONE
 
 if TYPE_CHECKING:
     from mythos.parity.experiment import Experiment, PlannedRun
@@ -36,14 +36,14 @@ def run(
     """
     from mythos.parity.experiment import design_hash, load_experiment, planned_runs
     from mythos.parity.report import write_report
-    from mythos.parity.runs import LocalRunner, record_design
+    from mythos.parity.runs import LocalRunner, record_design, report_directory
 
     design = load_experiment(experiment)
     planned = planned_runs(design)
     record_design(design, design_hash(design))
     code = LocalRunner(design, jobs, lambda line: print(line, flush=True)).carry_out(planned)
     if code == DONE:
-        print(write_report(design, planned, Path(design.directory) / "report"))
+        print(write_report(design, planned, report_directory(design)))
     return code
 
 
@@ -56,9 +56,10 @@ def run_report(
 ) -> int:
     """Write the report of what is finished: verdict, arms, differences, pictures, what is missing."""
     from mythos.parity.report import write_report
+    from mythos.parity.runs import report_directory
 
     design, planned = _planned(experiment)
-    print(write_report(design, planned, output or Path(design.directory) / "report"))
+    print(write_report(design, planned, output or report_directory(design)))
     return DONE
 
 
@@ -79,29 +80,62 @@ def run_status(experiment: File) -> int:
     return DONE
 
 
-def run_jobs(experiment: File) -> int:
-    """Print what is missing, for batch scripts: a line `NEED ARM SEED DIRECTORY` for each run that is not evaluated."""
-    for each in _progress(experiment):
-        if each.need != "nothing":
-            print(each.need, each.run.arm, each.run.seed, each.run.directory)
+def run_plan(
+    experiment: File,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[cluster.NAME=VALUE]...", help="figures of the cluster")
+    ] = None,
+    cluster: Annotated[
+        str, typer.Option(metavar="NAME", help="file in configs/cluster, a YAML file, or a JSON file of `mythos bench`")
+    ] = "h100",
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="nodes of each run")] = 1,
+) -> int:
+    """Print what the training that is missing would take and cost on a cluster, for each arm and in all.
+
+    Evaluations are not included. `slurm/parity.sh EXPERIMENT.yaml --dry-run` prints it with the jobs.
+    """
+    from mythos.parity.experiment import load_experiment
+    from mythos.parity.price import HOURS_PER_DAY, prices
+    from mythos.plan.cluster import load_cluster
+
+    machines = load_cluster(cluster, options or [])
+    arms = prices(load_experiment(experiment), machines, nodes)
+    rows = []
+    for each in arms:
+        row = [each.arm, str(each.runs), f"{each.steps:,}", f"{each.days:.2f}", f"{each.gpu_hours:,.0f}"]
+        rows.append([*row, f"{each.dollars:,.0f}", each.problem])
+    numbers = ("runs", "steps", "days a run", "GPU hours", "dollars")
+    print_table([Column("arm"), *(Column(name, is_number=True) for name in numbers), Column("")], rows)
+    hours, gpus = sum(each.gpu_hours for each in arms), nodes * machines.gpus_per_node
+    runs, dollars = sum(each.runs for each in arms), sum(each.dollars for each in arms)
+    print(f"{runs} runs: {hours:,.0f} GPU hours, {dollars:,.0f} dollars, and, one run after the other on {gpus} GPUs")
+    print(f"({nodes} x {machines.name}), {hours / gpus / HOURS_PER_DAY:,.1f} days; evaluations are not included")
     return DONE
 
 
-def run_arguments(
+def run_jobs(
     experiment: File,
-    arm: Annotated[str, typer.Argument(metavar="ARM")],
-    seed: Annotated[int, typer.Argument(metavar="SEED")],
-    evaluation: Annotated[bool, typer.Option("--evaluation", help="those of `mythos eval`, after the run")] = False,
+    begin: Annotated[bool, typer.Option("--begin", help="they will be submitted: record the design")] = False,
 ) -> int:
-    """Print the arguments of `mythos train` for a run, one on each line, for batch scripts."""
-    from mythos.parity.runs import evaluation_arguments
+    """Print what is missing as job arrays whose tasks are seeds, for batch scripts (slurm/parity.sh).
+
+    \b
+    Lines of fields that tabs separate, none if everything is finished:
+      training    NAME/ARM/train  SEED,...  arguments of `mythos train`, with $SLURM_ARRAY_TASK_ID as the seed
+      evaluation  NAME/ARM/eval   SEED,...  a run directory with %a as the seed, and arguments of `mythos eval`
+      report      NAME/report
+    An evaluation includes the seeds that are to be trained before it.
+    """
+    from mythos.parity.arrays import job_arrays
+    from mythos.parity.experiment import design_hash
+    from mythos.parity.runs import record_design
 
     design, planned = _planned(experiment)
-    for each in planned:
-        if (each.arm, each.seed) == (arm, seed):
-            print("\n".join(evaluation_arguments(design, each) if evaluation else each.arguments))
-            return DONE
-    raise UserError(f"{experiment}: has no arm {arm} with seed {seed}: see `mythos parity status {experiment}`")
+    if begin:
+        record_design(design, design_hash(design))
+    for fields in job_arrays(design, planned):
+        print("\t".join(fields))
+    return DONE
 
 
 def _number(value: float | None) -> str:

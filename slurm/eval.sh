@@ -4,6 +4,8 @@
 #   sbatch slurm/eval.sh RUN                                             the newest checkpoint
 #   sbatch --array=0-2 slurm/eval.sh RUN --step 1000 --step 2000 --step 3000
 #   sbatch --array=0-9%2 slurm/eval.sh RUN all eval.sequences=1024       every checkpoint, two at a time
+#   sbatch --array=1-3 slurm/eval.sh runs/seed-%a                        the newest checkpoint of one run per task: %a is
+#                                                                        the task's number in the array
 #   sbatch --time=1-00:00:00 slurm/eval.sh RUN --watch --depths 1,4,8    each checkpoint once, those to come too
 #
 # Options of `mythos eval` may follow. A job with --watch ends with the checkpoint of the run's last step; if its time is
@@ -25,7 +27,9 @@ say() { echo "eval.sh: $*" >&2; }
 . slurm/tasks.sh || exit 2
 set -uo pipefail # not before: modules may use unset variables
 [ $# -gt 0 ] || { say "give a run directory"; exit 2; }
-run=$1
+run=${1//%a/${SLURM_ARRAY_TASK_ID:-}}
+index=0
+[ "$run" != "$1" ] || index=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))
 shift
 [ -d "$run/checkpoints" ] || { say "$run: no run with checkpoints there"; exit 2; }
 
@@ -70,7 +74,6 @@ elif [ ${#steps[@]} -eq 0 ]; then
   step=$(step_of "$(cat "$latest")") || { say "$latest: not the name of a checkpoint: give --step N or all"; exit 2; }
   steps=("$step")
 fi
-index=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))
 if [ -z "$watch" ] && [ "$index" -ge ${#steps[@]} ]; then
   say "nothing to do for index ${SLURM_ARRAY_TASK_ID:-0}: ${#steps[@]} checkpoints"
   exit 0

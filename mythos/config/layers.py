@@ -57,7 +57,7 @@ def merge(
         _update(merged, layer)
         _drop_null_sections(merged)
     if resolve:
-        _resolve(merged)
+        resolve_references(merged)
     tree = typed(merged)
     assert isinstance(tree, dict)
     return tree
@@ -97,7 +97,7 @@ def read_saved(file: Path) -> dict[str, Any]:
     if not isinstance(layer.get("model"), dict):
         raise UserError(f"{file}: damaged, not a configuration: {RESTORE}")
     _remove_other_kinds(layer)
-    _resolve(layer)
+    resolve_references(layer)
     return layer
 
 
@@ -226,7 +226,7 @@ def _switched_off(layer: dict[str, Any], path: str) -> bool:
     return _switched_off(layer, needs.path)
 
 
-def _resolve(tree: dict[str, Any]) -> None:
+def resolve_references(tree: dict[str, Any]) -> None:
     """Replace references such as ``${seed}`` or ``${oc.env:HOME}`` by what they refer to. Raises UserError."""
     try:
         config = OmegaConf.create(tree)

@@ -39,7 +39,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mythos.config import yaml_file
 from mythos.config.arguments import split_arguments
 from mythos.config.derive import tokens_per_step
-from mythos.config.layers import merge
+from mythos.config.layers import merge, resolve_references
 from mythos.config.load import load
 from mythos.config.option import option, section
 from mythos.config.schema import Config
@@ -48,6 +48,8 @@ from mythos.plan.flops import expected_steps, training_flops
 from mythos.readers import read_yaml
 
 REMEDY = "give an experiment, such as configs/parity/smoke.yaml"
+PLACES = ("directory", "task_data")
+"""Keys in which ``${oc.env:NAME}`` is the value of an environment variable; they do not belong to the design."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(pattern=NAME, max_length=100)]
@@ -55,11 +57,12 @@ Name = Annotated[str, Field(pattern=NAME, max_length=100)]
 
 @section
 class Budget:
-    """How long an arm is trained, if not for the steps of its configuration; one of the three."""
+    """How long an arm is trained, if not for the steps of its configuration; one of the first three."""
 
     tokens: float | None = option("positions, as a number", None, gt=0, le=1e18)
     tokens_of: str | None = option("as many positions as this arm", None)
     flops_of: str | None = option("as many training FLOPs (executed: the drawn depths, truncation) as this arm", None)
+    share: float = option("of the positions or FLOPs of the other arm", 1.0, gt=0, le=100)
 
 
 @section
@@ -92,6 +95,7 @@ class Evaluation:
 
     depths: tuple[Annotated[int, Field(gt=0, le=10_000)], ...] = option("loop depths of looped arms", ())
     tasks: tuple[str, ...] = option("tasks of `mythos eval --tasks`", ())
+    task_data: str | None = option("directory of the data of files of tasks", None)
     sequences: int | None = option("validation rows of each data set; null: all", None, gt=0)
     documents: int | None = option("documents of each data set that are measured alone; null: all", 1000, gt=0)
 
@@ -129,6 +133,11 @@ class PlannedRun:
 def load_experiment(path: Path) -> Experiment:
     """Read an experiment. Raises UserError for each mistake in it, on one line."""
     tree = read_yaml(path, yaml_file.parse, TypeAdapter(dict[str, Any]), REMEDY)
+    for part in (tree, tree.get("evaluation")):  # references in `configuration` are for `mythos train` to resolve
+        if isinstance(part, dict):
+            places = {name: part[name] for name in PLACES if name in part}
+            resolve_references(places)
+            part |= places
     try:
         experiment = _ADAPTER.validate_python(tree, strict=False)  # every scalar in the tree is text
     except ValidationError as error:
@@ -141,60 +150,76 @@ def load_experiment(path: Path) -> Experiment:
     return experiment
 
 
-def planned_runs(experiment: Experiment) -> list[PlannedRun]:
+def planned_runs(experiment: Experiment, processes: int | None = None) -> list[PlannedRun]:
     """Every arm with every seed; all arms of the first seed come first, so that an early report has all arms.
+
+    Args:
+        processes: of each run; those of the experiment by default.
 
     Raises:
         UserError: an arm's configuration is not valid.
     """
-    steps = {arm: _steps(experiment, arm) for arm in experiment.arms}
+    count = processes or experiment.processes
+    steps = {arm: _steps(experiment, arm, count) for arm in experiment.arms}
     runs = []
     for seed in experiment.seeds:
         for arm in experiment.arms:
-            directory = Path(experiment.directory) / arm / f"seed-{seed}"
-            own = [f"train.steps={steps[arm]}", f"seed={seed}", f"run.directory={directory}"]
-            arguments = (*_configuration(experiment, arm), *own)
-            runs.append(PlannedRun(arm, seed, directory, arguments, _load(experiment, arm, own)))
+            directory = run_directory(experiment, arm, seed)
+            own = own_options(steps[arm], seed, directory)
+            arguments = (*configuration(experiment, arm), *own)
+            runs.append(PlannedRun(arm, seed, directory, arguments, _load(experiment, arm, count, own)))
     return runs
+
+
+def run_directory(experiment: Experiment, arm: str, seed: int | str) -> Path:
+    """Where a run is."""
+    return Path(experiment.directory) / arm / f"seed-{seed}"
+
+
+def own_options(steps: int, seed: int | str, directory: Path) -> list[str]:
+    """What the runs of an experiment do not share, as options of `mythos train`."""
+    return [f"train.steps={steps}", f"seed={seed}", f"run.directory={directory}"]
 
 
 def design_hash(experiment: Experiment) -> str:
     """Identifies question, hypothesis, criterion, seeds, evaluation and every arm's configuration."""
     # The options themselves count, not the names of the files that they are in.
     places: Any = {"directory": True, "processes": True, "configuration": True, "arms": {"__all__": {"configuration"}}}
+    places["evaluation"] = {"task_data"}
     design = _ADAPTER.dump_python(experiment, exclude=places)
-    trees = {arm: merge(*split_arguments(_configuration(experiment, arm)), resolve=False) for arm in experiment.arms}
+    trees = {arm: merge(*split_arguments(configuration(experiment, arm)), resolve=False) for arm in experiment.arms}
     return hashlib.sha256(json.dumps([design, trees], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _steps(experiment: Experiment, arm: str) -> int:
+def _steps(experiment: Experiment, arm: str, processes: int) -> int:
     """Optimizer steps of an arm by its budget, rounded up."""
     budget = experiment.arms[arm].budget
-    config = _load(experiment, arm)
+    config = _load(experiment, arm, processes)
     if budget.tokens is not None:
         return math.ceil(budget.tokens / tokens_per_step(config))
     other = budget.tokens_of or budget.flops_of
     if other is None:
         return config.train.steps
-    others = _load(experiment, other, [f"train.steps={_steps(experiment, other)}"])
+    others = _load(experiment, other, processes, [f"train.steps={_steps(experiment, other, processes)}"])
     tokens = float(others.train.steps * tokens_per_step(others))
     if budget.flops_of is not None:
         tokens *= _flops_per_token(others) / _flops_per_token(config)
-    return math.ceil(tokens / tokens_per_step(config))
+    return math.ceil(budget.share * tokens / tokens_per_step(config))
 
 
 def _flops_per_token(config: Config) -> float:
     return training_flops(config.model, config.data.sequence_length, expected_steps(config.loop))
 
 
-def _configuration(experiment: Experiment, arm: str) -> tuple[str, ...]:
+def configuration(experiment: Experiment, arm: str) -> tuple[str, ...]:
+    """What all seeds of an arm have in common, but for its steps: files and options of `mythos train`."""
     return (*experiment.configuration, *experiment.arms[arm].configuration)
 
 
-def _load(experiment: Experiment, arm: str, own: Sequence[str] = ()) -> Config:
-    files, overrides = split_arguments(_configuration(experiment, arm))
+def _load(experiment: Experiment, arm: str, processes: int, own: Sequence[str] = ()) -> Config:
+    files, overrides = split_arguments(configuration(experiment, arm))
     try:
-        return load(files, [f"run.directory={experiment.directory}", *overrides, *own], experiment.processes)
+        return load(files, [f"run.directory={experiment.directory}", *overrides, *own], processes)
     except UserError as error:
         raise UserError(f"arm {arm}: {error}") from error
 
@@ -206,6 +231,11 @@ def _check(path: Path, experiment: Experiment) -> None:
         budget = description.budget
         if sum(value is not None for value in (budget.tokens, budget.tokens_of, budget.flops_of)) > 1:
             raise UserError(f"{path}: arms.{arm}.budget: give one of tokens, tokens_of and flops_of")
+        if budget.share != 1 and not (budget.tokens_of or budget.flops_of):
+            raise UserError(
+                f"{path}: arms.{arm}.budget.share = {budget.share:g}: has no effect without tokens_of or flops_of: "
+                "leave it out"
+            )
         named |= {f"arms.{arm}.budget": other for other in (budget.tokens_of, budget.flops_of) if other}
     for place, name in named.items():
         if name not in experiment.arms:

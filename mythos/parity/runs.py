@@ -84,7 +84,14 @@ def evaluation_arguments(experiment: Experiment, run: PlannedRun) -> list[str]:
         arguments += ["--depths", ",".join(map(str, wanted.depths))]
     if wanted.tasks:
         arguments += ["--tasks", ",".join(wanted.tasks)]
+    if wanted.task_data is not None:
+        arguments += ["--task-data", wanted.task_data]
     return arguments
+
+
+def report_directory(experiment: Experiment) -> Path:
+    """Where the report is written by default."""
+    return Path(experiment.directory) / "report"
 
 
 def log_file(experiment: Experiment, run: PlannedRun) -> Path:

@@ -5,7 +5,6 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,37 +15,10 @@ from mythos.parity.experiment import PlannedRun, load_experiment, planned_runs
 from mythos.parity.results import read_result
 from mythos.parity.runs import LocalRunner, progress
 from mythos.run.metrics import read_metrics
-from tests.parity.conftest import write_experiment
+from tests.parity.conftest import LIMIT_S, in_a_fork, report_of, write_experiment
 from tests.spawn import Job
 
-LIMIT_S = 200
-
-
-def in_a_fork(self: LocalRunner, run: PlannedRun, arguments: Sequence[str]) -> int:
-    """The command without the seconds of its imports."""
-    log = Path(self._experiment.directory) / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return Job(1, main, list(arguments), output=log).wait(LIMIT_S)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An experiment that was carried out."""
-    path = write_experiment(text_data, tmp_path_factory.mktemp("undisturbed") / "experiment")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalRunner, "_command", in_a_fork)
-        assert invoke(["parity", "run", str(path), "--jobs", "2"]) == 0
-    return path
-
-
-def report_of(path: Path) -> dict[str, Any]:
-    """The report without times."""
-    text = (path.parent / "runs/report/report.json").read_text(encoding="utf-8")
-    report: dict[str, Any] = json.loads(text)
-    for arm in report["arms"].values():
-        for run in arm["runs"]:
-            del run["device_hours"], run["curve"]["hours"], run["training_flops"], run["curve"]["flops"]
-    return report
+NEEDS = (("training", "train"), ("evaluation", "eval"))
 
 
 def test_after_a_kill_and_a_failure_the_report_is_that_of_an_undisturbed_experiment(
@@ -83,9 +55,11 @@ def test_after_a_kill_and_a_failure_the_report_is_that_of_an_undisturbed_experim
     assert "- looped, seed 1: killed, training to do" in partial
     assert "- small, seed 1: not started, training to do" in partial
     assert "no verdict: one seed" in partial
+    capsys.readouterr()
     assert invoke(["parity", "jobs", str(path)]) == 0
-    first = (path.parent / "runs").resolve()
-    assert f"training looped 1 {first}/looped/seed-1\ntraining small 1 {first}/small/seed-1" in capsys.readouterr().out
+    lines = [line.split("\t")[:3] for line in capsys.readouterr().out.splitlines()]
+    both = [[[need, f"tiny/{arm}/{job}", "1"] for need, job in NEEDS] for arm in ("looped", "small")]
+    assert lines == [*both[0], *both[1], ["report", "tiny/report"]]
 
     assert invoke(["parity", "run", str(path)]) == 0
     printed = capsys.readouterr().out
@@ -93,20 +67,13 @@ def test_after_a_kill_and_a_failure_the_report_is_that_of_an_undisturbed_experim
     assert report_of(path) == report_of(undisturbed)
 
 
-def test_status_and_arguments(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["parity", "status", str(undisturbed)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0][:5] == ["looped", "1", "evaluated", "6", "6"]
     assert rows[1][:4] == ["equal-flops", "1", "evaluated", rows[1][4]]
     assert invoke(["parity", "jobs", str(undisturbed)]) == 0
     assert not capsys.readouterr().out
-    assert invoke(["parity", "arguments", str(undisturbed), "looped", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "train.steps=6"
-    assert lines[-3:] == ["train.steps=6", "seed=2", f"run.directory={undisturbed.parent}/runs/looped/seed-2"]
-    assert invoke(["parity", "arguments", str(undisturbed), "looped", "2", "--evaluation"]) == 0
-    evaluation = ["eval.sequences=4", "--documents", "12", "--depths", "1,3,6"]
-    assert capsys.readouterr().out.splitlines() == evaluation
 
 
 def test_the_numbers_of_the_report_are_those_of_the_runs(undisturbed: Path) -> None:

@@ -1,0 +1,131 @@
+"""slurm/parity.sh on a real Slurm: job arrays, and what is submitted again after faults in mid-experiment."""
+
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from mythos.run.journal import read_events
+from tests.cluster import REPO, SCRIPT, bring_nodes_back, local_slurm, run
+from tests.faults.damage import full_disk, small_disk
+from tests.parity.conftest import EXPERIMENT, report_of, write_experiment
+from tests.require import missing, require
+from tests.slurm.jobs import Job
+
+LIMIT_S = 400
+ARMS = ("looped", "small", "large")
+MISSING = {"looped": "1", "small": "1,2", "large": "2"}
+ALONE_ON_A_NODE = ("--nodes=1", "--gpus-per-node=1", "--cpus-per-gpu=200")
+ON_A_NODE = "--gpus-per-node=1 --cpus-per-gpu=100"
+
+
+@pytest.fixture
+def experiment(undisturbed: Path, text_data: Path, tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """An experiment of which two runs are finished, whose arm `large` has a disk of its own, and a Slurm."""
+    text = EXPERIMENT.replace("name: tiny", "name: faults")
+    text = "".join(line for line in text.splitlines(keepends=True) if "equal-flops:" not in line)
+    path = write_experiment(text_data, tmp_path / "experiment", text)
+    for command in ("munged", "slurmctld", "slurmd"):
+        require(command)
+    with ExitStack() as stack:
+        (path.parent / "runs").mkdir()
+        try:
+            stack.enter_context(small_disk(path.parent / "runs/large", 16))
+        except OSError as error:
+            missing(str(error))
+        for finished in ("looped/seed-2", "large/seed-1"):
+            shutil.copytree(undisturbed.parent / "runs" / finished, path.parent / "runs" / finished)
+        # Nodes have mounts of their own, those of the time when they start.
+        directory = Path(tempfile.mkdtemp(prefix="mythos-slurm-", dir="/tmp"))
+        environ = stack.enter_context(local_slurm(directory))
+        environ["EVAL_OPTIONS"] = f"{ON_A_NODE} --output={path.parent}/eval-%A_%a"
+        environ["REPORT_OPTIONS"] = f"--output={path.parent}/report"
+        yield path, environ
+
+
+def submit(path: Path, environ: dict[str, str], *options: str) -> str:
+    """slurm/parity.sh; returns what it says."""
+    output = f"--output={path.parent}/train-%A_%a"
+    done = run([REPO / "slurm/parity.sh", path, *ALONE_ON_A_NODE, output, *options], 60, environ, REPO)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def submitted(said: str) -> dict[str, str]:
+    """The number of each job by its name and seeds."""
+    return dict(re.findall(r"^parity.sh: faults/(\S+(?:, seeds \S+)?): job (\d+)$", said, re.MULTILINE))
+
+
+def wait_for_queue(environ: dict[str, str], pattern: str, wanted: bool) -> None:
+    """Wait until a line `ARRAY_TASK STATE NAME` of the queue matches, or none does."""
+    until = time.monotonic() + LIMIT_S
+    while bool(re.search(pattern, queue := queue_of(environ), re.MULTILINE)) != wanted:
+        assert time.monotonic() < until, queue
+        time.sleep(0.2)
+
+
+def queue_of(environ: dict[str, str]) -> str:
+    return run(["squeue", "--noheader", "--array", "--format=%F_%K %T %j"], 20, environ).stdout
+
+
+def freeze_at_the_first_checkpoint(runs: dict[str, Path]) -> dict[str, int]:
+    """Stop the processes of these runs when their first checkpoint is complete; returns their numbers."""
+    frozen: dict[str, int] = {}
+    until = time.monotonic() + LIMIT_S
+    while len(frozen) < len(runs):
+        assert time.monotonic() < until, f"frozen: {list(frozen)}"
+        for name in runs.keys() - frozen:
+            if (runs[name] / "checkpoints/step_00000002/state.json").exists():
+                frozen[name] = read_events(runs[name])[-1]["process"]
+                os.kill(frozen[name], signal.SIGSTOP)
+        time.sleep(0.01)
+    return frozen
+
+
+def test_after_a_kill_a_lost_node_and_a_full_disk_the_report_is_that_of_an_undisturbed_experiment(
+    experiment: tuple[Path, dict[str, str]], undisturbed: Path
+) -> None:
+    path, environ = experiment
+    planned = submit(path, environ, "--dry-run").splitlines()
+    missing_jobs = [f"{arm}/{job}, seeds {MISSING[arm]}" for arm in ARMS for job in ("train", "eval")] + ["report"]
+    assert planned[:7] == [f"faults/{job}" for job in missing_jobs]
+    assert planned[-2].startswith("4 runs: ")
+    assert not queue_of(environ)
+    jobs = submitted(submit(path, environ))
+    assert list(jobs) == missing_jobs
+    tasks = [f"{jobs[name]}_{seed}" for name, seed in zip(missing_jobs, (1, 1, 1, 1, 2, 2), strict=False)]
+    looped, small, large = tasks[::2]
+
+    runs = {task: path.parent / f"runs/{arm}/seed-{task[-1]}" for arm, task in zip(ARMS, tasks[::2], strict=True)}
+    pids = freeze_at_the_first_checkpoint(runs)
+    fill_disk, free_space = full_disk(runs[large])
+    fill_disk()
+    os.kill(pids[large], signal.SIGCONT)
+    os.kill(pids[small], signal.SIGKILL)
+    node = Job(looped, environ, path).show("NodeList")
+    lost = ["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost"]
+    for command in ([SCRIPT, "kill-node", node], lost):  # Slurm itself needs half a minute
+        assert run(command, 20, environ).returncode == 0
+    for task in tasks[2:]:  # with the training that fails its evaluation ends
+        wait_for_queue(environ, rf"^{task} ", False)
+    assert "checkpoint.max_failures" in (path.parent / f"train-{large}").read_text(encoding="utf-8")
+    free_space()
+
+    said = submit(path, environ)
+    again = ["small/train, seeds 1", "small/eval, seeds 1", "large/train, seeds 2", "large/eval, seeds 2", "report"]
+    assert list(submitted(said)) == again
+    assert re.search(r"^parity.sh: \d tasks are in the queue and are left alone$", said, re.MULTILINE)
+    bring_nodes_back(environ)
+    wait_for_queue(environ, ".", False)
+    assert Job(looped, environ, path).show("Restarts") == "1"
+    assert "parity.sh: everything is finished" in submit(path, environ)
+    report, other = report_of(path), report_of(undisturbed)
+    assert report["decision"] == other["decision"]
+    assert report["arms"] == {arm: other["arms"][arm] for arm in ARMS}
