@@ -21,7 +21,7 @@ def run(
     ] = "safetensors",
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the written weights; fp32 is exact")] = "fp32",
     bos: Annotated[
-        str | None, typer.Option(metavar="TOKEN", help="with hf: what begins each document (default: <|bos|>)")
+        str | None, typer.Option(metavar="TOKEN", help="with hf: what begins each document (default: as in the data)")
     ] = None,
     eos: Annotated[
         str | None, typer.Option(metavar="TOKEN", help="with hf: what ends a text (default: the token that begins it)")
@@ -37,13 +37,12 @@ def run(
     import torch
 
     from mythos.checkpoint.layout import find
-    from mythos.data.format import BOS
     from mythos.export import SpecialTokens, export
     from mythos.run.directory import RunDirectory
 
     if form == "safetensors" and (bos or eos):
         raise UserError(f"--{'bos' if bos else 'eos'}: has an effect with --format hf only: leave it out")
-    tokens = SpecialTokens(bos or BOS, eos) if form == "hf" else None
+    tokens = SpecialTokens(bos, eos) if form == "hf" else None
     name = find(directory, step).name
     output = output or RunDirectory(directory).exports / (name if tokens is None else f"{name}_hf")
     export(directory, output, step, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], for_transformers=tokens)

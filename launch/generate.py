@@ -12,7 +12,9 @@ from mythos.config.check import LOWEST_TEMPERATURE
 from mythos.errors import DONE, UserError, printable
 
 if TYPE_CHECKING:
-    from mythos.eval.writer import Writer
+    from collections.abc import Iterator
+
+    from mythos.eval.writer import Writer, Written
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """The last character while some of its bytes are missing."""
@@ -91,8 +93,10 @@ def run(
     if prompts is None:
         _print_as_written(writer, texts[0], tokens, seed)
     else:
-        for first in range(0, len(texts), batch):
-            _print_lines(writer, texts[first : first + batch], tokens, seed, first)
+        parts = [texts[first : first + batch] for first in range(0, len(texts), batch)]
+        streams = [writer.write(part, tokens, seed, batch * number) for number, part in enumerate(parts)]
+        for part, stream in zip(parts, streams, strict=True):
+            _print_lines(writer, part, stream)
     return DONE
 
 
@@ -110,9 +114,10 @@ def _check(temperature: float, top_k: int | None, top_p: float | None, end: str 
 
 def _print_as_written(writer: "Writer", prompt: str, tokens: int, seed: int) -> None:
     """The prompt, and what follows as soon as its characters are complete."""
+    stream = writer.write([prompt], tokens, seed)
     print(printable(prompt), end="", flush=True)
     shown = text = ""
-    for (written,) in writer.write([prompt], tokens, seed):
+    for (written,) in stream:
         text = written.text(writer.tokenizer)
         complete = text.rstrip(INCOMPLETE)
         print(printable(complete[len(shown) :]), end="", flush=True)
@@ -120,9 +125,9 @@ def _print_as_written(writer: "Writer", prompt: str, tokens: int, seed: int) -> 
     print(printable(text[len(shown) :]))
 
 
-def _print_lines(writer: "Writer", prompts: list[str], tokens: int, seed: int, first: int) -> None:
+def _print_lines(writer: "Writer", prompts: list[str], stream: "Iterator[list[Written]]") -> None:
     """A line of JSON for each prompt, when all are written."""
-    *_, written = writer.write(prompts, tokens, seed, first)
+    *_, written = stream
     for prompt, each in zip(prompts, written, strict=True):
         line = {
             "prompt": prompt,

@@ -23,10 +23,10 @@ def checked_reader(checkpoint: Path) -> CheckpointReader:
     return reader
 
 
-def plain_tensors(reader: CheckpointReader, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the plain model's weights, and of its buffers, which remain in fp32."""
+def plain_tensors(reader: CheckpointReader) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the plain model's weights and of its buffers, in fp32."""
     for name, parts in plain_parameters(reader.manifest.parameters).items():
-        tensors = [reader.parameter(part).to(dtype) for part in parts]
+        tensors = [reader.parameter(part) for part in parts]
         yield name, tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
     yield from reader.buffers().items()
 

@@ -1,7 +1,6 @@
 """A trained model in one process that continues texts, each as if it were alone: the work of `mythos generate`."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from mythos.checkpoint.trained import Trained, on_device
-from mythos.config.derive import data_sources, text_ids, whole_mean_depth
-from mythos.data.format import BOS, TOKENIZER_FILE, Manifest
+from mythos.config.derive import text_ids, whole_mean_depth
+from mythos.data.format import TOKENIZER_FILE
 from mythos.data.open import read_tokenizer
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.eval.forward import exit_rule
@@ -25,7 +24,7 @@ from mythos.model.cache import Cache
 from mythos.model.depth import state_seed
 from mythos.model.loop import ExitRule
 from mythos.readers import LINE_BYTES, parse_json
-from mythos.run.paths import found_from_here
+from mythos.run.paths import bos_of_data
 
 
 class _Prompt(TypedDict):
@@ -74,7 +73,7 @@ class Writer:
     device: torch.device
 
     def write(self, prompts: Sequence[str], tokens: int, seed: int, first: int = 0) -> Iterator[list[Written]]:
-        """Yields what is written so far, after each new token of the prompts.
+        """An iterator over what is written so far, after each new token of the prompts.
 
         Args:
             first: number of the first prompt: each has a random stream of its own.
@@ -87,9 +86,15 @@ class Writer:
         if (inputs := max(lengths) + tokens - 1) > self.longest:
             most = self.longest + 1 - max(lengths)
             raise UserError(
-                f"--tokens {tokens}: with a prompt of {max(lengths)} tokens more than the {self.longest} inputs of "
+                f"--tokens {tokens}: after a prompt of {max(lengths)} tokens, longer than the {self.longest} inputs of "
                 f"training (data.sequence_length): {f'give at most {most}' if most > 0 else 'shorten the prompt'}"
             )
+        return self._continued(texts, tokens, inputs, seed, first)
+
+    def _continued(
+        self, texts: list[Written], tokens: int, inputs: int, seed: int, first: int
+    ) -> Iterator[list[Written]]:
+        lengths = [len(text.prompt) for text in texts]
         cache = new_cache(self.model, lengths, inputs, self.depth, self.device)
         generators = [torch.Generator().manual_seed(state_seed(seed, first + row)) for row in range(len(texts))]
         given = [text.prompt for text in texts]
@@ -127,7 +132,7 @@ def open_writer(
         raise UserError(f"--depth {depth}: this model has no loop: leave it out")
     device = on_device(trained.model, config)
     tokenizer = read_tokenizer(trained.directory / TOKENIZER_FILE)
-    bos = bos or _bos(trained)
+    bos = bos or bos_of_data(config, trained.directory)
     for option, token in (("--bos", bos), ("--end", end)):
         if token is not None and tokenizer.token_to_id(token) is None:
             raise UserError(f"{option} {token}: not in {trained.directory / TOKENIZER_FILE}: name one of its tokens")
@@ -155,12 +160,3 @@ def read_prompts(path: Path) -> list[str]:
     if not found:
         raise UserError(f"{path}: no prompts: {remedy}")
     return found
-
-
-def _bos(trained: Trained) -> str:
-    """That of the run's data, if it is here."""
-    with suppress(UserError):
-        config = found_from_here(trained.config, trained.directory)
-        for directory, _ in data_sources(config.data).values():
-            return Manifest.load(Path(directory)).settings.bos
-    return BOS

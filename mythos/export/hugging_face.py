@@ -8,7 +8,6 @@ import ast
 import importlib.util
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from mythos.config.derive import whole_mean_depth
 from mythos.config.load import to_dict
 from mythos.config.model_schema import Looped
 from mythos.config.schema import Config
-from mythos.data.format import BOS, TOKENIZER_FILE
+from mythos.data.format import TOKENIZER_FILE
 from mythos.data.open import read_tokenizer
 from mythos.errors import UserError
 
@@ -30,25 +29,18 @@ TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _IMPORT = re.compile(r"^from (mythos[\w.]*) import", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """The token that begins each document, and the one that ends a text; None: BOS, which is what follows a document.
-
-    A batch is padded with the latter.
-    """
-
-    bos: str = BOS
-    eos: str | None = None
-
-
-def write_description(directory: Path, config: Config, dtype: torch.dtype, tokens: SpecialTokens) -> None:
+def write_description(directory: Path, config: Config, dtype: torch.dtype, bos: str, eos: str) -> None:
     """Write all files but the weights into a directory that holds the run's tokenizer.
+
+    Args:
+        bos: begins each document.
+        eos: ends a text; a batch is padded with it.
 
     Raises:
         UserError: the tokenizer has no such token.
     """
-    tokenizer, bos = read_tokenizer(directory / TOKENIZER_FILE), tokens.bos
-    ids = {"bos": _id(tokenizer, bos, "--bos"), "eos": _id(tokenizer, tokens.eos or bos, "--eos")}
+    tokenizer = read_tokenizer(directory / TOKENIZER_FILE)
+    ids = {"bos": _id(tokenizer, bos, "--bos"), "eos": _id(tokenizer, eos, "--eos")}
     ids["pad"] = ids["eos"]
     of_tokens = {f"{name}_token_id": number for name, number in ids.items()}
     files: dict[str, dict[str, Any]] = {

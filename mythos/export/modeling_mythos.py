@@ -20,13 +20,8 @@ from mythos.loss import IGNORED
 from mythos.model.cache import Cache as LoopCache
 from mythos.model.depth import fixed
 from mythos.model.init import initial_draws
-from mythos.model.moe import RouterBias
-from mythos.model.precision import FP32Linear
 from mythos.model.rules import Start
 from mythos.model.transformer import DenseTransformer, LoopedTransformer, new_cache
-
-FP32_PARAMETERS = ("log_decay", "step_bias")
-"""Of the injection, in which rounding would change how long the loop remembers."""
 
 
 class GenerationCache(Cache):
@@ -74,7 +69,6 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
             self.model = LoopedTransformer(model, _section(LoopOptions, config.loop), 0.0)
         else:
             self.model = DenseTransformer(model, 0.0)
-        self._keep_in_fp32_modules_strict = _in_fp32(self.model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -184,12 +178,3 @@ def _section(annotation: Any, value: Any) -> Any:
         if "kind" not in types or value["kind"] in get_args(types["kind"]):
             return section(**{name: _section(types[name], part) for name, part in value.items()})  # type: ignore[operator]
     raise ValueError(f"kind {value['kind']!r}: this version has no such part of a model")
-
-
-def _in_fp32(model: nn.Module) -> list[str] | None:
-    """Modules and parameters that stay in fp32 in a model of another type: routers, halting, decay of the injection."""
-    modules = {
-        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, FP32Linear | RouterBias)
-    }
-    parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()} & set(FP32_PARAMETERS)
-    return sorted(modules | parameters) or None

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,15 +21,29 @@ from torch import Tensor
 
 from mythos.checkpoint import layout
 from mythos.checkpoint.exported import INDEX_FILE, PREFIX_FOR_TRANSFORMERS
-from mythos.checkpoint.plain import checked_reader, plain_tensors
+from mythos.checkpoint.plain import checked_reader, plain_tensors, values_of
 from mythos.checkpoint.tensors import write_tensors
 from mythos.config.load import load_run
+from mythos.config.schema import Config
 from mythos.errors import UserError
-from mythos.export.hugging_face import SpecialTokens, write_description
+from mythos.export.hugging_face import write_description
 from mythos.files import check_regular
+from mythos.model import build_structure
 from mythos.run.directory import CONFIG_FILE, RunDirectory
+from mythos.run.paths import bos_of_data
 
 FILE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The token that begins each document, and the one that ends a text, with which a batch is padded.
+
+    None: BOS of the run's data; and that BOS, which is what follows a document.
+    """
+
+    bos: str | None = None
+    eos: str | None = None
 
 
 def export(
@@ -44,7 +59,7 @@ def export(
     Args:
         run: the run directory.
         step: of the checkpoint; None for the newest complete one.
-        dtype: of the written weights; balance biases remain in fp32.
+        dtype: of the written weights; those that the model keeps in fp32 whatever its type remain in fp32.
         file_bytes: a new file begins after this size.
         for_transformers: also write what transformers needs, with these special tokens.
 
@@ -65,10 +80,17 @@ def export(
         for path in copied:
             check_regular(path)
             shutil.copyfile(path, partial / path.name)
+        config = load_run(partial / CONFIG_FILE)
         if for_transformers is not None:
-            write_description(partial, load_run(partial / CONFIG_FILE), dtype, for_transformers)
-        prefix = PREFIX_FOR_TRANSFORMERS if for_transformers else ""
-        write_weights(plain_tensors(checked_reader(checkpoint), dtype), partial, prefix, file_bytes)
+            bos = for_transformers.bos or bos_of_data(config, run)
+            write_description(partial, config, dtype, bos, for_transformers.eos or bos)
+        types, weights = types_of_weights(config, dtype), plain_tensors(checked_reader(checkpoint))
+        write_weights(
+            ((name, value.to(types.get(name, dtype))) for name, value in weights),
+            partial,
+            PREFIX_FOR_TRANSFORMERS if for_transformers else "",
+            file_bytes,
+        )
         os.rename(partial, output)
     except (OSError, SafetensorError, UserError) as error:
         if not checkpoint.exists():
@@ -82,6 +104,17 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
+
+
+def types_of_weights(config: Config, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The type of each weight in a model of type ``dtype``: routers, halting and the injection's decay stay in fp32."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return {name: value.dtype for name, value in values_of(build_structure(config)).items()}
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def write_weights(

@@ -35,8 +35,9 @@ class LTIInjection(nn.Module):
     def __init__(self, width: int, exact: bool = False) -> None:
         super().__init__()
         self.exact = exact
-        self.log_decay = nn.Parameter(torch.empty(width))
-        self.step_bias = nn.Parameter(torch.empty(width))
+        # Rounded, they would change how long the loop remembers.
+        self.log_decay = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.step_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
         self.input = Linear(width, width)
 
     def initial_values(self, start: Start) -> dict[Tensor, Rule]:

@@ -47,11 +47,14 @@ class Router(Gate):
 
     def __init__(self, width: int, experts: int) -> None:
         super().__init__(width, experts, bias=False)
-        self.register_buffer("e_score_correction_bias", torch.zeros(experts))
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
 
 
 class RouterBias(nn.Embedding):
     """Row t of a table (loops, E) for the logits at loop step t; steps after the last row use the last one."""
+
+    def __init__(self, loops: int, experts: int) -> None:
+        super().__init__(loops, experts, dtype=torch.float32)
 
     def initial_values(self, start: Start) -> dict[Tensor, Rule]:
         """Zero: all steps start with the same routing."""

@@ -56,7 +56,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class FP32Linear(nn.Linear):
-    """W x + b in fp32 in every training type."""
+    """W x + b in fp32 in every training type, with weights in fp32 also in a model of another type."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

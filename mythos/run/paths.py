@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from mythos.config.data_schema import Data
+from mythos.config.derive import data_sources
 from mythos.config.schema import Config
+from mythos.data.format import BOS, Manifest
 from mythos.errors import UserError
 from mythos.run.journal import read_attempts
 
@@ -37,6 +40,14 @@ def found_from_here(config: Config, directory: Path, overrides: Sequence[str] = 
     is_overridden = any(each.startswith("run.directory=") for each in overrides)
     run = config.run if is_overridden else _replaced(config.run, directory=str(directory))
     return _replaced(config, run=run, data=_with_paths(config.data, found))
+
+
+def bos_of_data(config: Config, directory: Path) -> str:
+    """The token that begins each document of the run in ``directory``; the usual one where its data is not here."""
+    with suppress(UserError):
+        for source, _ in data_sources(found_from_here(config, directory).data).values():
+            return Manifest.load(Path(source)).settings.bos
+    return BOS
 
 
 def _with_paths(data: Data, found: Callable[[str, str], str]) -> Data:

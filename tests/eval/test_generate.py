@@ -179,9 +179,9 @@ def test_mistakes_are_one_line(
     arguments: list[str], message: str, text_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", str(text_run), *arguments]) == 2
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert message in error
-    assert error.count("\n") == 1
+    assert (out, error.count("\n")) == ("", 1)
 
 
 def test_another_directory_and_a_damaged_line_of_prompts_are_named(
@@ -193,6 +193,11 @@ def test_another_directory_and_a_damaged_line_of_prompts_are_named(
     file.write_text('{"prompt": "x"}\n{"text": "x"}\n', encoding="utf-8")
     assert main(["generate", str(text_run), "--prompts", str(file)]) == 2
     assert f"{file}: line 2: " in capsys.readouterr().err
+    file.write_text(f'{{"prompt": "x"}}\n{{"prompt": "{"x " * 200}"}}\n', encoding="utf-8")
+    assert main(["generate", str(text_run), "--prompts", str(file), "--tokens", "12", "--batch", "1"]) == 2
+    out, error = capsys.readouterr()
+    assert "shorten the prompt" in error
+    assert out == "", "all prompts are checked before the first one is continued"
     file.write_text("\n", encoding="utf-8")
     assert main(["generate", str(text_run), "--prompts", str(file)]) == 2
     assert f"{file}: no prompts" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from mythos.checkpoint.plain import values_of
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
 from mythos.config.yaml_file import dump
-from mythos.export import SpecialTokens
+from mythos.data.format import BOS
 from mythos.export.hugging_face import write_description
 from mythos.export.weights import write_weights
 from mythos.model import build_model
@@ -38,6 +38,6 @@ def write_export(config: Config, tokenizer: Tokenizer, directory: Path) -> None:
     directory.mkdir()
     (directory / "config.yaml").write_text(dump(to_dict(config)), encoding="utf-8")
     (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    write_description(directory, config, torch.float32, SpecialTokens())
+    write_description(directory, config, torch.float32, BOS, BOS)
     tensors = ((name, tensor.detach().clone()) for name, tensor in values_of(model).items())
     write_weights(tensors, directory, "model.", file_bytes=40_000)

@@ -13,7 +13,7 @@ GENERATED = 64
 
 def results(directory: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=True)
     batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
     deeper = {} if model.config.depth is None else {"depth": 5}
     found: dict[str, Any] = {

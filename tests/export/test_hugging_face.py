@@ -157,7 +157,7 @@ def trained(
     return directory
 
 
-def test_the_command_and_its_errors(trained: Path, tmp_path: Path) -> None:
+def test_the_command_and_its_errors(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
     command = [MYTHOS, "export", trained, "--format", "hf", "--dtype", "bf16"]
     done = run(command, 60, env=clean_environment())
     assert done.returncode == 0, done.stderr
@@ -176,6 +176,17 @@ def test_the_command_and_its_errors(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--eos '<\|end\|>': the run's tokenizer has no such token"):
         export(trained, tmp_path / "out", for_transformers=SpecialTokens(eos="<|end|>"))
     assert not list(tmp_path.glob("*out*"))
+    other = shutil.copytree(tiny_data, tmp_path / "data")
+    shutil.copytree(trained, tmp_path / "run")
+    for path, old, new in (
+        (other / "manifest.json", BOS, "<|begin|>"),
+        (tmp_path / "run" / "config.yaml", str(tiny_data), str(other)),
+    ):
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(UserError, match=r"--bos '<\|begin\|>': the run's tokenizer has no such token"):
+        export(tmp_path / "run", tmp_path / "out", for_transformers=SpecialTokens())
     refused = run([MYTHOS, "export", trained, "--eos", "x"], 60, env=clean_environment())
     assert refused.returncode == 2
     assert "--eos: has an effect with --format hf only" in refused.stderr

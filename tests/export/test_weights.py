@@ -173,7 +173,10 @@ def test_many_files_hold_the_same_tensors_as_one(trained: Path, tmp_path: Path) 
 
     export(trained, tmp_path / "half", dtype=torch.bfloat16)
     half = load_file(tmp_path / "half" / "model-00001-of-00001.safetensors")
-    assert all(torch.equal(half[name], whole[name].bfloat16()) for name in whole if "correction_bias" not in name)
+    in_fp32 = {name for name in whole if ".router." in name or name.endswith((".log_decay", ".step_bias"))}
+    assert len(in_fp32) == 6, "weight and balance bias of two routers, and the injection"
+    assert all(torch.equal(half[name], whole[name] if name in in_fp32 else whole[name].bfloat16()) for name in whole)
+    assert {name for name, value in half.items() if value.dtype == torch.float32} == in_fp32
 
 
 def test_the_command_and_its_errors(trained: Path, tmp_path: Path) -> None:
