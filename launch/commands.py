@@ -10,6 +10,7 @@ import typer
 from launch import (
     bench,
     checkpoint,
+    compare,
     config,
     data_prepare,
     data_show,
@@ -81,6 +82,7 @@ APP = group(
         "status": status.run,
         "eval": evaluate.run,
         "inspect": inspect.run,
+        "compare": compare.run,
         "generate": generate.run,
         "export": export.run,
         "config": config.run,

@@ -1,9 +1,10 @@
 """What arms are compared by: a value of each document (or problem) whose mean is the metric of `mythos eval`.
 
-loss           nats of the document / mean tokens of a document
-bits_per_byte  nats / ln 2 / mean bytes of a document
-accuracy       1 if the problem is solved, weighted so that every difficulty of training counts alike
-any other      the metric itself, one value for each run
+loss             nats of the document / mean tokens of a document
+bits_per_byte    nats / ln 2 / mean bytes of a document
+accuracy         1 if the problem is solved, weighted so that every difficulty of training counts alike
+validation_loss  the last validation during training, one value for each run
+any other        the metric itself, one value for each run
 """
 
 import math
@@ -16,7 +17,7 @@ from mythos.errors import UserError
 from mythos.parity.results import RunResult
 
 HIGHER_IS_BETTER = ("accuracy", "accuracy_beyond")
-LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity")
+LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "validation_loss")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def check_same_items(arms: Sequence[Arm]) -> None:
 def _values(run: RunResult, metric: str, depth: int | None) -> np.ndarray:
     if metric in HIGHER_IS_BETTER:
         return _solved(run, metric, depth)
+    if metric == "validation_loss" and depth == run.depth and run.curve.losses.size:
+        return run.curve.losses[-1:]
     if metric in ("loss", "bits_per_byte"):
         nats_N = run.item("documents_nats", depth)
         size_N = run.items.get("documents_tokens" if metric == "loss" else "documents_bytes")

@@ -21,7 +21,7 @@ def write_pictures(arms: Sequence[Arm], metric: str, directory: Path) -> dict[st
         "arms": f"The mean {metric} of each arm with its 95% interval; dots are training seeds.",
         "curves": "The validation loss at the mean depth of training, against what was spent: one line for each seed.",
     }
-    if any(len(_depths(arm)) > 1 for arm in arms):
+    if metric != "validation_loss" and any(len(_depths(arm)) > 1 for arm in arms):
         drawn["depth"] = _by_depth(arms, metric)
         texts["depth"] = (
             f"The {metric} against the loop steps at test time, mean over the seeds with its 95% interval; dashed: the "
@@ -65,17 +65,17 @@ def _curves(arms: Sequence[Arm]) -> Any:
                 )
     for axis, name in zip(axes, ("tokens", "training FLOPs that were executed", "device hours of steps"), strict=True):
         axis.set(xlabel=name, ylabel="validation loss", xscale="log")
+        axis.tick_params(axis="x", which="minor", labelsize=6)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     return figure
 
 
 def _depths(arm: Arm) -> list[int]:
-    """The depths at which an arm was evaluated; none of a dense model."""
+    """The depths at which all runs of an arm were evaluated; none of a dense model."""
     if arm.depth is None:
         return []
-    options = arm.runs[0].evaluation.get("eval", {})
-    return sorted(int(each) for each in options.get("depths") or ())
+    return sorted(set.intersection(*(set(run.evaluation.get("eval", {}).get("depths") or ()) for run in arm.runs)))
 
 
 def _by_depth(arms: Sequence[Arm], metric: str) -> Any:

@@ -1,8 +1,7 @@
 """The report of an experiment: verdict, arms, differences and pictures, as Markdown, and its numbers as JSON."""
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,15 @@ from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import write_atomically
 from mythos.parity import statistics
 from mythos.parity.experiment import Criterion, Experiment, PlannedRun, design_hash
-from mythos.parity.measures import Arm, check_same_items, higher_is_better
+from mythos.parity.measures import Arm, check_same_items
 from mythos.parity.pictures import write_pictures
 from mythos.parity.results import read_result
 from mythos.parity.runs import Progress, progress, read_designs
-from mythos.parity.statistics import Interval
-from mythos.parity.verdict import Decision, compared, decide, spread
+from mythos.parity.tables import arms_text, differences_text, measured_metrics, pictures_text, row, run_numbers
+from mythos.parity.verdict import Decision, decide
 from mythos.plan.params import count_parameters
 
 REMEDY = "free space, or name another directory"
-OF_TEXT = ("loss", "bits_per_byte")
-OF_PROBLEMS = ("accuracy", "accuracy_beyond")
 
 
 @dataclass(frozen=True)
@@ -75,20 +72,6 @@ def write_report(experiment: Experiment, planned: Sequence[PlannedRun], director
     return directory / "report.md"
 
 
-def measured_metrics(arms: Sequence[Arm], first: str) -> list[str]:
-    """What all arms were measured by; ``first`` comes first."""
-    items = arms[0].runs[0].items
-    wanted = OF_PROBLEMS if "problems_difficulty" in items else OF_TEXT
-    return [first, *(name for name in wanted if name != first and _is_measured(arms, name))]
-
-
-def _is_measured(arms: Sequence[Arm], metric: str) -> bool:
-    try:
-        return all(math.isfinite(arm.values(metric).mean()) for arm in arms)
-    except UserError:
-        return False
-
-
 def verdict_text(experiment: Experiment, decision: Decision, results: Results) -> Iterator[str]:
     """The answer by the criterion, with what it rests on."""
     criterion = experiment.criterion
@@ -103,10 +86,10 @@ def verdict_text(experiment: Experiment, decision: Decision, results: Results) -
         lines = [
             "| quantity | estimate | 95% interval |",
             "|---|---:|---:|",
-            _row(f"d = {criterion.looped} - {criterion.large}", decision.difference),
-            _row(f"{criterion.looped} - {criterion.small}", decision.from_small),
-            _row(f"g = {criterion.small} - {criterion.large}", decision.gap),
-            _row("share of the gap that is closed (1: as good as the large one)", decision.share),
+            row(f"d = {criterion.looped} - {criterion.large}", decision.difference),
+            row(f"{criterion.looped} - {criterion.small}", decision.from_small),
+            row(f"g = {criterion.small} - {criterion.large}", decision.gap),
+            row("share of the gap that is closed (1: as good as the large one)", decision.share),
         ]
         yield "\n".join(lines)
         seeds = {name: len(results.arms[name].runs) for name in (criterion.looped, criterion.small, criterion.large)}
@@ -139,49 +122,6 @@ def design_text(experiment: Experiment) -> Iterator[str]:
         )
 
 
-def arms_text(arms: Sequence[Arm], metrics: Sequence[str]) -> Iterator[str]:
-    """One row for each arm: size, cost and results."""
-    yield "## Arms"
-    heads = ["arm", "seeds", "parameters", "of which matrices", "tokens", "text tokens", "training FLOPs"]
-    heads += ["device hours", *(f"{name}: mean (spread over seeds) and 95% interval" for name in metrics), "perplexity"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    for arm in arms:
-        count = count_parameters(arm.runs[0].config.model)
-        cells = [arm.name, str(len(arm.runs)), f"{count.total:,}", f"{count.matrices:,}"]
-        cells += [_mean(arm, lambda run: run.tokens), _mean(arm, lambda run: run.text_tokens)]
-        cells += [_mean(arm, lambda run: run.curve.flops[-1]), _mean(arm, lambda run: run.curve.hours[-1])]
-        for name in metrics:
-            values = arm.values(name)
-            cells.append(f"{values.mean():.4f} ({spread(values):.4f}) {_bounds(statistics.mean(values))}")
-        cells.append(f"{arm.mean_metric('documents_perplexity'):.3f}")
-        lines.append("| " + " | ".join(cells).replace("nan", "-") + " |")
-    yield "\n".join(lines)
-
-
-def differences_text(arms: Sequence[Arm], large: str, metrics: Sequence[str]) -> Iterator[str]:
-    """Every arm against the large standard model."""
-    others = [arm for arm in arms if arm.name != large]
-    reference = next((arm for arm in arms if arm.name == large), None)
-    if reference is None or not others:
-        return
-    yield f"## Differences from {large}"
-    lines = ["| arm | metric | difference | 95% interval | |", "|---|---|---:|---:|---|"]
-    for arm in others:
-        for name in metrics:
-            found, verdict = compared(arm, reference, name)
-            better = {"lower": higher_is_better(name), "higher": not higher_is_better(name)}
-            text = {True: "worse", False: "better"}[better[verdict]] if verdict in better else verdict
-            lines.append(f"| {arm.name} | {name} | {found.estimate:+.4f} | {_bounds(found)} | {text} |")
-    yield "\n".join(lines)
-
-
-def pictures_text(pictures: Mapping[str, str]) -> Iterator[str]:
-    """The pictures, each with what it shows."""
-    for name, text in pictures.items():
-        yield f"![{name}]({name}.png)"
-        yield text
-
-
 def missing_text(missing: Sequence[Progress]) -> Iterator[str]:
     """The runs that are not in this report."""
     if missing:
@@ -200,36 +140,8 @@ def numbers(experiment: Experiment, arms: Sequence[Arm], decision: Decision, met
                 "parameters": count_parameters(arm.runs[0].config.model).total,
                 "depth": arm.depth,
                 **{name: asdict(statistics.mean(arm.values(name))) for name in metrics},
-                "runs": [
-                    {
-                        "seed": run.config.seed,
-                        "step": run.step,
-                        "tokens": run.tokens,
-                        "training_flops": float(run.curve.flops[-1]),
-                        "device_hours": float(run.curve.hours[-1]),
-                        "curve": {name: values.tolist() for name, values in vars(run.curve).items()},
-                        "evaluation": {
-                            name: value for name, value in run.evaluation.items() if name.startswith("eval/")
-                        },
-                    }
-                    for run in arm.runs
-                ],
+                "runs": [run_numbers(run) for run in arm.runs],
             }
             for arm in arms
         },
     }
-
-
-def _row(name: str, interval: Interval | None) -> str:
-    assert interval is not None
-    return f"| {name} | {interval.estimate:+.4f} | {_bounds(interval)} |"
-
-
-def _bounds(interval: Interval) -> str:
-    return f"{interval.low:.4f} ... {interval.high:.4f}"
-
-
-def _mean(arm: Arm, value: Callable[[Any], float | None]) -> str:
-    """The mean over the runs, in three digits."""
-    found = [each for run in arm.runs if (each := value(run)) is not None]
-    return f"{sum(found) / len(found):.3g}" if found else "-"

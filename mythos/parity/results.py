@@ -1,7 +1,7 @@
-"""The results of finished runs: what they are, what they cost, and what `mythos eval` measured of each document."""
+"""The results of runs: what they are, what they cost, and what `mythos eval` measured of each document."""
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ SECONDS_PER_HOUR = 3600
 
 @dataclass(frozen=True)
 class Curve:
-    """The validation loss at the mean depth during training, and what had been spent by then."""
+    """The validation loss at the mean depth during training, and what the weights had cost by then.
+
+    Of a run with several budgets, the weights' course is that of the last budget: decays from which the run has
+    returned are left out, and so is what they cost. ``ends`` has their validations.
+    """
 
     losses: np.ndarray
     tokens: np.ndarray
@@ -32,6 +36,19 @@ class Curve:
     """Training FLOPs that were executed, by the drawn depths."""
     hours: np.ndarray
     """Of all devices together, in steps: without starts, validations and waiting."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the weights after a step of a run had cost, and their validation loss at the mean depth."""
+
+    step: int
+    updates: int
+    """Steps that the weights were trained for: fewer than ``step`` after a return from a decay."""
+    tokens: float
+    flops: float
+    hours: float
+    loss: float = np.nan
 
 
 @dataclass(frozen=True)
@@ -44,9 +61,11 @@ class RunResult:
     tokens: float
     text_tokens: float | None
     curve: Curve
-    evaluation: dict[str, Any]
-    """Of `mythos eval`: metrics and settings."""
-    items: dict[str, np.ndarray]
+    points: tuple[Point, ...]
+    """Of every validation in the order of the steps, also in decays from which the run has returned."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """Of `mythos eval`: metrics and settings; empty without one."""
+    items: dict[str, np.ndarray] = field(default_factory=dict)
     """Of each document or problem, see ``mythos.eval.measure``."""
 
     @property
@@ -70,19 +89,31 @@ def read_result(directory: Path, evaluation: Path) -> RunResult:
     Raises:
         UserError: a file is missing or damaged.
     """
+    return with_evaluation(read_run(directory), evaluation)
+
+
+def read_run(directory: Path) -> RunResult:
+    """Read a run without its evaluations. Raises UserError if a file is missing or damaged."""
     config = load_run(RunDirectory(directory).config)
     status = read_status(directory)
-    points, last = _points(directory, status.ranks or 1)
+    spending = Spending(status.ranks or 1)
+    for line in iterate_metrics(directory):
+        spending.add(line)
+    last = spending.last
     return RunResult(
         directory,
         config,
         status.step,
         last.get("train/tokens", 0.0),
         last.get("train/text_tokens"),
-        points,
-        read_evaluation(evaluation),
-        _read_items(evaluation.with_suffix(".npz")),
+        spending.curve(),
+        tuple(spending.points),
     )
+
+
+def with_evaluation(run: RunResult, path: Path) -> RunResult:
+    """The run with one of its evaluations. Raises UserError if that is missing or damaged."""
+    return replace(run, evaluation=read_evaluation(path), items=_read_items(path.with_suffix(".npz")))
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -100,19 +131,48 @@ def _read_items(path: Path) -> dict[str, np.ndarray]:
             raise UserError(f"{path}: damaged ({error}): {remedy}") from error
 
 
-def _points(directory: Path, ranks: int) -> tuple[Curve, dict[str, float]]:
-    """The curve, and the last line of training."""
-    last: dict[str, float] = {}
-    step = tokens = flops = hours = 0.0
-    rows = []
-    for line in iterate_metrics(directory):
-        if "train/tokens" in line:
-            last = line
-            seconds = (line.get("perf/step_seconds") or 0.0) * (line["step"] - step)
-            flops += seconds * (line.get("perf/model_flops_per_second") or 0.0)
-            hours += seconds * ranks / SECONDS_PER_HOUR
-            step, tokens = line["step"], line["train/tokens"]
+class Spending:
+    """Sums up what the weights of a run have cost, from the lines of its metrics.
+
+    Args:
+        ranks: devices that the run uses.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.last: dict[str, float] = {}
+        """Line of training."""
+        self.points: list[Point] = []
+        self._ranks = ranks
+        self._spent = [Point(0, 0, 0.0, 0.0, 0.0)]
+        """After each line of training on the course of the present weights."""
+        self._course: list[Point] = []
+        """Validations on that course."""
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Count one line."""
+        if line.get("train/tokens") is not None:
+            self._train(line)
         if line.get("val/loss") is not None:
-            rows.append((line["val/loss"], tokens, flops, hours))
-    columns = np.array(rows, dtype=float).reshape(-1, 4).T
-    return Curve(*columns), last
+            self.points.append(replace(self._spent[-1], step=line["step"], loss=line["val/loss"]))
+            self._course.append(self.points[-1])
+
+    def _train(self, line: dict[str, Any]) -> None:
+        own_steps = max(line["step"] - self.last.get("step", 0), 1)
+        tokens = (line["train/tokens"] - self.last.get("train/tokens", 0.0)) / own_steps
+        self.last = line
+        now = int(line.get("train/updates") or line["step"])
+        # After the return from a decay, the weights have cost what they had where it began.
+        while len(self._spent) > 1 and self._spent[-1].updates >= now:
+            self._spent.pop()
+        before = self._spent[-1]
+        self._course = [point for point in self._course if point.updates <= before.updates]
+        steps = now - before.updates
+        seconds = (line.get("perf/step_seconds") or 0.0) * steps
+        flops = before.flops + seconds * (line.get("perf/model_flops_per_second") or 0.0)
+        hours = before.hours + seconds * self._ranks / SECONDS_PER_HOUR
+        self._spent.append(Point(line["step"], now, before.tokens + tokens * steps, flops, hours))
+
+    def curve(self) -> Curve:
+        """The validations on the course of the present weights."""
+        rows = [(each.loss, each.tokens, each.flops, each.hours) for each in self._course]
+        return Curve(*np.array(rows, dtype=float).reshape(-1, 4).T)

@@ -16,7 +16,7 @@ those of all compared arms together, whose variance is taken as equal, and is mu
 with Student's t, so that the 95% interval is that of a t-test where seeds are the only source of variance.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,12 +50,13 @@ class Interval:
 
 def mean(arm_SN: np.ndarray, seed: int = 0) -> Interval:
     """The mean over seeds and documents of one arm, (seeds, documents)."""
-    return _interval([arm_SN], lambda means_AB: means_AB[0], seed)
+    return interval_of(bootstrap([arm_SN], seed)[0])
 
 
-def difference(arm_SN: np.ndarray, other_SN: np.ndarray, seed: int = 0) -> Interval:
-    """mean(arm) - mean(other), paired over documents."""
-    return _interval([arm_SN, other_SN], lambda means_AB: means_AB[0] - means_AB[1], seed)
+def difference(arm_SN: np.ndarray, other_SN: np.ndarray, seed: int = 0, paired: bool = True) -> Interval:
+    """mean(arm) - mean(other), paired over documents; ``paired=False``: each has documents of its own."""
+    draws_AB = bootstrap([arm_SN, other_SN], seed, paired)
+    return interval_of(draws_AB[0] - draws_AB[1])
 
 
 def gap_share(small_SN: np.ndarray, looped_SN: np.ndarray, large_SN: np.ndarray, seed: int = 0) -> Interval:
@@ -73,25 +74,28 @@ def gap_share(small_SN: np.ndarray, looped_SN: np.ndarray, large_SN: np.ndarray,
     return Interval(estimate, *_tails(closed_B[1:] / gap_B[1:]))
 
 
-def bootstrap(arms: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
+def bootstrap(arms: Sequence[np.ndarray], seed: int = 0, paired: bool = True) -> np.ndarray:
     """The means of all arms, (arms, 1 + DRAWS): first as measured, then in each draw.
 
     Args:
         arms: for each arm its values, (seeds, documents), with the same documents in the same order. With one seed,
             nothing is known about the seeds' variance unless another arm has more.
         seed: of the draws.
+        paired: otherwise each arm has documents of its own, which are drawn by themselves.
 
     Raises:
-        UserError: the arms were not evaluated on the same documents.
+        UserError: the arms were not evaluated on the same documents, or on none.
     """
     documents = {arm_SN.shape[1] for arm_SN in arms}
-    if len(documents) != 1 or 0 in documents:
+    if (paired and len(documents) != 1) or 0 in documents:
         raise UserError(f"the arms have {sorted(documents)} documents: evaluate all of them on the same ones")
     random = np.random.default_rng(seed)
     by_seed = [arm_SN.mean(axis=1) for arm_SN in arms]
     means_A1 = np.array([[seeds_S.mean()] for seeds_S in by_seed])
-    deviations_D = np.stack([arm_SN.mean(axis=0) for arm_SN in arms]) - means_A1
-    draws_AB = means_A1 + _draw_documents(deviations_D, random) + _draw_seeds(by_seed, random)
+    deviations = [arm_SN.mean(axis=0, keepdims=True) - arm_SN.mean() for arm_SN in arms]
+    together = [np.concatenate(deviations)] if paired else deviations
+    of_documents_AB = np.concatenate([_draw_documents(each_AN, random) for each_AN in together])
+    draws_AB = means_A1 + of_documents_AB + _draw_seeds(by_seed, random)
     return np.concatenate([means_A1, draws_AB], axis=1)
 
 
@@ -113,10 +117,6 @@ def _draw_seeds(by_seed: Sequence[np.ndarray], random: np.random.Generator) -> n
     freedom = sum(len(seeds_S) - 1 for seeds_S in several)
     pool *= t.ppf(TAILS[1], freedom) / norm.ppf(TAILS[1])
     return np.stack([random.choice(pool, (len(seeds_S), DRAWS)).mean(axis=0) for seeds_S in by_seed])
-
-
-def _interval(arms: Sequence[np.ndarray], function: Callable[[np.ndarray], np.ndarray], seed: int) -> Interval:
-    return interval_of(function(bootstrap(arms, seed)))
 
 
 def interval_of(values_B: np.ndarray) -> Interval:

@@ -105,6 +105,20 @@ def test_the_numbers_of_the_report_are_those_of_the_runs(undisturbed: Path) -> N
     assert decision["answer"] == expected[missed["high"] < 0, missed["low"] > 0]
 
 
+def test_any_of_the_runs_can_be_compared(undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = undisturbed.parent / "runs"
+    arguments = ["compare", str(runs), "--reference", "large", "--output", str(tmp_path / "report")]
+    assert invoke(arguments) == 0
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if " tokens (" in line]
+    decision = report_of(undisturbed)["decision"]["difference"]
+    looped = next([cell.strip() for cell in row if cell] for row in rows if row[0] == "looped")
+    assert looped[2] == "bits_per_byte on 12 documents"
+    assert looped[3:5] == [f"{decision['estimate']:+.4f}", f"{decision['low']:.4f} ... {decision['high']:.4f}"]
+    report = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert {path.stem for path in (tmp_path / "report").glob("*.png")} == {"arms", "curves", "depth"}
+    assert "| model.layers |" in report
+
+
 def test_a_design_that_was_changed_after_the_first_run_shows(undisturbed: Path, tmp_path: Path) -> None:
     text = undisturbed.read_text(encoding="utf-8")
     report = (undisturbed.parent / "runs/report/report.md").read_text(encoding="utf-8")
