@@ -21,7 +21,7 @@ from mythos.files import write_atomically
 from mythos.inspect.observe import Observation, Sample, observe
 from mythos.inspect.pictures import pictures
 from mythos.inspect.report import report
-from mythos.inspect.summary import Gains, caches, figures, gains_by_frequency, gains_by_position
+from mythos.inspect.summary import Gains, costs, figures, gains_by_frequency, gains_by_position
 from mythos.run.directory import RunDirectory
 from mythos.run.metrics import write_pictures
 
@@ -83,7 +83,7 @@ def _counts(source: Source, vocabulary_size: int) -> np.ndarray:
 def _write(config: Config, checkpoint: Path, found: Inspection) -> Path:
     run = RunDirectory(checkpoint.parent.parent)
     step = int(checkpoint.name.removeprefix("step_"))
-    drawn = dict(pictures(found.observation, [each for _, each in found.gains], caches(config.model)))
+    drawn = dict(pictures(found.observation, [each for _, each in found.gains], costs(config)))
     title = f"{run.path.name}, {checkpoint.name}"
     measured = f"{found.rows} validation rows of {found.source}, {time.strftime('%Y-%m-%d')}"
     with os_errors_as_user_errors(run.inspections, REMEDY):
@@ -92,7 +92,7 @@ def _write(config: Config, checkpoint: Path, found: Inspection) -> Path:
             old.unlink()
         for name, figure in drawn.items():
             write_atomically(run.inspections / f"{name}.png", png(figure))
-        numbers = {"checkpoint": checkpoint.name, "step": step, **figures(found.observation, found.gains)}
+        numbers = {"checkpoint": checkpoint.name, "step": step, **figures(found.observation, found.gains, config)}
         write_atomically(run.inspections / "figures.json", json.dumps(numbers, indent=1))
         path = run.inspections / "report.md"
         write_atomically(path, report(title, measured, config, found.observation, list(drawn)))

@@ -10,12 +10,12 @@ from matplotlib.ticker import MaxNLocator
 
 from mythos.drawing import new_figure
 from mythos.inspect.observe import HaltingTrace, Observation, RoutingTrace, StateTrace
-from mythos.inspect.summary import CACHE_ELEMENT_BYTES, Cache, Gains, depth_law, mean_losses
+from mythos.inspect.summary import Cost, Gains, depth_law, mean_losses
 
 TRAINED = {"color": "0.5", "linestyle": "--", "linewidth": 1}
 
 
-def pictures(observation: Observation, gains: Sequence[Gains], caches: Sequence[Cache]) -> Iterator[tuple[str, Figure]]:
+def pictures(observation: Observation, gains: Sequence[Gains], costs: Sequence[Cost]) -> Iterator[tuple[str, Figure]]:
     """Each with its name; those that the model has no parts for are left out."""
     if observation.state is not None:
         yield "depth", _depth(observation, gains)
@@ -24,7 +24,7 @@ def pictures(observation: Observation, gains: Sequence[Gains], caches: Sequence[
         yield "experts", _experts(observation.routing, observation.trained_depth)
     if observation.halting is not None:
         yield "halting", _halting(observation.halting, observation.trained_depth)
-    yield "cache", _cache(caches)
+    yield "cache", _cache(costs)
 
 
 def _depth(observation: Observation, gains: Sequence[Gains]) -> Figure:
@@ -97,7 +97,8 @@ def _experts(routing: RoutingTrace, trained: int) -> Figure:
         of_entropy.plot(np.arange(1, len(load_TE) + 1), routing.entropy_LT[layer], marker=".")
         of_entropy.axhline(np.log(experts), color="tab:red", linewidth=1, label=f"ln {experts}: undecided")
         _mark_trained(of_entropy, trained)
-        of_entropy.set(xlabel="loop step", ylabel="nats", title=f"Entropy of the router{name}", ylim=(0, None))
+        of_entropy.set(xlabel="loop step", ylabel="nats", title=f"Entropy of the router{name}")
+        of_entropy.set_ylim(0, 1.05 * np.log(experts))
         of_entropy.xaxis.set_major_locator(MaxNLocator(integer=True))
         of_entropy.legend()
     return figure
@@ -123,16 +124,15 @@ def _halting(halting: HaltingTrace, trained: int) -> Figure:
     return figure
 
 
-def _cache(caches: Sequence[Cache]) -> Figure:
-    figure, ((axis,),) = new_figure(1, width=7.5, height=0.6 + 0.42 * len(caches))
-    names = [each.name for each in caches]
-    sizes = [each.channels * CACHE_ELEMENT_BYTES for each in caches]
-    colors = ["tab:blue", *["0.7"] * (len(caches) - 1)]
-    bars = axis.barh(range(len(caches)), sizes, color=colors)
+def _cache(costs: Sequence[Cost]) -> Figure:
+    figure, ((axis,),) = new_figure(1, width=7.5, height=0.7 + 0.42 * len(costs))
+    sizes = [each.cache_bytes for each in costs]
+    colors = ["tab:blue", *["0.7"] * (len(costs) - 1)]
+    bars = axis.barh(range(len(costs)), sizes, color=colors)
     axis.bar_label(bars, [f"{size:,}" for size in sizes], padding=3)
-    axis.set_yticks(range(len(caches)), names)
+    axis.set_yticks(range(len(costs)), [each.name for each in costs])
     axis.invert_yaxis()
-    axis.set(xlabel="bytes of a token, layer and loop step in bf16", xlim=(0, 1.15 * max(sizes)))
+    axis.set(xlabel="bytes of a token in bf16", title="Cache", xlim=(0, 1.15 * max(sizes)))
     return figure
 
 

@@ -5,12 +5,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mythos.config.derive import whole_mean_depth
 from mythos.config.schema import Config
-from mythos.inspect.observe import HaltingTrace, Observation, RoutingTrace
-from mythos.inspect.summary import cost_rows, depth_law, mean_losses
+from mythos.inspect.observe import HaltingTrace, Observation, RoutingTrace, StateTrace
+from mythos.inspect.summary import cost_rows, costs, depth_law, mean_losses
 
 IDLE = 0.1
 """An expert with less than this of an even share is called idle."""
+NO_CHANGE = 1e-5
+"""Of the state's size: what is left of it may be rounding."""
 
 
 def report(title: str, measured: str, config: Config, observation: Observation, pictures: Sequence[str]) -> str:
@@ -31,14 +34,8 @@ def report(title: str, measured: str, config: Config, observation: Observation, 
     for name in pictures:
         if name in texts:
             parts += [f"## {headings[name]}", f"![{headings[name]}]({name}.png)", texts[name](observation)]
-    parts += ["## Cost", "\n".join(_table(config)), "![Cache](cache.png)", CACHE_TEXT]
+    parts += ["## Cost", "\n".join(_table(config)), "\n".join(_attentions(config)), "![Cache](cache.png)"]
     return "\n\n".join(parts) + "\n"
-
-
-CACHE_TEXT = (
-    "What a cache keeps of a token, for each layer that is run: this model's attention beside others with as many "
-    "heads of the same size. A looped model has a cache for each loop step."
-)
 
 
 def _summary(measured: str, observation: Observation) -> str:
@@ -83,12 +80,23 @@ def _state(observation: Observation) -> str:
         )
     elif observation.spectral_radius is not None:
         text.append(f"The spectral radius of the linear part of the loop is {observation.spectral_radius:.4f}.")
+    trained = min(trained, last)
     text.append(
-        f"The state changes by {state.change[min(trained, last) - 1]:.2%} of its size in the last loop step of the "
-        f"trained depth and by {state.change[-1]:.2%} in loop step {last}"
+        f"In the last loop step of the trained depth the state changes by {state.change[trained - 1]:.2%} of its size. "
+        f"It is then {state.distance[trained]:.2%} away from the state after loop step {last}, which changes it by "
+        f"{state.change[-1]:.2%}: {_verdict(state, trained)}"
     )
-    falls = state.change[-1] < 0.5 * state.change[min(trained, last) - 1]
-    return " ".join(text) + (": it approaches a fixed point." if falls else ": it does not settle at a fixed point.")
+    return " ".join(text)
+
+
+def _verdict(state: StateTrace, trained: int) -> str:
+    """Whether the changes fall by the trained depth, and still in the second half of all loop steps."""
+    of_trained, of_half, of_last = (state.change[step - 1] for step in (trained, -(-len(state.change) // 2), 0))
+    if of_last < max(0.5 * of_half, NO_CHANGE):
+        return "it approaches a fixed point."
+    if of_last < 0.5 * of_trained:
+        return "it comes near a fixed point, but its changes no longer fall."
+    return "it does not settle at a fixed point."
 
 
 def _experts(routing: RoutingTrace) -> str:
@@ -121,3 +129,14 @@ def _table(config: Config) -> Iterator[str]:
     yield "|---|---:|"
     for name, value in cost_rows(config):
         yield f"| {name} | {value} |"
+
+
+def _attentions(config: Config) -> Iterator[str]:
+    depth = whole_mean_depth(config)
+    at = "" if depth is None else f", with entries for each of {depth} loop steps"
+    yield "The same model with other attentions, heads of the same size; the cache in bf16" + at + ":"
+    yield ""
+    yield "| attention | parameters | inference GFLOP a token | cache of a token, bytes |"
+    yield "|---|---:|---:|---:|"
+    for each in costs(config):
+        yield f"| {each.name} | {each.parameters:,} | {each.inference_flops / 1e9:.4g} | {each.cache_bytes:,} |"

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from mythos.config.model_schema import Dense, GroupedQuery, Latent, Looped
+from mythos.config.derive import whole_mean_depth
+from mythos.config.model_schema import CACHE_BLOCK_TOKENS, Dense, GroupedQuery, Latent
 from mythos.config.schema import Config
 from mythos.inspect.depth_law import LEAST_DEPTHS, DepthLaw, fit_depth
 from mythos.inspect.observe import Observation
-from mythos.plan.cache import cached_channels
+from mythos.plan.cache import cache_bytes
 from mythos.plan.flops import expected_steps, inference_flops, training_flops
 from mythos.plan.params import count_parameters
 
@@ -31,11 +32,13 @@ class Gains:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """A kind of attention and the numbers that its cache keeps of a token and layer."""
+class Cost:
+    """What a kind of attention makes of the model: all parameters, and of a token FLOPs at inference and cache."""
 
     name: str
-    channels: int
+    parameters: int
+    inference_flops: float
+    cache_bytes: int
 
 
 def mean_losses(observation: Observation) -> np.ndarray:
@@ -87,48 +90,69 @@ def _gains(observation: Observation, group_RS: np.ndarray) -> np.ndarray:
     return gains
 
 
-def caches(model: Looped | Dense) -> list[Cache]:
-    """This model's attention beside multi-head, grouped-query and latent attention for the same heads.
+def costs(config: Config) -> list[Cost]:
+    """This model, and the same model with multi-head, grouped-query and latent attention for as many heads of its size.
 
-    The latent is as large for a head as DeepSeek-V2's (arXiv 2405.04434): four heads for keys and values, and half a
-    head for the rotated key.
+    The latents have the proportions of DeepSeek-V2's (arXiv 2405.04434): keys and values four heads wide, queries
+    twelve, at most the model's width, and a rotated key of half a head.
     """
-    own = model.attention
-    heads, size = own.heads, own.head_size if isinstance(own, GroupedQuery) else own.value_head_size
-    shared = next(each for each in (4, 2, 1) if heads % each == 0)
+    own: Any = config.model.attention
+    gqa, mla = cast(Any, GroupedQuery), cast(Any, Latent)  # mypy does not know the arguments of sections
+    size = own.head_size if isinstance(own, GroupedQuery) else own.value_head_size + own.value_head_size % 2
+    shared = next(each for each in (4, 2, 1) if own.heads % each == 0)
+    plain = gqa(kind="gqa", heads=own.heads, kv_heads=own.heads, head_size=size)
+    if isinstance(own, GroupedQuery):
+        plain = replace(cast(Any, own), kv_heads=own.heads)
+    latent = mla(
+        kind="mla",
+        heads=own.heads,
+        query_latent_size=min(12 * size, config.model.width),
+        key_value_latent_size=4 * size,
+        content_head_size=size,
+        rotary_head_size=2 * (size // 4),
+        value_head_size=size,
+    )
+    name = "latent" if isinstance(own, Latent) else f"grouped-query, {own.kv_heads} of {own.heads} heads"
     usual = [
-        Cache("multi-head", 2 * heads * size),
-        Cache(f"grouped-query, {shared} heads a group", 2 * heads // shared * size),
-        Cache("latent, 4 heads wide", 4 * size + size // 2),
+        ("multi-head", plain),
+        (f"grouped-query, {own.heads // shared} of {own.heads} heads", replace(plain, kv_heads=own.heads // shared)),
+        ("latent, 4 heads wide", latent),
     ]
-    name = "latent" if isinstance(own, Latent) else f"grouped-query, {own.kv_heads} of {heads} heads"
-    return [Cache(f"this model: {name}", cached_channels(own)), *usual]
+    others = [(other, attention) for other, attention in usual if attention != own]
+    return [_cost(each, attention, config) for each, attention in ((f"this model: {name}", own), *others)]
+
+
+def _cost(name: str, attention: GroupedQuery | Latent, config: Config) -> Cost:
+    """By the planner, at the mean depth of training."""
+    own: Any = config.model
+    model, depth = replace(own, attention=attention), whole_mean_depth(config) or 0
+    return Cost(
+        name,
+        count_parameters(model).total,
+        inference_flops(model, config.data.sequence_length, depth),
+        cache_bytes(model, depth, CACHE_BLOCK_TOKENS, CACHE_ELEMENT_BYTES) // CACHE_BLOCK_TOKENS,
+    )
 
 
 def cost_rows(config: Config) -> list[tuple[str, str]]:
-    """Parameters and FLOPs by the planner, for a table."""
+    """What the attention does not change, for a table."""
     model, count = config.model, count_parameters(config.model)
-    length = config.data.sequence_length
-    depth = 0.0 if config.loop is None else config.loop.mean_depth
-    training = training_flops(model, length, expected_steps(config.loop))
+    depth = whole_mean_depth(config) or 0
+    training = training_flops(model, config.data.sequence_length, expected_steps(config.loop))
     layers = (
         model.layers
         if isinstance(model, Dense)
-        else (model.prelude_layers + model.core_layers * round(depth) + model.coda_layers)
+        else (model.prelude_layers + model.core_layers * depth + model.coda_layers)
     )
-    own = cached_channels(model.attention)
     return [
-        ("parameters", f"{count.total:,}"),
-        ("of which active for a token", f"{count.active:,}"),
+        ("parameters that are active for a token", f"{count.active:,}"),
         ("of which lookup tables", f"{count.tables:,}"),
         ("training GFLOP a token", f"{training / 1e9:.4g}"),
-        ("inference GFLOP a token", f"{inference_flops(model, length, depth) / 1e9:.4g}"),
         ("layers that are run", f"{layers}"),
-        ("cache of a token in bf16", f"{layers * own * CACHE_ELEMENT_BYTES:,} bytes"),
     ]
 
 
-def figures(observation: Observation, gains: Sequence[tuple[str, Gains]]) -> dict[str, Any]:
+def figures(observation: Observation, gains: Sequence[tuple[str, Gains]], config: Config) -> dict[str, Any]:
     """All numbers that are drawn, for scripts."""
     law = depth_law(observation)
     found: dict[str, Any] = {
@@ -138,6 +162,7 @@ def figures(observation: Observation, gains: Sequence[tuple[str, Gains]]) -> dic
         "depth_law": None if law is None else {"floor": law.floor, "gain": law.gain, "rate": law.rate},
         "spectral_radius": observation.spectral_radius,
         "decay": None if observation.decay_D is None else observation.decay_D.tolist(),
+        "cost": [asdict(each) for each in costs(config)],
     }
     if observation.state is not None:
         found["state"] = {name: values.tolist() for name, values in vars(observation.state).items()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from torch import Tensor
 from launch.commands import invoke
 from mythos.checkpoint.layout import find
 from mythos.checkpoint.plain import load_plain_model
+from mythos.config.model_schema import GroupedQuery, Latent
 from mythos.config.schema import Config
 from mythos.data.dataset import TokenDataset
 from mythos.errors import UserError
 from mythos.eval.batches import validation_rows
-from mythos.inspect.observe import depths_to_measure
-from mythos.model import Model, depth
+from mythos.inspect.observe import StateTrace, depths_to_measure
+from mythos.inspect.report import _verdict
+from mythos.model import Model, build_model, depth, new_cache
 from mythos.model.loop import LoopInputs, LoopState
 from mythos.run.directory import RunDirectory
 from tests.spawn import RankPool
@@ -196,6 +199,38 @@ def test_the_report_shows_every_picture_also_in_tensorboard(config: Config) -> N
     assert set(events.Tags()["images"]) == {f"inspect/{name}" for name in wanted}
     for path in directory.inspections.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cost_of_other_attentions_is_counted_on_models_with_them(config: Config) -> None:
+    """Parameters of models that are built, and the bytes of caches that are allocated."""
+    found = {each["name"]: each for each in figures(config)["cost"]}
+    own = config.model.attention
+    heads, size = own.heads, own.head_size if isinstance(own, GroupedQuery) else own.value_head_size
+    latent = {"query_latent_size": 32, "key_value_latent_size": 4 * size, "rotary_head_size": 2 * (size // 4)}
+    wanted: dict[str, Any] = {
+        "multi-head": GroupedQuery(kind="gqa", heads=heads, kv_heads=heads, head_size=size),
+        "latent, 4 heads wide": Latent(kind="mla", heads=heads, content_head_size=size, value_head_size=size, **latent),
+    }
+    assert {name for name in found if name.startswith("this model: ")} == {next(iter(found))}
+    depth = None if config.loop is None else 3
+    for name, attention in {next(iter(found)): own, **wanted}.items():
+        model = build_model(replace(config, model=replace(config.model, attention=attention)))
+        assert found[name]["parameters"] == sum(each.numel() for each in model.parameters())
+        entries = new_cache(model, [64], 64, depth, torch.device("cpu")).entries
+        assert found[name]["cache_bytes"] == entries.numel() * 2 / 64
+        text = (RunDirectory(Path(config.run.directory)).inspections / "report.md").read_text(encoding="utf-8")
+        assert f"| {name} | {found[name]['parameters']:,} | " in text
+
+
+def test_the_verdict_on_the_state_looks_at_its_last_steps() -> None:
+    falling, level = 0.5 ** np.arange(1, 17), np.full(12, 0.01)
+    for change, expected in (
+        (falling, "approaches a fixed point"),
+        (np.full(16, 1e-7), "approaches a fixed point"),
+        (np.concatenate([falling[:4], level]), "near a fixed point, but its changes no longer fall"),
+        (np.full(16, 0.3), "does not settle"),
+    ):
+        assert expected in _verdict(StateTrace(np.ones(17), change, np.ones(17)), 4)
 
 
 def test_mistakes_are_one_line(config: Config) -> None:
