@@ -25,6 +25,7 @@ from launch import (
     params,
     parity,
     plan,
+    scaling,
     status,
     train,
 )
@@ -108,6 +109,10 @@ APP.add_typer(
         },
     ),
     name="parity",
+)
+APP.add_typer(
+    group("Laws of the loss over parameters, tokens and loop steps.", {"fit": scaling.run}),
+    name="scaling",
 )
 APP.add_typer(
     group(

@@ -186,7 +186,7 @@ def help_of() -> dict[tuple[str, ...], str]:
 def test_commands_and_options_of_mythos_exist(document: Path, help_of: dict[tuple[str, ...], str]) -> None:
     environ = clean_environment() | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     for words in mythos_calls(document):
-        names = tuple(words[: 2 if words[0] in ("checkpoint", "data", "parity") else 1])
+        names = tuple(words[: 2 if words[0] in ("checkpoint", "data", "parity", "scaling") else 1])
         if names not in help_of:
             done = run([sys.executable, "-m", "launch.cli", *names, "--help"], 60, environ)
             assert done.returncode == 0, f"mythos {' '.join(names)}: {done.stderr}"

@@ -1,149 +1,235 @@
 """Laws of the loss over parameters, tokens and loop steps, fitted to runs.
 
-    chinchilla:  L(N, D)    = E + A N^-a + B D^-b                (Hoffmann et al. 2022, arXiv 2203.15556)
-    recurrence:  L(N, D, R) = E + A N^-a + B D^-b + C R^-c       R: mean loop steps in training (after arXiv 2604.12946)
+    L = E + A N^-a + B D^-b,      N = N_once + R^phi N_loop,      D: tokens, R: mean loop steps in training
 
-The coefficients are positive, so they are fitted as logarithms; N, D and R are divided by their geometric means, which
-makes coefficients and exponents nearly independent. The residual is that of log L, with Huber's loss (delta 1e-3), as
-in arXiv 2203.15556: a run that has diverged does not bend the law. Several starts, the best result counts.
+N_once counts parameters that a token uses once, N_loop those of the loop. The laws differ in phi, what one more pass
+through the loop is worth in parameters:
+
+    chinchilla   phi = 0: the loop's parameters count once        (Hoffmann et al. 2022, arXiv 2203.15556)
+    parcae       phi = 1: the parameters of the unrolled model    (Prairie et al. 2026, arXiv 2604.12946)
+    recurrence   phi is fitted                                    (Schwethelm et al. 2026, arXiv 2604.21106)
+
+E, A, B, a and b are positive, so their logarithms are fitted; N and D are divided by their geometric means, which makes
+coefficients and exponents nearly independent. The residual is that of log L, with Huber's loss (delta 1e-3), as in all
+three papers: a run that has diverged does not bend the law. Several starts, the best result counts.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from mythos.errors import UserError
 
+Form = Literal["chinchilla", "parcae", "recurrence"]
+FORMS: tuple[Form, ...] = ("chinchilla", "parcae", "recurrence")
+PHI = {"chinchilla": 0.0, "parcae": 1.0}
+CONSTANTS = {"chinchilla": 5, "parcae": 5, "recurrence": 6}
 HUBER_DELTA = 1e-3
 BOOTSTRAPS = 200
 TAILS = (0.025, 0.975)
 EXPONENTS = (0.15, 0.35, 0.7)
 """Of the starts; for each, the loss above E is divided evenly among the terms."""
-LARGEST_EXPONENT = 5.0
 FLOORS = (0.3, 0.6, 0.9)
 """Of the starts: E relative to the lowest loss."""
+PHIS = (0.3, 1.0)
+"""Of the starts."""
+LARGEST_EXPONENT, LARGEST_PHI = 5.0, 3.0
+HELD_OUT = 0.2
+"""Share of the runs, those with the most training FLOPs, that are predicted from the others."""
+DIFFERENT, COLLINEAR = 3, 0.999
+"""Values that a variable needs, and the largest correlation of the logarithms of N and D."""
 
 
 @dataclass(frozen=True)
-class PowerLaw:
-    """L = E + sum over the variables x of coefficient (x / scale)^-exponent."""
+class Runs:
+    """What a law is fitted to, each (runs,)."""
 
-    variables: tuple[str, ...]
-    floor: float
-    coefficients: np.ndarray
-    exponents: np.ndarray
-    scales: np.ndarray
+    once: np.ndarray
+    looped: np.ndarray
+    """Parameters of the loop; 0 of a dense model."""
+    loop_steps: np.ndarray
+    """Mean in training; 1 of a dense model."""
+    tokens: np.ndarray
+    flops: np.ndarray
+    """Of the training."""
+    losses: np.ndarray
 
-    def loss(self, points_PV: np.ndarray) -> np.ndarray:
-        """The loss at points (points, variables), (points,)."""
-        return self.floor + ((points_PV / self.scales) ** -self.exponents) @ self.coefficients
+    def __len__(self) -> int:
+        return len(self.losses)
 
-    def exponent(self, variable: str) -> float:
-        """The exponent of one variable."""
-        return float(self.exponents[self.variables.index(variable)])
+    def rows(self, chosen: np.ndarray) -> "Runs":
+        """Some of the runs."""
+        return Runs(**{name: values[chosen] for name, values in vars(self).items()})
 
-    def coefficient(self, variable: str) -> float:
-        """The coefficient of a variable that is not divided by its scale, as laws are usually published."""
-        number = self.variables.index(variable)
-        return float(self.coefficients[number] * self.scales[number] ** self.exponents[number])
+    def size(self, phi: float) -> np.ndarray:
+        """N of each run."""
+        return effective_size(self.once, self.looped, self.loop_steps, phi)
+
+
+@dataclass(frozen=True)
+class Law:
+    """The constants of a law."""
+
+    form: Form
+    E: float
+    A: float
+    a: float
+    B: float
+    b: float
+    phi: float
+
+    def loss(self, size: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """The loss of models of size N after so many tokens."""
+        return np.asarray(self.E + self.A * size**-self.a + self.B * tokens**-self.b)
+
+    def predict(self, runs: Runs) -> np.ndarray:
+        """The loss of each run."""
+        return self.loss(runs.size(self.phi), runs.tokens)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The largest runs, predicted by a law that was fitted to the others."""
+
+    rows: np.ndarray
+    predicted: np.ndarray
+    errors: np.ndarray
+    """Relative."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A law, the same law on runs drawn anew (bootstrap), and its error on runs that were left out."""
+    """A law, the same law on runs drawn anew (bootstrap), and its error on the largest runs; None: too few others."""
 
-    law: PowerLaw
-    drawn: tuple[PowerLaw, ...]
-    held_out_error: float
-    """Mean relative error of the predicted loss, each run predicted from all others."""
+    law: Law
+    drawn: tuple[Law, ...] = field(repr=False)
+    held_out: HeldOut | None
+    error: float
+    """Mean relative error on the runs that it was fitted to."""
 
-    def interval(self, variable: str) -> tuple[float, float]:
-        """The 95% interval of the exponent of a variable."""
-        low, high = np.quantile([law.exponent(variable) for law in self.drawn], TAILS)
+    def interval(self, value: Callable[[Law], float]) -> tuple[float, float]:
+        """The 95% interval of what follows from a law, such as one of its constants."""
+        low, high = np.quantile([value(law) for law in self.drawn], TAILS)
         return float(low), float(high)
 
 
-def fit(variables: Sequence[str], points_PV: np.ndarray, losses_P: np.ndarray, seed: int = 0) -> Fit:
-    """Fit a power law to runs.
+def effective_size(once: np.ndarray, looped: np.ndarray, loop_steps: np.ndarray, phi: float) -> np.ndarray:
+    """N = N_once + R^phi N_loop."""
+    return np.asarray(once + loop_steps**phi * looped)
 
-    Args:
-        variables: names of the columns of ``points_PV``, for example parameters, tokens and loop steps.
-        points_PV: (runs, variables), positive.
-        losses_P: the final validation loss of each run.
+
+def fit(form: Form, runs: Runs, seed: int = 0) -> Fit:
+    """Fit a law to runs.
 
     Raises:
-        UserError: there are too few runs for this law, or a variable has the same value in all of them.
+        UserError: the runs do not determine its constants.
     """
-    _check(variables, points_PV, losses_P)
-    law = _fit(variables, points_PV, losses_P)
-    random, count = np.random.default_rng(seed), len(losses_P)
-    drawn: list[PowerLaw] = []
-    while len(drawn) < BOOTSTRAPS:
-        rows = random.integers(count, size=count)
-        if all(len(set(column)) > 1 for column in points_PV[rows].T):
-            drawn.append(_fit(variables, points_PV[rows], losses_P[rows], start=law))
-    errors = []
-    for left_out in range(count):
-        others = np.arange(count) != left_out
-        predicted = _fit(variables, points_PV[others], losses_P[others], start=law).loss(points_PV[[left_out]])[0]
-        errors.append(abs(predicted / losses_P[left_out] - 1))
-    return Fit(law, tuple(drawn), float(np.mean(errors)))
+    check(form, runs)
+    law = _fit(form, runs)
+    random = np.random.default_rng(seed)
+    drawn: list[Law] = []
+    for _ in range(50 * BOOTSTRAPS):
+        again = runs.rows(random.integers(len(runs), size=len(runs)))
+        if len(drawn) < BOOTSTRAPS and is_determined(form, again):
+            drawn.append(_fit(form, again, law))
+    error = np.abs(law.predict(runs) / runs.losses - 1).mean()
+    return Fit(law, tuple(drawn) or (law,), _hold_out(form, runs, law), float(error))
 
 
-def optimum(law: PowerLaw, flops: float, flops_of: np.ndarray) -> np.ndarray:
-    """The point with the lowest loss among candidates whose training FLOPs are at most ``flops``.
-
-    Args:
-        flops_of: candidates as (candidates, variables + 1), the training FLOPs in the last column.
-    """
-    allowed = flops_of[flops_of[:, -1] <= flops]
-    if not len(allowed):
-        raise UserError(f"no candidate has at most {flops:.3g} training FLOPs: give smaller models")
-    return allowed[np.argmin(law.loss(allowed[:, :-1]))]
+def is_determined(form: Form, runs: Runs) -> bool:
+    """Whether the runs determine the law's constants."""
+    try:
+        check(form, runs)
+    except UserError:
+        return False
+    return True
 
 
-def _check(variables: Sequence[str], points_PV: np.ndarray, losses_P: np.ndarray) -> None:
-    needed = 2 + 2 * len(variables)
-    if len(losses_P) < needed:
+def check(form: Form, runs: Runs) -> None:
+    """Raises UserError, which says what is needed, if the runs do not determine the law's constants."""
+    needed = CONSTANTS[form] + 1
+    if len(runs) < needed:
         raise UserError(
-            f"{len(losses_P)} runs: a law over {', '.join(variables)} has {needed - 1} constants: give at least "
-            f"{needed} runs"
+            f"{form}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, its {needed - 1} constants need {needed} or "
+            "more: give more finished runs, or one with several budgets"
         )
-    for name, column in zip(variables, points_PV.T, strict=True):
-        if len(set(column)) < 3:
-            raise UserError(f"{name}: {len(set(column))} different values in these runs: its exponent needs 3 or more")
+    size = runs.size(PHI.get(form, 1.0))
+    what = "parameters" if form == "chinchilla" else "parameters of the unrolled model"
+    for name, values in ((what, size), ("tokens", runs.tokens)):
+        if (count := _different(values)) < DIFFERENT:
+            raise UserError(f"{form}: {count} different {name}: its exponent needs {DIFFERENT} or more")
+    if abs(np.corrcoef(np.log(size), np.log(runs.tokens))[0, 1]) > COLLINEAR:
+        raise UserError(
+            f"{form}: {what} and tokens grow together in these runs, so their exponents cannot be told apart: train a "
+            "model with several budgets"
+        )
+    if form == "recurrence" and _different(runs.loop_steps[runs.looped > 0]) < 2:
+        raise UserError("recurrence: looped runs with one mean depth or none: phi needs 2 or more mean depths")
 
 
-def _fit(
-    variables: Sequence[str], points_PV: np.ndarray, losses_P: np.ndarray, start: PowerLaw | None = None
-) -> PowerLaw:
-    scales_V = np.exp(np.log(points_PV).mean(axis=0)) if start is None else start.scales
-    logs_PV, count = np.log(points_PV / scales_V), len(variables)
+def _different(values: np.ndarray) -> int:
+    """How many values differ by more than 1%."""
+    ordered = np.sort(values)
+    return int(len(ordered) > 0) + int((np.diff(np.log(ordered)) > 0.01).sum())
+
+
+def _hold_out(form: Form, runs: Runs, start: Law) -> HeldOut | None:
+    count = max(1, round(HELD_OUT * len(runs)))
+    limit = np.sort(runs.flops)[-count]
+    others = runs.flops < limit * (1 - 1e-6)  # runs with the same budget are held out together
+    if not is_determined(form, runs.rows(others)):
+        return None
+    held = runs.rows(~others)
+    predicted = _fit(form, runs.rows(others), start).predict(held)
+    return HeldOut(np.flatnonzero(~others), predicted, predicted / held.losses - 1)
+
+
+def _fit(form: Form, runs: Runs, start: Law | None = None) -> Law:
+    scale = float(np.exp(np.log(runs.size(PHI.get(form, 1.0))).mean()))
+    of_tokens = float(np.exp(np.log(runs.tokens).mean()))
+    logs_D = np.log(runs.tokens / of_tokens)
+    fixed = PHI.get(form)
 
     def residuals(constants: np.ndarray) -> np.ndarray:
-        terms_PV = constants[1 : 1 + count] - np.exp(constants[1 + count :]) * logs_PV
-        predicted_P = np.logaddexp(constants[0], np.logaddexp.reduce(terms_PV, axis=1))
-        return predicted_P - np.log(losses_P)
+        phi = constants[5] if fixed is None else fixed
+        of_size = constants[1] - np.exp(constants[2]) * np.log(runs.size(phi) / scale)
+        terms = np.stack([np.full(len(runs), constants[0]), of_size, constants[3] - np.exp(constants[4]) * logs_D])
+        return np.asarray(np.logaddexp.reduce(terms, axis=0) - np.log(runs.losses))
 
-    starts = _starts(losses_P, count) if start is None else [_constants(start)]
-    largest = [np.inf] * (1 + count) + [np.log(LARGEST_EXPONENT)] * count
-    options = {"loss": "huber", "f_scale": HUBER_DELTA, "x_scale": "jac", "bounds": (-np.inf, largest)}
-    results = [least_squares(residuals, constants, **options) for constants in starts]
+    starts = _starts(runs.losses, fixed is None) if start is None else [_constants(start, scale, of_tokens)]
+    largest = [np.inf, np.inf, np.log(LARGEST_EXPONENT), np.inf, np.log(LARGEST_EXPONENT), LARGEST_PHI]
+    lowest = [-np.inf] * 5 + [-LARGEST_PHI]
+    count = CONSTANTS[form]
+    options = {"loss": "huber", "f_scale": HUBER_DELTA, "x_scale": "jac", "bounds": (lowest[:count], largest[:count])}
+    results = [least_squares(residuals, constants[:count], **options) for constants in starts]
     best = min(results, key=lambda result: result.cost).x
-    values = np.exp(best)
-    return PowerLaw(tuple(variables), float(values[0]), values[1 : 1 + count], values[1 + count :], scales_V)
+    log_E, log_A, log_a, log_B, log_b = best[:5]
+    a, b = np.exp(log_a), np.exp(log_b)
+    phi = best[5] if fixed is None else fixed
+    coefficients = np.exp(log_A) * scale**a, np.exp(log_B) * of_tokens**b
+    return Law(
+        form, float(np.exp(log_E)), float(coefficients[0]), float(a), float(coefficients[1]), float(b), float(phi)
+    )
 
 
-def _starts(losses_P: np.ndarray, count: int) -> list[np.ndarray]:
-    lowest, typical = losses_P.min(), np.median(losses_P)
+def _starts(losses: np.ndarray, with_phi: bool) -> list[np.ndarray]:
+    lowest, typical = losses.min(), np.median(losses)
     return [
-        np.log([floor * lowest, *[(typical - floor * lowest) / count] * count, *[exponent] * count])
-        for floor, exponent in itertools.product(FLOORS, EXPONENTS)
+        np.array([np.log(floor * lowest), *[np.log((typical - floor * lowest) / 2), np.log(exponent)] * 2, phi])
+        for floor, exponent, phi in itertools.product(FLOORS, EXPONENTS, PHIS if with_phi else PHIS[:1])
     ]
 
 
-def _constants(law: PowerLaw) -> np.ndarray:
-    return np.log([law.floor, *law.coefficients, *law.exponents])
+def _constants(law: Law, scale: float, of_tokens: float) -> np.ndarray:
+    log_A, log_B = np.log(law.A) - law.a * np.log(scale), np.log(law.B) - law.b * np.log(of_tokens)
+    return np.array([np.log(law.E), log_A, np.log(law.a), log_B, np.log(law.b), law.phi])
+
+
+def power_law(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """The coefficient and the exponent of y = coefficient x^exponent, by least squares of the logarithms."""
+    exponent, log_coefficient = np.polyfit(np.log(x), np.log(y), 1)
+    return float(np.exp(log_coefficient)), float(exponent)

@@ -38,6 +38,18 @@ def test_equal_models_are_seldom_distinguished(situation: str) -> None:
     assert verdicts.count("not distinguished") >= DRAWS - 5
 
 
+@pytest.mark.parametrize("documents", [1, DOCUMENTS], ids=["one value a run", "documents of its own"])
+def test_equal_models_without_pairs_are_distinguished_in_5_of_100(documents: int) -> None:
+    random, draws = np.random.default_rng(6), 4 * DRAWS
+    claims = 0
+    for number in range(draws):
+        arms = [
+            random.normal(0, 0.02, (SEEDS, 1)) + random.normal(3, 0.1, documents) * (documents > 1) for _ in range(2)
+        ]
+        claims += difference(*arms, seed=number, paired=documents == 1).verdict(SEEDS) != "not distinguished"
+    assert claims <= 0.05 * draws + 2 * np.sqrt(0.05 * 0.95 * draws)
+
+
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_a_gap_of_two_standard_errors_is_found(situation: str) -> None:
     """Of the standard error that two losses with theirs suggest, sqrt(a^2 + b^2): it is not paired over documents."""
