@@ -19,6 +19,22 @@ def new_figure(columns: int, rows: int = 1, width: float = 4.8, height: float = 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def draw_load(figure: "Figure", axis: Any, load_TE: np.ndarray, title: str) -> None:
+    """A map of each expert's share of the choices at each loop step, times the experts: 1 everywhere if balanced."""
+    steps, experts = load_TE.shape
+    relative_TE = load_TE * experts
+    image = axis.imshow(relative_TE, aspect="auto", vmin=0, vmax=max(2.0, relative_TE.max()), cmap="viridis")
+    figure.colorbar(image, ax=axis, label="share times experts; 1: even")
+    axis.set(xlabel="expert", ylabel="loop step", title=title)
+    ticks = loop_step_ticks(steps)
+    axis.set_yticks(ticks, ticks + 1)
+
+
+def loop_step_ticks(steps: int) -> np.ndarray:
+    """Rows of a map with one row for each loop step that get a label, at most 8."""
+    return np.unique(np.linspace(0, steps - 1, 8).round().astype(int))
+
+
 def png(figure: "Figure") -> bytes:
     """The picture as the content of a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ import xxhash
 
 import mythos
 from mythos.checkpoint import layout, restore
-from mythos.config.derive import eval_depths
+from mythos.config.derive import eval_depths, whole_mean_depth
 from mythos.config.layers import read_saved
 from mythos.config.load import to_dict
 from mythos.config.schema import Config
@@ -36,7 +36,8 @@ from mythos.ranks import group, preflight
 from mythos.ranks.watchdog import Watchdog
 from mythos.run.console import log
 from mythos.run.directory import MANIFEST_FILE, RunDirectory, newest_checkpoint, saved_course
-from mythos.run.metrics import json_values, write_points
+from mythos.run.metrics import json_values
+from mythos.run.tensorboard import write_evaluation
 
 POLL_S = 10.0
 
@@ -65,14 +66,9 @@ class Evaluator:
         path, settings = group.from_rank_0(lambda: self._result_of(found))
         step = restore.load(self.engine, found, self.watchdog.progress)["step"]
         depths: tuple[int | None, ...] = eval_depths(self.config) or (None,)
-        losses = validate(
-            self.engine,
-            self.data.validation,
-            self.config,
-            step,
-            self.watchdog,
-        )
-        assert losses is not None, "no stop can be requested"
+        validation = validate(self.engine, self.data.validation, self.config, step, self.watchdog)
+        assert validation is not None, "no stop can be requested"
+        losses = validation.losses
 
         def measure(ask: Ask) -> tuple[Metrics, Items, dict[str, Any]]:
             metrics, items = text_metrics(ask, self.data, losses, depths, self.config.eval.sequences, self.wanted)
@@ -85,7 +81,8 @@ class Evaluator:
             metrics, items, details = lead(measure, self._answer)
         metrics = losses | metrics
         result = {"checkpoint": found.name, "step": step, **json_values(metrics), "tasks": details, **settings}
-        group.from_rank_0(lambda: _write(path, step, metrics, items, result))
+        points = _points(metrics, details, whole_mean_depth(self.config))
+        group.from_rank_0(lambda: _write(path, step, points, items, result))
         log.info(f"written to {path}")
         return metrics
 
@@ -181,7 +178,20 @@ def open_evaluator(config: Config, device: torch.device, wanted: Wanted) -> Iter
         yield Evaluator(config, wanted, TrainingEngine(config, device), data, watchdog)
 
 
-def _write(path: Path, step: int, metrics: Metrics, items: Items, result: dict[str, Any]) -> None:
+def _points(metrics: Metrics, tasks: Iterable[str], mean_depth: int | None) -> Metrics:
+    """What TensorBoard shows: the metrics, and two by which looped and dense models share a chart.
+
+    ``eval/rows_bits_per_byte`` of a looped model is at its mean depth; ``eval/best_task`` is the largest result there.
+    """
+    points = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+    at_mean_depth = f"_depth_{mean_depth}" if mean_depth is not None else ""
+    if (bits := points.get(f"eval/rows_bits_per_byte{at_mean_depth}")) is not None:
+        points["eval/rows_bits_per_byte"] = bits
+    results = [points[f"eval/{name}"] for name in tasks if name.endswith(at_mean_depth) and f"eval/{name}" in points]
+    return points | ({"eval/best_task": max(results)} if results else {})
+
+
+def _write(path: Path, step: int, points: Metrics, items: Items, result: dict[str, Any]) -> None:
     """The result comes last: where it is, everything is."""
     result["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     path.parent.mkdir(exist_ok=True)
@@ -191,5 +201,4 @@ def _write(path: Path, step: int, metrics: Metrics, items: Items, result: dict[s
     write_atomically(path.with_suffix(".npz"), content.getvalue())
     write_atomically(path, json.dumps(result, indent=2))
     if is_new:
-        points = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        write_points(RunDirectory(path.parent.parent).evaluation_points, step, points)
+        write_evaluation(path.parent.parent, step, points)

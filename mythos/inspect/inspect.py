@@ -23,7 +23,7 @@ from mythos.inspect.pictures import pictures
 from mythos.inspect.report import report
 from mythos.inspect.summary import Gains, costs, figures, gains_by_frequency, gains_by_position
 from mythos.run.directory import RunDirectory
-from mythos.run.metrics import write_pictures
+from mythos.run.tensorboard import write_inspection
 
 TOKENS_AT_ONCE = 4096
 ROWS_COUNTED = 1024
@@ -96,5 +96,5 @@ def _write(config: Config, checkpoint: Path, found: Inspection) -> Path:
         write_atomically(run.inspections / "figures.json", json.dumps(numbers, indent=1))
         path = run.inspections / "report.md"
         write_atomically(path, report(title, measured, config, found.observation, list(drawn)))
-        write_pictures(run.inspection_pictures, step, {f"inspect/{name}": pixels(each) for name, each in drawn.items()})
+        write_inspection(run.path, step, {f"inspect/{name}": pixels(each) for name, each in drawn.items()})
     return path

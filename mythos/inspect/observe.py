@@ -5,20 +5,20 @@ before and after every loop step, and by hooks on the core's blocks and on the h
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mythos.eval.routing import watched_routing
 from mythos.loss import IGNORED
 from mythos.model import Model, depth
-from mythos.model.block import CoreBlock
 from mythos.model.halting import ACTHalting, HaltingState
 from mythos.model.injection import LTIInjection
+from mythos.model.moe import Routing
 from mythos.model.transformer import LoopedTransformer
 
 
@@ -216,23 +216,15 @@ def _losses(
 @contextmanager
 def _watched(model: LoopedTransformer) -> Iterator[_Watch]:
     """A watch on one forward pass of the model."""
-    watch, handles = _Watch(), []
+    watch = _Watch()
 
-    def observed(_: Any, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        return (*arguments[:-1], True)
+    def routed(routing: Routing) -> None:
+        watch.chosen.append(routing.chosen_BSE)
+        watch.scores.append(routing.scores_BSE)
 
-    def routed(_: Any, __: Any, output: Any) -> None:
-        if output.routing is not None:
-            watch.chosen.append(output.routing.chosen_BSE)
-            watch.scores.append(output.routing.scores_BSE)
-
-    for block in model.loop.core:
-        assert isinstance(block, CoreBlock)
-        handles += [block.register_forward_pre_hook(observed), block.register_forward_hook(routed)]
-    if model.loop.halting is not None:
-        handles.append(model.loop.halting.register_forward_hook(lambda _, __, state: watch.halting.append(state)))
-    try:
+    with ExitStack() as cleanup:
+        cleanup.enter_context(watched_routing(model.loop.core, routed))
+        if model.loop.halting is not None:
+            handle = model.loop.halting.register_forward_hook(lambda _, __, state: watch.halting.append(state))
+            cleanup.callback(handle.remove)
         yield watch
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mythos.drawing import new_figure
+from mythos.drawing import draw_load, loop_step_ticks, new_figure
 from mythos.inspect.observe import HaltingTrace, Observation, RoutingTrace, StateTrace
 from mythos.inspect.summary import Cost, Gains, depth_law, mean_losses
 
@@ -79,22 +79,18 @@ def _state(observation: Observation, state: StateTrace) -> Figure:
 
 
 def _experts(routing: RoutingTrace, trained: int) -> Figure:
-    layers, _, experts = routing.load_LTE.shape
+    layers, steps, experts = routing.load_LTE.shape
     figure, axes = new_figure(3, layers)
     for layer, (of_load, of_overlap, of_entropy) in enumerate(axes):
         name = f", core layer {layer}" if layers > 1 else ""
-        load_TE = routing.load_LTE[layer] * experts
-        image = of_load.imshow(load_TE, aspect="auto", vmin=0, vmax=max(2.0, load_TE.max()), cmap="viridis")
-        figure.colorbar(image, ax=of_load, label="share times experts; 1: even")
-        of_load.set(xlabel="expert", ylabel="loop step", title=f"Load{name}")
+        draw_load(figure, of_load, routing.load_LTE[layer], f"Load{name}")
         image = of_overlap.imshow(routing.overlap_LTT[layer], vmin=0, vmax=1, cmap="magma")
         figure.colorbar(image, ax=of_overlap, label="share")
         of_overlap.set(xlabel="loop step", ylabel="loop step", title=f"Experts in common{name}")
-        for axis in (of_load, of_overlap):
-            ticks = np.unique(np.linspace(0, len(load_TE) - 1, 8).round().astype(int))
-            axis.set_yticks(ticks, ticks + 1)
+        ticks = loop_step_ticks(steps)
         of_overlap.set_xticks(ticks, ticks + 1)
-        of_entropy.plot(np.arange(1, len(load_TE) + 1), routing.entropy_LT[layer], marker=".")
+        of_overlap.set_yticks(ticks, ticks + 1)
+        of_entropy.plot(np.arange(1, steps + 1), routing.entropy_LT[layer], marker=".")
         of_entropy.axhline(np.log(experts), color="tab:red", linewidth=1, label=f"ln {experts}: undecided")
         _mark_trained(of_entropy, trained)
         of_entropy.set(xlabel="loop step", ylabel="nats", title=f"Entropy of the router{name}")

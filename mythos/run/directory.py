@@ -4,7 +4,8 @@ config.yaml                  the configuration that the run trains with
 tokenizer.json               the data's tokenizer, with which the run can be exported without its data
 plan.json                    what the plan of the newest attempt says, and what was measured when it ended
 events.jsonl                 the journal: when and where each attempt started, how it ended, and why
-metrics.jsonl, tensorboard/  losses, speeds and the rest, by step
+metrics.jsonl                losses, speeds and the rest, by step
+events.out.tfevents.*, by_tokens/, by_gflop/   what TensorBoard shows, see ``mythos.run.tensorboard``
 log/rank_00000.log           one log per rank, and those of Slurm jobs
 checkpoints/                 see ``mythos.checkpoint.layout``; ``latest`` names the newest complete one
 evaluations/, export/, inspect/   what `mythos eval`, `mythos export` and `mythos inspect` write
@@ -84,11 +85,6 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
-    def tensorboard(self) -> Path:
-        """The same metrics for TensorBoard."""
-        return self.path / "tensorboard"
-
-    @property
     def logs(self) -> Path:
         """The directory of the ranks' logs. A batch script may write its own log there before the run starts."""
         return self.path / LOG_DIRECTORY
@@ -113,19 +109,9 @@ class RunDirectory:
         return self.path / "evaluations"
 
     @property
-    def evaluation_points(self) -> Path:
-        """The same results for TensorBoard. Not among the files that training still writes."""
-        return self.tensorboard / "evaluations"
-
-    @property
     def inspections(self) -> Path:
         """What `mythos inspect` writes."""
         return self.path / "inspect"
-
-    @property
-    def inspection_pictures(self) -> Path:
-        """Its pictures for TensorBoard."""
-        return self.tensorboard / "inspections"
 
     @property
     def exports(self) -> Path:
@@ -188,7 +174,7 @@ def prepare(
         else:
             directory.path.mkdir(parents=True, exist_ok=True)
             write_config(config, known)
-        for needed in (directory.checkpoints, directory.logs, directory.tensorboard):
+        for needed in (directory.checkpoints, directory.logs):
             needed.mkdir(exist_ok=True)
     return changed
 

@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +13,10 @@ from mythos.files import open_to_append, opened_atomically
 from mythos.readers import Number, read_json_lines
 from mythos.run.console import log
 from mythos.run.directory import RunDirectory
+from mythos.run.tensorboard import CurvePosition, TensorBoard
 
-if TYPE_CHECKING:  # the import takes half a second, which only rank 0 has to spend
+if TYPE_CHECKING:  # only pictures need it
     import numpy as np
-    from torch.utils.tensorboard import SummaryWriter
 
 
 def _check_step(line: dict[str, Any]) -> dict[str, Any]:
@@ -36,34 +36,34 @@ class MetricsWriter:
 
     Args:
         directory: the run directory.
-        resumed_step: lines of later steps, from an attempt that was killed, are dropped; -1: all lines.
+        resumed: lines of later steps, from an attempt that was killed, are dropped.
     """
 
-    def __init__(self, directory: Path, resumed_step: int) -> None:
+    def __init__(self, directory: Path, resumed: CurvePosition) -> None:
         self._directory = directory
         self._unwritten: list[tuple[int, bytes]] = []
         self._failing = False
-        self._open(resumed_step)
+        self._open(resumed)
 
-    def _open(self, last_step: int) -> None:
+    def _open(self, last: CurvePosition) -> None:
         path = RunDirectory(self._directory).metrics
-        _truncate(path, last_step)
+        _truncate(path, last.step)
         self._file = open_to_append(path)  # a buffer would write later what a failed write left in it
-        self._tensorboard: SummaryWriter | None = self._open_tensorboard(last_step)
+        self._tensorboard: TensorBoard | None = TensorBoard(self._directory, last)
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines of steps after this one."""
-        self._unwritten = [(number, line) for number, line in self._unwritten if number <= step]
+    def rewind(self, last: CurvePosition) -> None:
+        """Drop the lines of later steps."""
+        self._unwritten = [(number, line) for number, line in self._unwritten if number <= last.step]
         self.close()
         try:
-            self._open(step)
+            self._open(last)
         except OSError as error:
-            log.error(f"metrics of the steps after {step} were not dropped ({error}): training continues")
+            log.error(f"metrics of the steps after {last.step} were not dropped ({error}): training continues")
             self._failing, self._tensorboard = True, None
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line in metrics.jsonl and one point in each curve."""
-        line = {"step": step} | json_values(metrics)
+    def write(self, at: CurvePosition, metrics: Mapping[str, float]) -> None:
+        """One line in metrics.jsonl and one point in each curve; the losses also by tokens and FLOPs."""
+        step, line = at.step, {"step": at.step} | json_values(metrics)
         self._unwritten.append((step, json.dumps(line).encode() + b"\n"))
         try:
             if self._failing:  # the directory may be a new one, and its last line may be incomplete
@@ -74,9 +74,8 @@ class MetricsWriter:
                 self._write(self._unwritten[0][1])
                 del self._unwritten[0]
             if self._tensorboard is None:
-                self._tensorboard = self._open_tensorboard(step - 1)
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard = TensorBoard(self._directory, at.before())
+            self._tensorboard.write(at, metrics)
             self._failing = False
         except OSError as error:
             if not self._failing:
@@ -88,28 +87,23 @@ class MetricsWriter:
         while line:  # a disk that fills up accepts a part, and fails at the next write
             line = line[self._file.write(line) :]
 
-    def _open_tensorboard(self, last_step: int) -> "SummaryWriter":
-        from torch.utils.tensorboard import SummaryWriter
+    def write_points(self, at: CurvePosition, values: Mapping[str, float]) -> None:
+        """Points that belong to TensorBoard alone."""
+        self._show(lambda shown: shown.write(at, values))
 
-        # The writer opens its file by name at each flush. Through a descriptor the name still means this run's
-        # directory after that was moved and another one has taken its place.
-        directory = RunDirectory(self._directory).tensorboard
-        directory.mkdir(exist_ok=True)
-        self._descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        return SummaryWriter(f"/proc/self/fd/{self._descriptor}", purge_step=last_step + 1, flush_secs=10)
+    def write_picture(self, name: str, step: int, pixels: "np.ndarray") -> None:
+        """A picture in TensorBoard, (height, width, 3) of uint8."""
+        self._show(lambda shown: shown.write_picture(name, step, pixels))
 
-    def write_config(self, config_yaml: str, options: Mapping[str, Any]) -> None:
-        """The configuration as text, and as hparams for TensorBoard's comparison of runs."""
-        if self._tensorboard is None:
-            return
-        from torch.utils.tensorboard.summary import hparams
+    def write_config(self, config_yaml: str, hparams: Mapping[str, float | str]) -> None:
+        """The configuration as text, and its hparams for TensorBoard's comparison of runs."""
+        self._show(lambda shown: shown.write_config(config_yaml, hparams))
 
-        values = {
-            name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()
-        }
-        self._tensorboard.add_text("config", f"```yaml\n{config_yaml}\n```")
-        for summary in hparams(values, {"train/loss": 0.0}):
-            self._tensorboard._get_file_writer().add_summary(summary)
+    def _show(self, action: Callable[[TensorBoard], None]) -> None:
+        """Do without it while the disk is full: ``write`` has reported that."""
+        if self._tensorboard is not None:
+            with suppress(OSError):
+                action(self._tensorboard)
 
     def close(self) -> None:
         """Flush and close both."""
@@ -117,30 +111,8 @@ class MetricsWriter:
             self._file.close()
             if self._tensorboard is not None:
                 self._tensorboard.close()
-                os.close(self._descriptor)
         except OSError as error:
             log.error(f"the last metrics were not written ({error})")
-
-
-def write_points(directory: Path, step: int, metrics: Mapping[str, float]) -> None:
-    """One point in each TensorBoard curve, in a file of its own. Raises OSError.
-
-    TensorBoard reads the files of a directory one after the other, so only files that are complete may share one.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(directory)) as writer:
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-
-
-def write_pictures(directory: Path, step: int, pictures: Mapping[str, "np.ndarray"]) -> None:
-    """Pictures, (height, width, 3) of uint8, in TensorBoard, in a file of its own. Raises OSError."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(directory)) as writer:
-        for name, picture in pictures.items():
-            writer.add_image(name, picture, step, dataformats="HWC")
 
 
 def json_values(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos.config.derive import global_batch_sequences, micro_steps
+from mythos.config.derive import global_batch_sequences, micro_steps, tokens_per_step
 from mythos.config.schema import Config
 from mythos.data.dataset import text_targets
 from mythos.data.stream import AnswerTargets
@@ -20,6 +20,7 @@ from mythos.data.targets import counted_targets
 from mythos.errors import UserError
 from mythos.loss import IGNORED
 from mythos.model import depth
+from mythos.plan.flops import executed_steps, training_flops
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ def draw_depths(config: Config, step: int, first_sample: int) -> np.ndarray:
     if config.loop is None:
         return np.ones(sequences, dtype=np.int64)
     return depth.draw_depths(config.loop, config.seed, step, range(first_sample, first_sample + sequences))
+
+
+def model_flops(config: Config, depths: np.ndarray) -> float:
+    """Model FLOPs of a step whose sequences ran the loop to these depths."""
+    steps = executed_steps(depths, config.loop)
+    return tokens_per_step(config) * training_flops(config.model, config.data.sequence_length, steps)
 
 
 def own_sequences(config: Config, micro_step: int) -> tuple[slice, slice]:

@@ -18,7 +18,7 @@ from mythos.plan.schedule import learning_rate, schedule
 from mythos.ranks import group
 from mythos.ranks.preemption import StopRequest
 from mythos.run.console import log
-from mythos.train.batch import StepBatches
+from mythos.train.batch import StepBatches, model_flops
 from mythos.train.recovery import recover, undo_decay
 from mythos.train.start import OpenRun, open_run
 from mythos.train.state import RunState
@@ -89,7 +89,12 @@ def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: b
             result = train_step(engine, batch, schedule(config.optim, state.updates, budget))
             votes = exchange(result, run.stop, batches, saver, engine.device)
             balance_experts(engine, config.model, result, votes)
-            state.count(global_batch_sequences(config), tokens_per_step(config), votes.text_tokens, result.applied)
+            sequences, tokens, flops = (
+                global_batch_sequences(config),
+                tokens_per_step(config),
+                model_flops(config, batch.depths),
+            )
+            state.count(sequences, tokens, votes.text_tokens, flops, result.applied)
             run.watchdog.progress(f"step {state.step}")
             run.watchdog.started()
             seconds = time.perf_counter() - started
@@ -101,7 +106,7 @@ def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: b
             if rewound is not None:
                 state = rewound
                 batches.restart(state.updates + 1, state.samples)
-                report.rewind(state.step)
+                report.rewind(state)
 
             stopping, decays = votes.stop, course.begins_decay(state.position)
             save_due = (decays or due(state.step, config.checkpoint.every)) and rewound is None
@@ -121,7 +126,7 @@ def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: b
                     save(saver, batches, state)
 
         saver.wait_until_saved()
-        report.write(state.step, saver.metrics())
+        report.write(state, saver.metrics())
     run.stop.saved = True
     if stopping:
         outcome = f"saved at step {state.step}" if state.step else "before the first step"

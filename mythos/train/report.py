@@ -5,22 +5,28 @@ or into the diagnostics that the model returns (means over micro batches and ran
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from mythos.config.derive import tokens_per_step
-from mythos.config.load import flatten
 from mythos.config.references import Reference, with_references
 from mythos.config.schema import Config
 from mythos.config.yaml_file import dump
-from mythos.errors import masked
-from mythos.plan.flops import executed_steps, training_flops
+from mythos.drawing import pixels
+from mythos.errors import UserError, masked
+from mythos.eval.pictures import validation_pictures
+from mythos.eval.validation import Validation
 from mythos.run.anomalies import CollapseWatch
 from mythos.run.console import Progress, log
+from mythos.run.hparams import hparams
 from mythos.run.metrics import MetricsWriter
-from mythos.train.batch import StepBatch
+from mythos.run.planned import read_planned
+from mythos.run.tensorboard import CurvePosition
+from mythos.train.batch import StepBatch, model_flops
 from mythos.train.state import RunState
 from mythos.train.step import StepResult, StepVotes
 
@@ -29,28 +35,28 @@ class Report:
     """Reports each step. Every rank has one, and all detect the same spikes; only rank 0 writes files.
 
     Args:
-        resumed_step: step of the checkpoint that was resumed; later metrics of an attempt that was killed are dropped.
-            None at the start of a run.
+        resumed: the state that was resumed; later metrics of an attempt that was killed are dropped. None at the start
+            of a run.
         last_step: of the whole run.
         peak_flops_per_second: of all ranks.
     """
 
     def __init__(
-        self, config: Config, rank: int, resumed_step: int | None, last_step: int, peak_flops_per_second: float
+        self, config: Config, rank: int, resumed: RunState | None, last_step: int, peak_flops_per_second: float
     ) -> None:
         self._config, self._peak_flops_per_second = config, peak_flops_per_second
         directory = Path(config.run.directory)
-        self._writer = MetricsWriter(directory, -1 if resumed_step is None else resumed_step) if rank == 0 else None
-        self._progress = Progress(resumed_step or 0, last_step, rank)
+        self._writer = (
+            MetricsWriter(directory, resumed.curve_position if resumed else CurvePosition()) if rank == 0 else None
+        )
+        self._progress = Progress(resumed.step if resumed else 0, last_step, rank)
         experts = getattr(config.model, "core_experts", None)
         self._collapse = CollapseWatch(experts.experts_per_token, config.train.collapse_steps) if experts else None
 
     def write_config(self, known: Mapping[str, Reference]) -> None:
         """Show the configuration in TensorBoard."""
         if self._writer:
-            tree = with_references(self._config, known)
-            values = {name: masked(value) if isinstance(value, str) else value for name, value in flatten(tree).items()}
-            self._writer.write_config(masked(dump(tree)), values)
+            self._writer.write_config(masked(dump(with_references(self._config, known))), hparams(self._config))
 
     def step(
         self,
@@ -83,6 +89,8 @@ class Report:
             "perf/tokens_per_second": tokens_per_step(self._config) / seconds,
             **flops_metrics(self._config, batch.depths, seconds, self._peak_flops_per_second),
         }
+        if state.flops is not None:
+            metrics["train/flops"] = state.flops
         if state.updates < state.step:
             metrics["train/updates"] = float(state.updates)
         if state.text_tokens is not None:
@@ -96,22 +104,36 @@ class Report:
         train, step = self._config.train, state.step
         if step % self._config.log.every == 0 or last or not result.applied:
             self._progress.report(step, metrics)
-            self.write(step, {**metrics, **of_saves})
+            self.write(state, {**metrics, **of_saves})
         else:
-            self.write(step, of_saves)
+            self.write(state, of_saves)
         if not result.applied or train.spike_sigma is None:
             return False
         return _is_spike(state, votes.loss, train.spike_sigma)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics that are not those of a step, such as validation losses."""
+    def write(self, state: RunState, metrics: Mapping[str, float]) -> None:
+        """Metrics that are not those of a step."""
         if self._writer and metrics:
-            self._writer.write(step, metrics)
+            self._writer.write(state.curve_position, metrics)
 
-    def rewind(self, step: int) -> None:
-        """Drop the metrics of later steps: the run has gone back to this one."""
+    def validation(self, state: RunState, found: Validation) -> None:
+        """The losses of a validation; in TensorBoard also pictures, and the plan beside what is measured."""
+        metrics = dict(found.losses)
+        if len(state.decays) > 1 and state.position.is_decayed:
+            metrics["train/budget"] = float(state.updates)
+        self.write(state, metrics)
         if self._writer:
-            self._writer.rewind(step)
+            for name, figure in validation_pictures(self._config, found):
+                self._writer.write_picture(name, state.step, pixels(figure))
+            with suppress(UserError):  # a damaged plan.json is reported by `mythos status`
+                if planned := read_planned(Path(self._config.run.directory)):
+                    shown = {f"plan/{name}": value for name, value in asdict(planned).items() if value is not None}
+                    self._writer.write_points(state.curve_position, shown)
+
+    def rewind(self, state: RunState) -> None:
+        """Drop the metrics of later steps: the run has gone back to this state."""
+        if self._writer:
+            self._writer.rewind(state.curve_position)
 
     def close(self) -> None:
         """Flush and close the files, so that the last points before a failure are not lost."""
@@ -137,9 +159,8 @@ def depth_metrics(depths: np.ndarray, backprop_depth: int) -> dict[str, float]:
 
 def flops_metrics(config: Config, depths: np.ndarray, seconds: float, peak: float) -> dict[str, float]:
     """Model FLOP/s of a step whose sequences ran the loop to these depths, and their share of the ranks' peak."""
-    steps = executed_steps(depths, config.loop)
-    flops = tokens_per_step(config) * training_flops(config.model, config.data.sequence_length, steps)
-    return {"perf/model_flops_per_second": flops / seconds, "perf/mfu": flops / seconds / peak}
+    flops_per_second = model_flops(config, depths) / seconds
+    return {"perf/model_flops_per_second": flops_per_second, "perf/mfu": flops_per_second / peak}
 
 
 def expert_metrics(load_LE: Tensor) -> dict[str, float]:

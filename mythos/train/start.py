@@ -73,7 +73,7 @@ class OpenRun:
         if self.found is None:
             if self.config.train.initial_weights is not None:
                 load_initial_weights(engine, self.config.train, self.watchdog.progress)
-            return RunState(self.data.identity, self.run_id, text_tokens=0)
+            return RunState(self.data.identity, self.run_id, text_tokens=0, flops=0.0)
         state = RunState.from_dict(self.found, restore.load(engine, self.found, self.watchdog.progress))
         if state.run_id not in ("", self.run_id):
             raise UserError(
@@ -105,8 +105,8 @@ class OpenRun:
 
     def open_report(self, state: RunState) -> Report:
         """The report of this attempt. From here on the run directory describes this configuration."""
-        last_step, resumed_step = self.course.last_step(state.position), state.step if self.found else None
-        report = Report(self.config, dist.get_rank(), resumed_step, last_step, self.peak_flops_per_second)
+        last_step, resumed = self.course.last_step(state.position), state if self.found else None
+        report = Report(self.config, dist.get_rank(), resumed, last_step, self.peak_flops_per_second)
         if dist.get_rank() == 0 and (self.changed or not self.found):
             run_directory.write_config(self.config, self.known)
             run_directory.keep_tokenizer(self.directory.path, self.data.tokenizer)
@@ -138,18 +138,10 @@ class OpenRun:
 
     def validate(self, engine: TrainingEngine, state: RunState, report: Report) -> bool:
         """Measure and report the validation losses; False if a stop was requested meanwhile. Collective."""
-        losses = validate(
-            engine,
-            self.data.validation,
-            self.config,
-            state.step,
-            self.watchdog,
-            self.stop,
-        )
-        if losses and len(state.decays) > 1 and state.position.is_decayed:
-            losses["train/budget"] = float(state.updates)
-        report.write(state.step, losses or {})
-        return losses is not None
+        found = validate(engine, self.data.validation, self.config, state.step, self.watchdog, self.stop)
+        if found is not None:
+            report.validation(state, found)
+        return found is not None
 
     def sample(self, engine: TrainingEngine) -> str | None:
         """Generated text; None if a stop was requested meanwhile. Collective."""

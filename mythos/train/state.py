@@ -13,6 +13,7 @@ from mythos.plan.budgets import Course, Decay, Position
 from mythos.readers import Count, check_value
 from mythos.run.anomalies import LossStatistics
 from mythos.run.directory import STATE_FILE
+from mythos.run.tensorboard import GFLOP, CurvePosition
 
 
 @dataclass
@@ -34,21 +35,30 @@ class RunState:
     tokens: Count = 0
     text_tokens: Count | None = None
     """Of ``tokens``, those whose target is text; None if not all of the data, or a version before, counted them."""
+    flops: FiniteFloat | None = None
+    """Model FLOPs of the training; None if a version before, which did not count them, began the run."""
     skipped_steps: Count = 0
     bad_steps_in_a_row: Count = 0
     rewinds: Count = 0
     loss: LossStatistics = field(default_factory=LossStatistics)
     epochs: dict[str, FiniteFloat] = field(default_factory=dict)
 
-    def count(self, sequences: int, tokens: int, text_tokens: int | None, applied: bool) -> None:
+    def count(self, sequences: int, tokens: int, text_tokens: int | None, flops: float, applied: bool) -> None:
         """Count a finished step that read these sequences and tokens; its update was applied or skipped."""
         self.position = self.position.after_update()
         self.samples += sequences
         self.tokens += tokens
         if self.text_tokens is not None:
             self.text_tokens = None if text_tokens is None else self.text_tokens + text_tokens
+        if self.flops is not None:
+            self.flops += flops
         self.bad_steps_in_a_row = 0 if applied else self.bad_steps_in_a_row + 1
         self.skipped_steps += not applied
+
+    @property
+    def curve_position(self) -> CurvePosition:
+        """How far the curves of the metrics go."""
+        return CurvePosition(self.step, self.tokens, None if self.flops is None else int(self.flops / GFLOP))
 
     @property
     def position(self) -> Position:

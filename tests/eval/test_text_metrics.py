@@ -69,7 +69,7 @@ def test_they_are_the_trainers_on_any_ranks_and_in_any_batches(
             assert nats / items["documents_tokens"].sum() == pytest.approx(loss, rel=1e-6)
             bits = measured[0][f"eval/documents_bits_per_byte_depth_{steps}"]
             assert nats / math.log(2) / items["documents_bytes"].sum() == pytest.approx(bits, rel=1e-6)
-    events = EventAccumulator(str(directory.evaluation_points))
+    events = EventAccumulator(str(directory.evaluations))
     events.Reload()
     assert set(events.Tags()["scalars"]) == expected
     loss = pytest.approx(measured[0]["eval/documents_loss_depth_1"], rel=1e-6)

@@ -18,9 +18,10 @@ from mythos.data.dataset import TokenDataset
 from mythos.data.stream import Source
 from mythos.eval.batches import random_rows, validation_rows
 from mythos.eval.forward import exit_rule
+from mythos.eval.routing import ExpertLoad, watched_routing
 from mythos.eval.validation import validate, validation_losses
 from mythos.loss import Losses
-from mythos.model import build_model, depth
+from mythos.model import LoopedTransformer, build_model, depth
 from mythos.ranks.watchdog import Watchdog
 from mythos.run import console
 from mythos.run.console import start_logging
@@ -32,12 +33,18 @@ from tests.tiny import VOCABULARY, tiny_config
 CPU = torch.device("cpu")
 
 
-def measure(kind: str, data: Path, sequences: int | None, micro_batch: int) -> dict[str, float]:
-    model = randomise(build_model(tiny_config(kind, data, data)), deviation=0.1).eval()
-    depths, mean_depth = ((), None) if kind == "dense" else ((1, 3), 2)
+def measure(kind: str, data: Path, sequences: int | None, micro_batch: int) -> dict[str, Any]:
+    """The losses and, with experts, their shares of the choices by layer and loop step."""
+    config = tiny_config(kind, data, data)
+    model = randomise(build_model(config), deviation=0.1).eval()
+    sources = [Source("data", 1.0, TokenDataset(data, "validation"))]
     with torch.no_grad():
-        sources = [Source("data", 1.0, TokenDataset(data, "validation"))]
-        return validation_losses(model, sources, depths, mean_depth, sequences, micro_batch, CPU)
+        if kind == "dense":
+            return validation_losses(model, sources, (), None, sequences, micro_batch, CPU)
+        assert isinstance(model, LoopedTransformer)
+        load = ExpertLoad(model.loop.core, 2, config.model.core_experts.experts, CPU)
+        losses = validation_losses(model, sources, (1, 3), 2, sequences, micro_batch, CPU, load)
+        return losses | {"load": load.shares_LTE().tolist()}
 
 
 @pytest.mark.parametrize(("sequences", "micro_batch"), [(6, 2), (5, 4), (1, 4), (100, 3), (None, 2)])
@@ -48,24 +55,31 @@ def test_it_equals_one_sequence_after_the_other(
     dataset = TokenDataset(tiny_data, "validation")
     numbers = validation_rows(dataset, sequences).tolist()
     assert len(numbers) == min(sequences or 100, len(dataset))
-    expected = {}
+    expected: dict[str, Any] = {}
+    assert isinstance(model, LoopedTransformer)
+    layers, chosen = len(model.loop.core), []
     with torch.no_grad():
         for name, steps in (("loss", 2), ("loss_depth_1", 1), ("loss_depth_3", 3)):
             losses = []
             for number in numbers:
                 row = torch.from_numpy(dataset[number])[None]
-                logits = model(row[:, :-1], None, depth.fixed(steps, 1, [number]))
+                with watched_routing(model.loop.core, lambda each: chosen.append((steps, each.chosen_BSE))):  # noqa: B023
+                    logits = model(row[:, :-1], None, depth.fixed(steps, 1, [number]))
                 losses.append(F.cross_entropy(logits[0], row[0, 1:]).item())
             expected[f"val/{name}"] = pytest.approx(statistics.fmean(losses), rel=1e-5)
             if name == "loss" and len(losses) > 1:
                 error = statistics.stdev(losses) / len(losses) ** 0.5
                 expected["val/loss_standard_error"] = pytest.approx(error, rel=1e-4)
+    at_mean_depth = torch.stack([each for steps, each in chosen if steps == 2]).float()
+    choices_TLE = at_mean_depth.unflatten(0, (len(numbers), 2, layers)).sum(dim=(0, 3, 4))
+    expected["load"] = (choices_TLE / choices_TLE.sum(dim=-1, keepdim=True)).transpose(0, 1).tolist()
     found = [
         each
         for pool in (one_rank, two_ranks)
         for each in pool.run(measure, "looped-moe", tiny_data, sequences, micro_batch)
     ]
     assert found == [found[0]] * 3, "to the last bit"
+    assert np.allclose(found[0].pop("load"), expected.pop("load"))
     assert found[0] == expected
 
 
@@ -141,9 +155,9 @@ def validate_slowly(data: Path, log_file: Path) -> float:
     with pytest.MonkeyPatch.context() as patch, Watchdog(1.5) as watchdog:
         patch.setattr(console, "NOTICE_EVERY_S", 0.0)
         watchdog.started()
-        losses = validate(engine, sources, config, 7, watchdog)
-    assert losses is not None
-    return losses["val/loss"]
+        found = validate(engine, sources, config, 7, watchdog)
+    assert found is not None
+    return found.losses["val/loss"]
 
 
 def test_a_validation_may_take_longer_than_the_watchdogs_limit_and_reports_its_progress(

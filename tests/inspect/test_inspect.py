@@ -194,7 +194,7 @@ def test_the_report_shows_every_picture_also_in_tensorboard(config: Config) -> N
     assert files == wanted
     assert all(f"]({name}.png)" in text for name in wanted)
     assert f"{figures(config)['loss'][0 if not config.loop else 2]:.4f}" in text
-    events = EventAccumulator(str(directory.inspection_pictures))
+    events = EventAccumulator(str(directory.inspections))
     events.Reload()
     assert set(events.Tags()["images"]) == {f"inspect/{name}" for name in wanted}
     for path in directory.inspections.glob("*.png"):

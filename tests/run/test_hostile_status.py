@@ -11,6 +11,7 @@ from launch.cli import main
 from mythos.run.directory import RunDirectory, prepare
 from mythos.run.journal import FAILED, STARTED, append_event
 from mythos.run.metrics import MetricsWriter
+from mythos.run.tensorboard import CurvePosition
 from tests.tiny import tiny_config
 
 VALUES = [None, True, -1, 10**400, 1e308, "x", "\x1b[2J", [], {}, [[]], "9" * 1000]
@@ -88,4 +89,4 @@ def test_pipes_in_the_place_of_files_that_are_written(run: RunDirectory) -> None
     with pytest.raises(OSError, match="not a regular file"):
         append_event(run.path, STARTED)
     with pytest.raises(Exception, match="metrics.jsonl: not a regular file"):
-        MetricsWriter(run.path, 0)
+        MetricsWriter(run.path, CurvePosition(0))

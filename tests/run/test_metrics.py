@@ -1,23 +1,26 @@
 import json
 import math
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mythos.run.metrics import MetricsWriter, read_metrics
+from mythos.run.tensorboard import CurvePosition
 from tests.require import missing
 
 
 def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, 0)
+    writer = MetricsWriter(tmp_path, CurvePosition())
     for step in range(1, 6):
-        writer.write(step, {"train/loss": step / 10})
+        writer.write(CurvePosition(step), {"train/loss": step / 10})
     writer.close()
     (tmp_path / "metrics.jsonl").open("a", encoding="utf-8").write('{"step": 6, "train/lo')
-    writer = MetricsWriter(tmp_path, 3)
-    writer.write(4, {"train/loss": 9.0})
+    writer = MetricsWriter(tmp_path, CurvePosition(3))
+    writer.write(CurvePosition(4), {"train/loss": 9.0})
     writer.close()
     assert [(line["step"], line["train/loss"]) for line in read_metrics(tmp_path)] == [
         (1, 0.1),
@@ -27,9 +30,24 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     ]
 
 
+def test_losses_are_also_shown_by_tokens_and_by_flops_without_those_after_the_resumed_position(tmp_path: Path) -> None:
+    for resumed, losses in ((CurvePosition(), [4.0, 3.0, 2.0]), (CurvePosition(1, 100, 70), [2.5, 1.5])):
+        writer = MetricsWriter(tmp_path, resumed)
+        for step, loss in enumerate(losses, start=resumed.step + 1):
+            writer.write(CurvePosition(step, 100 * step, 70 * step), {"val/loss": loss, "perf/mfu": 0.5})
+        writer.close()
+        time.sleep(1.1)  # TensorBoard reads files in the order of the seconds in their names
+    for directory, unit in (("by_tokens", 100), ("by_gflop", 70)):
+        events = EventAccumulator(str(tmp_path / directory))
+        events.Reload()
+        assert events.Tags()["scalars"] == [f"{directory}/val_loss"]
+        points = [(point.step, point.value) for point in events.Scalars(f"{directory}/val_loss")]
+        assert points == [(0, 4.0), (unit, 3.0), (2 * unit, 2.5), (3 * unit, 1.5)]
+
+
 def test_non_finite_values_are_null_so_that_every_line_is_json(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, 0)
-    writer.write(1, {"train/loss": math.nan, "train/gradient_norm": math.inf, "train/tokens": 8.0})
+    writer = MetricsWriter(tmp_path, CurvePosition())
+    writer.write(CurvePosition(1), {"train/loss": math.nan, "train/gradient_norm": math.inf, "train/tokens": 8.0})
     writer.close()
     text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=pytest.fail) == {
@@ -47,8 +65,8 @@ def test_a_line_is_never_doubled_by_a_disk_that_was_full_for_a_moment(tmp_path: 
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=False).returncode:
         missing("this user may not mount a small disk")
     try:
-        writer = MetricsWriter(disk, 0)
-        writer.write(1, {"train/loss": 1.0})
+        writer = MetricsWriter(disk, CurvePosition())
+        writer.write(CurvePosition(1), {"train/loss": 1.0})
         with ballast.open("wb", buffering=0) as file, suppress(OSError):
             while file.write(b"x" * 512):
                 pass
@@ -56,9 +74,9 @@ def test_a_line_is_never_doubled_by_a_disk_that_was_full_for_a_moment(tmp_path: 
         while not writer._failing:
             step += 1
             assert step < 1000
-            writer.write(step, {f"train/value_{number}": 1.0 for number in range(40)})
+            writer.write(CurvePosition(step), {f"train/value_{number}": 1.0 for number in range(40)})
         ballast.unlink()
-        writer.write(step + 1, {"train/loss": 2.0})
+        writer.write(CurvePosition(step + 1), {"train/loss": 2.0})
         writer.close()
         assert [line["step"] for line in read_metrics(disk)] == list(range(1, step + 2))
     finally:

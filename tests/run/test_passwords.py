@@ -49,8 +49,7 @@ def test_logs_journal_and_tensorboard(
 ) -> None:
     config = tiny_config("dense", tmp_path, tmp_path / "run", data__directory=ADDRESS, data__cache_directory="/cache")
     run = RunDirectory(tmp_path / "run")
-    for directory in (run.logs, run.tensorboard):
-        directory.mkdir(parents=True)
+    run.logs.mkdir(parents=True)
     start_logging(run.log(0), 0)
     report = Report(config, 0, None, 20, 1e12)
     try:

@@ -124,7 +124,7 @@ def test_usr1_saves_requeues_and_the_curve_is_the_undisturbed_one_bit_for_bit(
     saved = int(re.search(r"stop requested \(SIGUSR1\): saved at step (\d+)", job.log()).group(1))  # type: ignore[union-attr]
     assert 4 <= saved < STEPS
     assert losses(directory) == undisturbed
-    events = EventAccumulator(str(directory / "tensorboard"))
+    events = EventAccumulator(str(directory))
     events.Reload()
     points = [(point.step, pytest.approx(point.value, rel=1e-6)) for point in events.Scalars("train/loss")]
     assert points == undisturbed

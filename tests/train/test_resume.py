@@ -17,8 +17,10 @@ from mythos.checkpoint.manifest import weights_file
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import UserError
+from mythos.plan.flops import executed_steps, training_flops
 from mythos.run.directory import PARTIAL_SUFFIX, STATE_FILE, RunDirectory
 from mythos.run.metrics import read_metrics
+from mythos.train.batch import draw_depths
 from tests.data.conftest import write_data_set
 from tests.spawn import RankPool
 from tests.tiny import VOCABULARY, tiny_config
@@ -77,15 +79,41 @@ def test_tensorboard_shows_one_curve_under_the_names_of_metrics_jsonl(
     assert two_ranks.run(run_training, straight) == [0, 0]
     resumed = as_if_killed_after(straight, SAVED, tmp_path / "resumed")
     assert two_ranks.run(run_training, resumed) == [0, 0]
-    events = EventAccumulator(str(RunDirectory(tmp_path / "resumed").tensorboard))
+    events = EventAccumulator(str(tmp_path / "resumed"))
     events.Reload()
     lines = read_metrics(tmp_path / "resumed")
     names = {name for line in lines for name in line} - {"step"}
-    assert names == set(events.Tags()["scalars"])
+    planned = {"plan/step_seconds", "plan/peak_memory_gib"}
+    assert names | planned == set(events.Tags()["scalars"])
     for name in names:
         points = [(point.step, pytest.approx(point.value, rel=1e-6)) for point in events.Scalars(name)]
         assert points == [(line["step"], line[name]) for line in lines if name in line], name
     assert "config/text_summary" in events.Tags()["tensors"]
+    assert set(events.Tags()["images"]) == {"val/expert_load"}
+    assert [picture.step for picture in events.Images("val/expert_load")] == [0, 3, 6, 9, 12]
+
+
+def test_losses_by_tokens_are_one_curve_and_flops_are_those_executed(
+    two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    options = MOE | {"log__every": 4, "train__steps": STEPS}
+    straight = tiny_config("looped-moe", tiny_data, tmp_path / "straight", ranks=2, **options)
+    assert two_ranks.run(run_training, straight) == [0, 0]
+    resumed = as_if_killed_after(straight, SAVED, tmp_path / "resumed")
+    assert two_ranks.run(run_training, resumed) == [0, 0]
+    flops = {0: 0.0}
+    for step in range(1, STEPS + 1):
+        executed = executed_steps(draw_depths(straight, step, 8 * (step - 1)), straight.loop)
+        flops[step] = flops[step - 1] + 8 * 15 * training_flops(straight.model, 15, executed)
+    lines = read_metrics(tmp_path / "resumed")
+    logged = {line["step"]: line["train/flops"] for line in lines if "train/flops" in line}
+    assert logged == {step: pytest.approx(flops[step]) for step in (4, 8, 12)}
+    events = EventAccumulator(str(tmp_path / "resumed" / "by_tokens"))
+    events.Reload()
+    for name in ("train/loss", "val/loss"):
+        points = events.Scalars(f"by_tokens/{name.replace('/', '_')}")
+        expected = [(8 * 15 * line["step"], pytest.approx(line[name])) for line in lines if name in line]
+        assert [(point.step, point.value) for point in points] == expected
 
 
 def test_old_checkpoints_are_removed_and_the_state_is_stored(

@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 
 from mythos.run.anomalies import LossStatistics
+from mythos.run.tensorboard import CurvePosition
 from mythos.train.state import RunState
 
 SAVED_BY_0_1 = Path(__file__).parent / "version_0_1" / "published-muon" / "checkpoints" / "step_00000008" / "state.json"
 
 
 def test_it_survives_json() -> None:
-    state = RunState({"seed": 1}, loss=LossStatistics(4.0, 0.5, 60), epochs={"web": 0.25}, text_tokens=0)
-    state.count(8, 120, 117, applied=True)
-    state.count(8, 120, 119, applied=False)
+    state = RunState({"seed": 1}, loss=LossStatistics(4.0, 0.5, 60), epochs={"web": 0.25}, text_tokens=0, flops=0.0)
+    state.count(8, 120, 117, 3e9, applied=True)
+    state.count(8, 120, 119, 4e9, applied=False)
     assert (state.step, state.samples, state.tokens, state.text_tokens) == (2, 16, 240, 236)
+    assert state.curve_position == CurvePosition(2, 240, 7)
     assert (state.skipped_steps, state.bad_steps_in_a_row) == (1, 1)
     assert RunState.from_dict(Path("x"), json.loads(json.dumps(state.to_dict() | {"world": {"ranks": 2}}))) == state
 
@@ -35,6 +37,7 @@ def test_the_state_that_version_0_1_saved_is_read() -> None:
         "updates": 8,
         "decays": [],
         "text_tokens": None,
+        "flops": None,
     }
-    state.count(8, 120, 117, applied=True)
+    state.count(8, 120, 117, 3e9, applied=True)
     assert state.text_tokens is None, "those of the steps before are not known"
