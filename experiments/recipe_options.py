@@ -100,14 +100,14 @@ STUDIES = {
             "residual 1 / root of loops": ["model.residual_scaling=root_loops"],
         },
         seeds=3,
-        steps=120,
+        steps=80,
     ),
     "router": Study(
         "proxy-looped",
         [*BATCH_OF_4, *EXPERTS, "eval.depths=[8]"],
         {"base": [], "router bias by loop step": ["model.core_experts.router_bias_per_loop=8"]},
         seeds=3,
-        steps=120,
+        steps=80,
     ),
     "middle": Study(
         "proxy-transformer",

@@ -91,6 +91,7 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, last: CurvePosition) -> None:
+        self._name = directory.resolve().name
         self._by_step = _Curves(directory, last.step)
         self._by_tokens = _Curves(directory / "by_tokens", last.tokens)
         self._by_gflop = _Curves(directory / "by_gflop", -1 if last.gflop is None else last.gflop)
@@ -118,7 +119,7 @@ class TensorBoard:
         everything = hp.RealInterval(0.0, 1e30)
         columns = [hp.HParam(name, None if isinstance(value, str) else everything) for name, value in hparams.items()]
         outcomes = [hp.Metric(tag, group=group, display_name=shown) for (group, tag), shown in OUTCOMES.items()]
-        for summary in (hp.hparams_config_pb(columns, outcomes), hp.hparams_pb(dict(hparams))):
+        for summary in (hp.hparams_config_pb(columns, outcomes), hp.hparams_pb(dict(hparams), trial_id=self._name)):
             writer._get_file_writer().add_summary(summary)
 
     def close(self) -> None:
