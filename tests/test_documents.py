@@ -62,6 +62,7 @@ RUN_BY = {
     "torchrun --nproc-per-node=2 --no-python mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml": (
         RunBy("tests/launch/test_train.py", "def test_torchrun_gives_the_same_curve")
     ),
+    "tensorboard --logdir runs": RunBy("tests/run/test_tensorboard.py", "AddRunsFromDirectory"),
     "mythos inspect runs/demo": RunBy("tests/test_demo.py", '"inspect", str(directory)'),
     "mythos inspect runs/demo --rows 8 device=cpu": RunBy("tests/test_demo.py", '"--rows", "8", "device=cpu"'),
     "mpiexec -n 2 mythos train configs/model/tiny-looped-moe.yaml configs/run/demo.yaml": RunBy(

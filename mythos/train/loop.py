@@ -18,11 +18,11 @@ from mythos.plan.schedule import learning_rate, schedule
 from mythos.ranks import group
 from mythos.ranks.preemption import StopRequest
 from mythos.run.console import log
-from mythos.train.batch import StepBatches, model_flops
+from mythos.train.batch import StepBatch, StepBatches, model_flops
 from mythos.train.recovery import recover, undo_decay
 from mythos.train.start import OpenRun, open_run
 from mythos.train.state import RunState
-from mythos.train.step import balance_experts, exchange, train_step
+from mythos.train.step import StepResult, StepVotes, balance_experts, exchange, train_step
 
 
 def train(
@@ -89,12 +89,7 @@ def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: b
             result = train_step(engine, batch, schedule(config.optim, state.updates, budget))
             votes = exchange(result, run.stop, batches, saver, engine.device)
             balance_experts(engine, config.model, result, votes)
-            sequences, tokens, flops = (
-                global_batch_sequences(config),
-                tokens_per_step(config),
-                model_flops(config, batch.depths),
-            )
-            state.count(sequences, tokens, votes.text_tokens, flops, result.applied)
+            count(state, config, batch, votes, result)
             run.watchdog.progress(f"step {state.step}")
             run.watchdog.started()
             seconds = time.perf_counter() - started
@@ -133,6 +128,12 @@ def _train(run: OpenRun, engine: TrainingEngine, state: RunState, unvalidated: b
         signal_name = run.stop.signal_name or "on another rank"
         log.info(f"stop requested ({signal_name}): {outcome}; start again to resume")
     return stopping, state
+
+
+def count(state: RunState, config: Config, batch: StepBatch, votes: StepVotes, result: StepResult) -> None:
+    """Count a finished step in the state."""
+    sequences, flops = global_batch_sequences(config), model_flops(config, batch.depths)
+    state.count(sequences, tokens_per_step(config), votes.text_tokens, flops, result.applied)
 
 
 def due(step: int, every: int) -> bool:
