@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from mythos.run.journal import read_events
-from tests.cluster import REPO, SCRIPT, bring_nodes_back, local_slurm, run
+from tests.cluster import SCRIPT, bring_nodes_back, local_slurm, run
 from tests.faults.damage import full_disk, small_disk
-from tests.parity.conftest import EXPERIMENT, report_of, write_experiment
+from tests.parity.conftest import report_of, write_smoke_experiment
 from tests.require import missing, require
 from tests.slurm.jobs import Job
 
@@ -23,39 +23,29 @@ LIMIT_S = 400
 ARMS = ("looped", "small", "large")
 MISSING = {"looped": "1", "small": "1,2", "large": "2"}
 ALONE_ON_A_NODE = ("--nodes=1", "--gpus-per-node=1", "--cpus-per-gpu=200")
+DISK_MEGABYTES = 160
 ON_A_NODE = "--gpus-per-node=1 --cpus-per-gpu=100"
 
 
 @pytest.fixture
-def experiment(undisturbed: Path, text_data: Path, tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """An experiment of which two runs are finished, whose arm `large` has a disk of its own, and a Slurm."""
-    text = EXPERIMENT.replace("name: tiny", "name: faults")
-    text = "".join(line for line in text.splitlines(keepends=True) if "equal-flops:" not in line)
-    path = write_experiment(text_data, tmp_path / "experiment", text)
+def environ(undisturbed: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A Slurm for an experiment of which two runs are finished, and whose arm `large` has a disk of its own."""
     for command in ("munged", "slurmctld", "slurmd"):
         require(command)
     with ExitStack() as stack:
-        (path.parent / "runs").mkdir()
+        (tmp_path / "runs").mkdir()
         try:
-            stack.enter_context(small_disk(path.parent / "runs/large", 16))
+            stack.enter_context(small_disk(tmp_path / "runs/large", DISK_MEGABYTES))
         except OSError as error:
             missing(str(error))
         for finished in ("looped/seed-2", "large/seed-1"):
-            shutil.copytree(undisturbed.parent / "runs" / finished, path.parent / "runs" / finished)
+            shutil.copytree(undisturbed / finished, tmp_path / "runs" / finished)
         # Nodes have mounts of their own, those of the time when they start.
         directory = Path(tempfile.mkdtemp(prefix="mythos-slurm-", dir="/tmp"))
         environ = stack.enter_context(local_slurm(directory))
-        environ["EVAL_OPTIONS"] = f"{ON_A_NODE} --output={path.parent}/eval-%A_%a"
-        environ["REPORT_OPTIONS"] = f"--output={path.parent}/report"
-        yield path, environ
-
-
-def submit(path: Path, environ: dict[str, str], *options: str) -> str:
-    """slurm/parity.sh; returns what it says."""
-    output = f"--output={path.parent}/train-%A_%a"
-    done = run([REPO / "slurm/parity.sh", path, *ALONE_ON_A_NODE, output, *options], 60, environ, REPO)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+        environ["EVAL_OPTIONS"] = f"{ON_A_NODE} --output={tmp_path}/eval-%A_%a"
+        environ["REPORT_OPTIONS"] = f"--output={tmp_path}/report"
+        yield environ
 
 
 def submitted(said: str) -> dict[str, str]:
@@ -90,20 +80,34 @@ def freeze_at_the_first_checkpoint(runs: dict[str, Path]) -> dict[str, int]:
 
 
 def test_after_a_kill_a_lost_node_and_a_full_disk_the_report_is_that_of_an_undisturbed_experiment(
-    experiment: tuple[Path, dict[str, str]], undisturbed: Path
+    environ: dict[str, str], workspace: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    path, environ = experiment
-    planned = submit(path, environ, "--dry-run").splitlines()
+    path = write_smoke_experiment(tmp_path)
+    text = path.read_text(encoding="utf-8").replace("name: smoke\n", "name: faults\n")
+    path.write_text(re.sub(r"  looped-equal-flops:\n(    .*\n)+", "", text), encoding="utf-8")
+
+    (tmp_path / "no_torch").mkdir()
+    (tmp_path / "no_torch/torch.py").write_text("raise ImportError", encoding="utf-8")
+    without_torch = {"PYTHONPATH": f"{tmp_path}/no_torch{os.pathsep}{environ['PYTHONPATH']}"}
+
+    def submit(*options: str) -> str:
+        output = f"--output={tmp_path}/train-%A_%a"
+        own = environ | without_torch if "--dry-run" in options else environ
+        done = run(["slurm/parity.sh", path, *ALONE_ON_A_NODE, output, *options], 120, own, workspace)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    planned = submit("--dry-run").splitlines()
     missing_jobs = [f"{arm}/{job}, seeds {MISSING[arm]}" for arm in ARMS for job in ("train", "eval")] + ["report"]
     assert planned[:7] == [f"faults/{job}" for job in missing_jobs]
     assert planned[-2].startswith("4 runs: ")
     assert not queue_of(environ)
-    jobs = submitted(submit(path, environ))
+    jobs = submitted(submit())
     assert list(jobs) == missing_jobs
     tasks = [f"{jobs[name]}_{seed}" for name, seed in zip(missing_jobs, (1, 1, 1, 1, 2, 2), strict=False)]
     looped, small, large = tasks[::2]
 
-    runs = {task: path.parent / f"runs/{arm}/seed-{task[-1]}" for arm, task in zip(ARMS, tasks[::2], strict=True)}
+    runs = {task: tmp_path / f"runs/{arm}/seed-{task[-1]}" for arm, task in zip(ARMS, tasks[::2], strict=True)}
     pids = freeze_at_the_first_checkpoint(runs)
     fill_disk, free_space = full_disk(runs[large])
     fill_disk()
@@ -115,17 +119,17 @@ def test_after_a_kill_a_lost_node_and_a_full_disk_the_report_is_that_of_an_undis
         assert run(command, 20, environ).returncode == 0
     for task in tasks[2:]:  # with the training that fails its evaluation ends
         wait_for_queue(environ, rf"^{task} ", False)
-    assert "checkpoint.max_failures" in (path.parent / f"train-{large}").read_text(encoding="utf-8")
+    assert "checkpoint.max_failures" in (tmp_path / f"train-{large}").read_text(encoding="utf-8")
     free_space()
 
-    said = submit(path, environ)
+    said = submit()
     again = ["small/train, seeds 1", "small/eval, seeds 1", "large/train, seeds 2", "large/eval, seeds 2", "report"]
     assert list(submitted(said)) == again
     assert re.search(r"^parity.sh: \d tasks are in the queue and are left alone$", said, re.MULTILINE)
     bring_nodes_back(environ)
     wait_for_queue(environ, ".", False)
     assert Job(looped, environ, path).show("Restarts") == "1"
-    assert "parity.sh: everything is finished" in submit(path, environ)
-    report, other = report_of(path), report_of(undisturbed)
+    assert "parity.sh: everything is finished" in submit()
+    report, other = report_of(tmp_path / "runs"), report_of(undisturbed)
     assert report["decision"] == other["decision"]
     assert report["arms"] == {arm: other["arms"][arm] for arm in ARMS}
