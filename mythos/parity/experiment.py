@@ -29,7 +29,7 @@ hypothesis or criterion shows in the report.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,7 +160,8 @@ def planned_runs(experiment: Experiment, processes: int | None = None) -> list[P
         UserError: an arm's configuration is not valid.
     """
     count = processes or experiment.processes
-    steps = {arm: _steps(experiment, arm, count) for arm in experiment.arms}
+    configs = {arm: _load(experiment, arm, count) for arm in experiment.arms}
+    steps = {arm: _steps(experiment, arm, configs) for arm in experiment.arms}
     runs = []
     for seed in experiment.seeds:
         for arm in experiment.arms:
@@ -191,20 +192,18 @@ def design_hash(experiment: Experiment) -> str:
     return hashlib.sha256(json.dumps([design, trees], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _steps(experiment: Experiment, arm: str, processes: int) -> int:
+def _steps(experiment: Experiment, arm: str, configs: Mapping[str, Config]) -> int:
     """Optimizer steps of an arm by its budget, rounded up."""
-    budget = experiment.arms[arm].budget
-    config = _load(experiment, arm, processes)
+    budget, config = experiment.arms[arm].budget, configs[arm]
     if budget.tokens is not None:
         return math.ceil(budget.tokens / tokens_per_step(config))
     other = budget.tokens_of or budget.flops_of
     if other is None:
         return config.train.steps
-    others = _load(experiment, other, processes, [f"train.steps={_steps(experiment, other, processes)}"])
-    tokens = float(others.train.steps * tokens_per_step(others))
+    tokens = budget.share * _steps(experiment, other, configs) * tokens_per_step(configs[other])
     if budget.flops_of is not None:
-        tokens *= _flops_per_token(others) / _flops_per_token(config)
-    return math.ceil(budget.share * tokens / tokens_per_step(config))
+        tokens *= _flops_per_token(configs[other]) / _flops_per_token(config)
+    return math.ceil(tokens / tokens_per_step(config))
 
 
 def _flops_per_token(config: Config) -> float:
