@@ -71,7 +71,7 @@ def test_they_are_the_trainers_on_any_ranks_and_in_any_batches(
             assert nats / math.log(2) / items["documents_bytes"].sum() == pytest.approx(bits, rel=1e-6)
     events = EventAccumulator(str(directory.evaluations))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == expected
+    assert set(events.Tags()["scalars"]) == expected | {"eval/rows_bits_per_byte"}
     loss = pytest.approx(measured[0]["eval/documents_loss_depth_1"], rel=1e-6)
     assert [(point.step, point.value) for point in events.Scalars("eval/documents_loss_depth_1")] == 4 * [(4, loss)]
 
