@@ -6,6 +6,7 @@ text for its perplexity, is scored in windows (``mythos.eval.requests.windows``)
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -112,10 +113,16 @@ class MythosLM(TemplateLM):
         return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
+@cache
+def known_tasks() -> TaskManager:
+    """All tasks of lm-evaluation-harness, whose thousands of files take seconds to read."""
+    return TaskManager()
+
+
 def check_names(names: Sequence[str]) -> None:
     """Raises UserError for a name that no task, group or tag has."""
     for name in names:
-        if not name.endswith(".yaml") and not TaskManager().match_tasks([name]):
+        if not name.endswith(".yaml") and not known_tasks().match_tasks([name]):
             raise UserError(f"--tasks {name}: no task of lm-evaluation-harness: `lm_eval ls tasks` lists them")
 
 
@@ -126,7 +133,7 @@ def run_tasks(model: MythosLM, names: Sequence[str], limit: int | None) -> dict[
         UserError: a task cannot be read, or its data.
     """
     try:
-        found = simple_evaluate(model, tasks=list(names), limit=limit, log_samples=False)
+        found = simple_evaluate(model, tasks=list(names), limit=limit, log_samples=False, task_manager=known_tasks())
     except (OSError, ValueError, KeyError, TypeError) as error:  # data that is not there, a damaged YAML file
         reason = one_line(f"{type(error).__name__}: {error}")
         remedy = "check the task, or give it a local copy of its data"

@@ -17,7 +17,10 @@ from mythos.export.weights import write_weights
 from mythos.model import build_model
 from tests.export.load_in_transformers import TEXTS
 from tests.model.helpers import randomise
+from tests.spawn import RankPool
 from tests.text_tokenizer import text_tokenizer
+from tests.tiny import tiny_config
+from tests.train.runs import run_some_steps
 
 VOCABULARY = 300
 
@@ -41,3 +44,16 @@ def write_export(config: Config, tokenizer: Tokenizer, directory: Path) -> None:
     write_description(directory, config, torch.float32, BOS, BOS)
     tensors = ((name, tensor.detach().clone()) for name, tensor in values_of(model).items())
     write_weights(tensors, directory, "model.", file_bytes=40_000)
+
+
+@pytest.fixture(scope="package")
+def trained(
+    two_ranks: RankPool, tokenizer: Tokenizer, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run with checkpoints after 2, 4 and 5 steps: exports are written into it, nothing else is changed."""
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    options = {"parallel__expert_parallel_size": 2, "checkpoint__every": 2, "checkpoint__keep_last": 9}
+    config = tiny_config("looped-moe", tiny_data, directory, ranks=2, model__vocabulary_size=VOCABULARY, **options)
+    two_ranks.run(run_some_steps, config, 5)
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    return directory

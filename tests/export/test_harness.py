@@ -40,8 +40,10 @@ def write_task(directory: Path) -> str:
 
 def log_likelihoods(model: Any, task: str) -> list[tuple[float, bool]]:
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
-    samples = simple_evaluate(model, tasks=[task], bootstrap_iters=0)["samples"]["local_words"]
+    only = TaskManager(include_defaults=False)  # the file of the task says everything
+    samples = simple_evaluate(model, tasks=[task], bootstrap_iters=0, task_manager=only)["samples"]["local_words"]
     samples.sort(key=lambda sample: sample["doc_id"])
     return [tuple(answer) for sample in samples for (answer,) in sample["resps"]]
 

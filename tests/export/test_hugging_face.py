@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
 
+from launch.cli import main
 from mythos.checkpoint.initial import ExportedWeights
 from mythos.checkpoint.plain import values_of
 from mythos.data.format import BOS
@@ -24,11 +25,8 @@ from mythos.model.depth import fixed
 from tests.cluster import clean_environment, run
 from tests.export.conftest import VOCABULARY, write_export
 from tests.export.load_in_transformers import GENERATED, TEXTS
-from tests.spawn import RankPool
 from tests.tiny import MODELS, SEQUENCE_LENGTH, tiny_config
-from tests.train.runs import run_some_steps
 
-MYTHOS = Path(sys.executable).parent / "mythos"
 DEEPER = 5
 
 
@@ -146,23 +144,12 @@ def test_the_code_needs_nothing_but_numpy_torch_and_transformers() -> None:
     assert direct == files.keys() - {"modeling_mythos.py"}, "of a local model, transformers copies only these"
 
 
-@pytest.fixture(scope="module")
-def trained(
-    one_rank: RankPool, tokenizer: Tokenizer, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    directory = tmp_path_factory.mktemp("trained") / "run"
-    config = tiny_config("looped-moe", tiny_data, directory, model__vocabulary_size=VOCABULARY)
-    one_rank.run(run_some_steps, config, 1)
-    (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    return directory
-
-
-def test_the_command_and_its_errors(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
-    command = [MYTHOS, "export", trained, "--format", "hf", "--dtype", "bf16"]
-    done = run(command, 60, env=clean_environment())
-    assert done.returncode == 0, done.stderr
-    written = trained / "export" / "step_00000001_hf"
-    assert str(written) in done.stdout
+def test_the_command_and_its_errors(
+    trained: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(trained), "--format", "hf", "--dtype", "bf16"]) == 0
+    written = trained / "export" / "step_00000005_hf"
+    assert str(written) in capsys.readouterr().out
     export(trained, tmp_path / "plain", dtype=torch.bfloat16)
     theirs, plain = load_exported(written).state_dict(), load_exported(tmp_path / "plain").state_dict()
     assert all(torch.equal(theirs[name], value) for name, value in plain.items())
@@ -187,9 +174,8 @@ def test_the_command_and_its_errors(trained: Path, tiny_data: Path, tmp_path: Pa
         path.write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(UserError, match=r"--bos '<\|begin\|>': the run's tokenizer has no such token"):
         export(tmp_path / "run", tmp_path / "out", for_transformers=SpecialTokens())
-    refused = run([MYTHOS, "export", trained, "--eos", "x"], 60, env=clean_environment())
-    assert refused.returncode == 2
-    assert "--eos: has an effect with --format hf only" in refused.stderr
+    assert main(["export", str(trained), "--eos", "x"]) == 2
+    assert "--eos: has an effect with --format hf only" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_is_named(
@@ -204,6 +190,6 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_named(
         return reader
 
     monkeypatch.setattr(weights_module, "checked_reader", removed_after_the_check)
-    with pytest.raises(UserError, match="step_00000001: was removed while it was exported"):
+    with pytest.raises(UserError, match="step_00000005: was removed while it was exported"):
         export(tmp_path / "run", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
