@@ -54,7 +54,8 @@ def write_report(experiment: Experiment, planned: Sequence[PlannedRun], director
     arms = list(results.arms.values())
     check_same_items(arms)
     decision = decide(experiment.criterion, results.arms)
-    metrics = measured_metrics(arms, experiment.criterion.metric)
+    tasks = [Path(task).stem for task in experiment.evaluation.tasks]  # the score of a list, such as core
+    metrics = measured_metrics(arms, experiment.criterion.metric, tasks)
     with os_errors_as_user_errors(directory, REMEDY):
         directory.mkdir(parents=True, exist_ok=True)
         pictures = write_pictures(arms, metrics[0], directory)

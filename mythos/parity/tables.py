@@ -19,10 +19,10 @@ PREFERRED = ("accuracy", "bits_per_byte", "loss", "validation_loss")
 ONE_SEED = "no claim: one seed is no verdict"
 
 
-def measured_metrics(arms: Sequence[Arm], first: str) -> list[str]:
-    """What all arms were measured by; ``first`` comes first."""
+def measured_metrics(arms: Sequence[Arm], first: str, others: Sequence[str] = ()) -> list[str]:
+    """What all arms were measured by; ``first`` comes first, ``others`` beside those of text or problems."""
     items = arms[0].runs[0].items
-    wanted = OF_PROBLEMS if "problems_difficulty" in items else OF_TEXT
+    wanted = (*(OF_PROBLEMS if "problems_difficulty" in items else OF_TEXT), *others)
     return [first, *(name for name in wanted if name != first and is_measured(arms, name))]
 
 

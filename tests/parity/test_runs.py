@@ -126,6 +126,27 @@ def test_any_of_the_runs_can_be_compared(undisturbed: Path, tmp_path: Path, caps
     assert "| model.layers |" in report
 
 
+def test_scores_of_tasks_are_in_the_report(undisturbed: Path, tmp_path: Path) -> None:
+    path = write_smoke_experiment(tmp_path)
+    changed = path.read_text(encoding="utf-8").replace(
+        "evaluation:\n", "evaluation:\n  tasks: [configs/eval/core.yaml]\n"
+    )
+    path.write_text(changed, encoding="utf-8")
+    shutil.copytree(undisturbed, tmp_path / "runs")
+    for file in (tmp_path / "runs").glob("*/*/evaluations/*.json"):
+        arm, seed = file.parts[-4], int(file.parts[-3].removeprefix("seed-"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        found["wanted"]["tasks"] = ["configs/eval/core.yaml"]
+        score = {"looped": 0.25, "large": 0.5}.get(arm, 0.125) + seed / 1000
+        found |= {"eval/core": score} if arm in ("small", "large") else {"eval/core_depth_4": score}
+        file.write_text(json.dumps(found), encoding="utf-8")
+    assert invoke(["parity", "report", str(path)]) == 0
+    report = (tmp_path / "runs/report/report.md").read_text(encoding="utf-8")
+    row = next(line.split(" | ") for line in report.splitlines() if line.startswith("| looped | core | "))
+    assert (row[2], row[4]) == ("-0.2500", "worse |")
+    assert "0.2515 (0.0007)" in report, "the mean, and the deviation over the seeds"
+
+
 def test_a_design_that_was_changed_after_the_first_run_shows(undisturbed: Path, tmp_path: Path) -> None:
     text = SMOKE.read_text(encoding="utf-8")
     report = (undisturbed / "report/report.md").read_text(encoding="utf-8")
