@@ -157,20 +157,17 @@ class Spending:
             self._course.append(self.points[-1])
 
     def _train(self, line: dict[str, Any]) -> None:
-        own_steps = max(line["step"] - self.last.get("step", 0), 1)
-        tokens = (line["train/tokens"] - self.last.get("train/tokens", 0.0)) / own_steps
         self.last = line
-        now = int(line.get("train/updates") or line["step"])
+        updates = int(line.get("train/updates") or line["step"])
         # After the return from a decay, the weights have cost what they had where it began.
-        while len(self._spent) > 1 and self._spent[-1].updates >= now:
+        while len(self._spent) > 1 and self._spent[-1].updates >= updates:
             self._spent.pop()
         before = self._spent[-1]
         self._course = [point for point in self._course if point.updates <= before.updates]
-        steps = now - before.updates
-        seconds = (line.get("perf/step_seconds") or 0.0) * steps
+        seconds = (line.get("perf/step_seconds") or 0.0) * (updates - before.updates)
         flops = before.flops + seconds * (line.get("perf/model_flops_per_second") or 0.0)
         hours = before.hours + seconds * self._ranks / SECONDS_PER_HOUR
-        self._spent.append(Point(line["step"], now, before.tokens + tokens * steps, flops, hours))
+        self._spent.append(Point(line["step"], updates, line["train/tokens"], flops, hours))
 
     def curve(self) -> Curve:
         """The validations on the course of the present weights."""

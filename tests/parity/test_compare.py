@@ -143,7 +143,7 @@ def test_the_decays_from_which_a_run_has_returned_are_not_on_its_course(tmp_path
     lines = []
     for step, updates in enumerate([1, 2, 3, 4, 5, 6, 5, 6, 7, 8], start=1):
         more = {"train/updates": float(updates)} if updates < step else {}
-        lines += [training_line(step, step * 100, 7.0, **more), {"step": step, "val/loss": 10.0 - step}]
+        lines += [training_line(step, updates * 100, 7.0, **more), {"step": step, "val/loss": 10.0 - step}]
     write_lines(tmp_path / "run/metrics.jsonl", lines)
     run = read_run(tmp_path / "run")
     assert run.curve.tokens.tolist() == [100, 200, 300, 400, 500, 600, 700, 800]

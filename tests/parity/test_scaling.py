@@ -150,7 +150,7 @@ def write_family(directory: Path) -> None:
             for updates in range(start + 20, budget + 1, 20):
                 step += 20
                 loss = float(MADE.loss(np.array(size), np.array(updates * per_step))) + (updates < budget)
-                tokens, seconds = float(step * per_step), {"perf/step_seconds": 1.0}
+                tokens, seconds = float(updates * per_step), {"perf/step_seconds": 1.0}
                 flops = {"perf/model_flops_per_second": training_flops(config.model, 15) * per_step}
                 lines.append({"step": step, "train/tokens": tokens, "train/updates": updates, **seconds, **flops})
                 lines.append({"step": step, "val/loss": loss})

@@ -9,6 +9,7 @@ import pytest
 from mythos.checkpoint import layout
 from mythos.config.schema import Config
 from mythos.errors import DONE, PREEMPTED
+from mythos.parity.scaling_runs import read_points
 from mythos.run.describe import describe
 from mythos.run.directory import RunDirectory
 from mythos.run.metrics import read_metrics
@@ -68,6 +69,12 @@ def test_the_model_of_each_budget_is_that_of_a_run_of_its_own(
         assert content(run, step) == content(alone[budget], budget)
         assert values(run, "val/loss")[step] == values(alone[budget], "val/loss")[budget]
         assert values(run, "train/tokens")[step] == values(alone[budget], "train/tokens")[budget]
+    points = {point.updates: point for point in (each.end for each in read_points([run], "total").points)}
+    for budget, other in alone.items():
+        (own,) = (each.end for each in read_points([other], "total").points)
+        assert (points[budget].tokens, points[budget].loss) == (own.tokens, own.loss)
+        assert points[budget].flops == pytest.approx(own.flops, rel=1e-6)
+    assert len(points) == len(alone)
     assert steps_of(run) == [3, 6, 7, 11, 13, 19], "before and after each decay, although only one is kept otherwise"
     losses, of_longest = values(run, "train/loss"), values(alone[12], "train/loss")
     assert list(losses) == list(range(1, 20))
