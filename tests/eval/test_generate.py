@@ -1,6 +1,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from launch.cli import main
+from launch.generate import _print_as_written
 from mythos.checkpoint import restore
 from mythos.checkpoint.layout import find
 from mythos.checkpoint.plain import load_plain_model
@@ -18,7 +20,7 @@ from mythos.data.format import BOS
 from mythos.data.open import read_tokenizer
 from mythos.engine.engine import TrainingEngine
 from mythos.eval.generate import Sampling, continuation, continuations, prompt_ids
-from mythos.eval.writer import open_writer
+from mythos.eval.writer import Written, open_writer
 from mythos.export import export
 from mythos.model import Model, build_model, new_cache
 from mythos.model.cache import Cache
@@ -26,6 +28,7 @@ from mythos.model.depth import fixed
 from tests.eval.conftest import SEQUENCE_LENGTH
 from tests.model.helpers import randomise
 from tests.spawn import RankPool
+from tests.text_tokenizer import text_tokenizer
 from tests.tiny import tiny_config
 from tests.train.runs import run_some_steps
 
@@ -158,6 +161,19 @@ def test_a_text_is_printed_as_it_is_written(text_run: Path, capsys: pytest.Captu
     shallow = open_writer(load_trained(text_run, None, ["eval.exit_change=1000"]), Sampling(), 12, None, None, False)
     *_, (written,) = shallow.write(["The state"], 20, 0)
     assert set(written.loop_steps) == {1}
+
+
+def test_a_character_is_printed_when_all_of_its_bytes_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token for each byte; the text ends within a character."""
+    tokenizer = text_tokenizer(["a"], 257)
+    ids = tokenizer.encode("x caf\u00e9 \u4e2d \U0001f600!").ids
+    ids += tokenizer.encode("\U0001f600").ids[:2]
+    stream = ([Written(ids[:2], ids[2:end])] for end in range(3, len(ids) + 1))
+    printed: list[str] = []
+    monkeypatch.setattr("builtins.print", lambda text, **options: printed.append(text))
+    _print_as_written(SimpleNamespace(tokenizer=tokenizer, write=lambda *arguments: stream), "x ", 20, 0)
+    characters = [part for part in printed if part]
+    assert characters == ["x ", *"caf\u00e9 \u4e2d \U0001f600!", "\N{REPLACEMENT CHARACTER}"]
 
 
 @pytest.mark.parametrize(
