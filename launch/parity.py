@@ -88,11 +88,13 @@ def run_plan(
     cluster: Annotated[
         str, typer.Option(metavar="NAME", help="file in configs/cluster, a YAML file, or a JSON file of `mythos bench`")
     ] = "h100",
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="nodes of each run")] = 1,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="nodes of each job")] = 1,
 ) -> int:
     """Print what the training that is missing would take and cost on a cluster, for each arm and in all.
 
-    Evaluations are not included. `slurm/parity.sh EXPERIMENT.yaml --dry-run` prints it with the jobs.
+    A run uses all nodes of its job, or, if its global batch does not divide over them, the largest number over which it
+    does; the others stay idle and are in the price. Evaluations are not included.
+    `slurm/parity.sh EXPERIMENT.yaml --dry-run` prints it with the jobs.
     """
     from mythos.parity.experiment import load_experiment
     from mythos.parity.price import HOURS_PER_DAY, prices
@@ -103,7 +105,10 @@ def run_plan(
     rows = []
     for each in arms:
         row = [each.arm, str(each.runs), f"{each.steps:,}", f"{each.days:.2f}", f"{each.gpu_hours:,.0f}"]
-        rows.append([*row, f"{each.dollars:,.0f}", each.problem])
+        notes = [each.problem] if each.problem else []
+        if each.nodes < nodes:
+            notes.insert(0, f"uses {each.nodes} of {nodes} nodes: its batch cannot be divided over more")
+        rows.append([*row, f"{each.dollars:,.0f}", "; ".join(notes)])
     numbers = ("runs", "steps", "days a run", "GPU hours", "dollars")
     print_table([Column("arm"), *(Column(name, is_number=True) for name in numbers), Column("")], rows)
     hours, gpus = sum(each.gpu_hours for each in arms), nodes * machines.gpus_per_node

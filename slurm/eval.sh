@@ -5,7 +5,8 @@
 #   sbatch --array=0-2 slurm/eval.sh RUN --step 1000 --step 2000 --step 3000
 #   sbatch --array=0-9%2 slurm/eval.sh RUN all eval.sequences=1024       every checkpoint, two at a time
 #   sbatch --array=1-3 slurm/eval.sh runs/seed-%a                        the newest checkpoint of one run per task: %a is
-#                                                                        the task's number in the array
+#                                                                        the task's number in the array (with --step N:
+#                                                                        the same checkpoint of each run)
 #   sbatch --time=1-00:00:00 slurm/eval.sh RUN --watch --depths 1,4,8    each checkpoint once, those to come too
 #
 # Options of `mythos eval` may follow. A job with --watch ends with the checkpoint of the run's last step; if its time is
@@ -27,16 +28,17 @@ say() { echo "eval.sh: $*" >&2; }
 . slurm/tasks.sh || exit 2
 set -uo pipefail # not before: modules may use unset variables
 [ $# -gt 0 ] || { say "give a run directory"; exit 2; }
-run=${1//%a/${SLURM_ARRAY_TASK_ID:-}}
-index=0
-[ "$run" != "$1" ] || index=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))
+run=$1 index=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0})) run_of_task=''
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} && $run == *%a* && ! -d $run ]]; then # a run's own name may have %a in it
+  run=${run//%a/$SLURM_ARRAY_TASK_ID} index=0 run_of_task=yes
+fi
 shift
 [ -d "$run/checkpoints" ] || { say "$run: no run with checkpoints there"; exit 2; }
 
 # step_of NAME: print the step of a checkpoint; fails for another name, which must not be evaluated as an expression.
 step_of() { [[ $1 =~ ^step_([0-9]{1,18})$ ]] && echo "$((10#${BASH_REMATCH[1]}))"; }
 
-steps=() options=() watch=''
+steps=() options=() watch='' all=''
 while [ $# -gt 0 ]; do
   case $1 in
     --step)
@@ -45,6 +47,7 @@ while [ $# -gt 0 ]; do
       shift
       ;;
     all)
+      all=yes
       for path in "$run"/checkpoints/step_*/state.json; do
         path=${path%/state.json}
         if step=$(step_of "${path##*/}"); then steps+=("$step"); fi
@@ -62,6 +65,11 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+if [[ -n $run_of_task && (-n $all || ${#steps[@]} -gt 1) ]]; then
+  say "with %a each task evaluates one checkpoint of a run of its own: give at most one --step, or one array for each" \
+    "run, without %a"
+  exit 2
+fi
 if [ -n "$watch" ]; then
   if [ ${#steps[@]} -gt 0 ] || [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     say "--watch evaluates every checkpoint in one job: leave out --step, all and --array"

@@ -120,16 +120,55 @@ else # two reports at a time would write the same files
 fi
 [ -n "$dry_run" ] || exit 0
 
-# The shape of the training jobs: that of slurm/pretrain.sh, if the options do not give another.
+# The shape of the training jobs, as sbatch and slurm/tasks.sh find it: by the options, else by sbatch's variables, else by
+# the header of slurm/pretrain.sh.
 header() { sed -n "s/^#SBATCH --$1=//p" slurm/pretrain.sh; }
-nodes=$(header nodes) per_node=$(header gpus-per-node)
-for word in "${options[@]+"${options[@]}"}"; do
-  case $word in
-    --nodes=*) nodes=${word#*=} ;;
-    --gpus-per-node=0) ;;
-    --gpus-per-node=*) per_node=${word##*[=:]} ;;
-    --ntasks-per-node=*) per_node=${word#*=} ;;
+# gpus LIST: print how many GPUs 4, a100:4 or a100:2,h100:2 are; a type alone is one.
+gpus() {
+  local sum=0 part
+  for part in ${1//,/ }; do
+    part=${part##*:}
+    if [[ $part =~ ^[0-9]{1,9}$ ]]; then sum=$((sum + 10#$part)); else sum=$((sum + 1)); fi
+  done
+  echo "$sum"
+}
+set -- "--nodes=$(header nodes)" "--gpus-per-node=${SBATCH_GPUS_PER_NODE:-$(header gpus-per-node)}" \
+  ${SBATCH_GRES:+"--gres=$SBATCH_GRES"} ${SBATCH_GPUS:+"--gpus=$SBATCH_GPUS"} "${options[@]+"${options[@]}"}"
+nodes='' gpus='' gres='' total='' tasks=''
+while [ $# -gt 0 ]; do
+  name=$1 value=''
+  case $1 in
+    --*=*) name=${1%%=*} value=${1#*=} ;;
+    -[NG]?*) name=${1:0:2} value=${1:2} ;;
+    -[NG] | --nodes | --gpus-per-node | --gres | --gpus | --ntasks-per-node)
+      value=${2:-}
+      [ $# -eq 1 ] || shift
+      ;;
   esac
+  case $name in
+    -N | --nodes) nodes=$value ;;
+    --gpus-per-node) gpus=$(gpus "$value") ;;
+    --gres) gres=$(tr , '\n' <<<"$value" | sed -n 's/^gpu$/1/p; s/^gpu://p' | paste -sd ,) ;;
+    -G | --gpus) total=$(gpus "$value") ;;
+    --ntasks-per-node) tasks=$value ;;
+  esac
+  shift
 done
-exec "${MYTHOS[@]}" parity plan "$experiment" --nodes "${nodes%%-*}" "cluster.gpus_per_node=$per_node" \
+if [ -n "$gres" ]; then
+  gres=$(gpus "$gres")
+  [ "$gres" -ge "$gpus" ] || gpus=$gres
+fi
+fewest=${nodes%%[-,:]*} per_node=${tasks:-$((gpus > 0 ? gpus : 1))}
+if [[ ! $fewest =~ ^[1-9][0-9]{0,5}$ ]]; then
+  say "no price: --nodes=$(printf %q "$nodes"): give the number of nodes"
+  exit 2
+fi
+if [ "${total:-$((fewest * gpus))}" -ne $((fewest * gpus)) ]; then
+  say "no price: --gpus=$total is not $fewest nodes x $gpus GPUs: give --nodes=N and --gpus-per-node=N instead"
+  exit 2
+fi
+range=''
+[ "$fewest" = "$nodes" ] || range=", the fewest of --nodes=$nodes"
+echo "price of $fewest nodes x $per_node processes for each run$range:"
+exec "${MYTHOS[@]}" parity plan "$experiment" --nodes "$fewest" "cluster.gpus_per_node=$per_node" \
   "${plan_options[@]+"${plan_options[@]}"}"

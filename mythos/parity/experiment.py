@@ -40,7 +40,7 @@ from mythos.config import yaml_file
 from mythos.config.arguments import split_arguments
 from mythos.config.derive import tokens_per_step
 from mythos.config.layers import merge, resolve_references
-from mythos.config.load import load
+from mythos.config.load import load_for_most
 from mythos.config.option import option, section
 from mythos.config.schema import Config
 from mythos.errors import UserError
@@ -128,6 +128,7 @@ class PlannedRun:
     arguments: tuple[str, ...]
     """Of `mythos train`."""
     config: Config
+    processes: int
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -150,17 +151,17 @@ def load_experiment(path: Path) -> Experiment:
     return experiment
 
 
-def planned_runs(experiment: Experiment, processes: int | None = None) -> list[PlannedRun]:
+def planned_runs(experiment: Experiment, sizes: Sequence[int] = ()) -> list[PlannedRun]:
     """Every arm with every seed; all arms of the first seed come first, so that an early report has all arms.
 
     Args:
-        processes: of each run; those of the experiment by default.
+        sizes: numbers of processes; each arm has the first for which it is valid. By default the experiment's.
 
     Raises:
         UserError: an arm's configuration is not valid.
     """
-    count = processes or experiment.processes
-    configs = {arm: _load(experiment, arm, count) for arm in experiment.arms}
+    found = {arm: _load(experiment, arm, sizes or (experiment.processes,)) for arm in experiment.arms}
+    configs = {arm: config for arm, (config, _) in found.items()}
     steps = {arm: _steps(experiment, arm, configs) for arm in experiment.arms}
     runs = []
     for seed in experiment.seeds:
@@ -168,7 +169,8 @@ def planned_runs(experiment: Experiment, processes: int | None = None) -> list[P
             directory = run_directory(experiment, arm, seed)
             own = own_options(steps[arm], seed, directory)
             arguments = (*configuration(experiment, arm), *own)
-            runs.append(PlannedRun(arm, seed, directory, arguments, _load(experiment, arm, count, own)))
+            config, processes = _load(experiment, arm, (found[arm][1],), own)
+            runs.append(PlannedRun(arm, seed, directory, arguments, config, processes))
     return runs
 
 
@@ -215,10 +217,11 @@ def configuration(experiment: Experiment, arm: str) -> tuple[str, ...]:
     return (*experiment.configuration, *experiment.arms[arm].configuration)
 
 
-def _load(experiment: Experiment, arm: str, processes: int, own: Sequence[str] = ()) -> Config:
+def _load(experiment: Experiment, arm: str, sizes: Sequence[int], own: Sequence[str] = ()) -> tuple[Config, int]:
+    """The configuration and the first of the sizes that it is valid for."""
     files, overrides = split_arguments(configuration(experiment, arm))
     try:
-        return load(files, [f"run.directory={experiment.directory}", *overrides, *own], processes)
+        return load_for_most(files, [f"run.directory={experiment.directory}", *overrides, *own], sizes)
     except UserError as error:
         raise UserError(f"arm {arm}: {error}") from error
 

@@ -9,6 +9,7 @@ from mythos.config.load import load
 from mythos.config.schema import Config
 from mythos.errors import UserError
 from mythos.parity.experiment import design_hash, load_experiment, planned_runs
+from mythos.parity.price import prices
 from mythos.plan.cluster import load_cluster
 from mythos.plan.flops import expected_steps, training_flops
 from mythos.plan.plan import make_plan
@@ -57,7 +58,7 @@ def full() -> dict[str, Config]:
     """The configuration of each arm of the experiment at full size, on two nodes of 8 GPUs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPO)
-        planned = planned_runs(load_experiment(Path("configs/parity/full.yaml")), FULL_RANKS)
+        planned = planned_runs(load_experiment(Path("configs/parity/full.yaml")), (FULL_RANKS,))
         return {run.arm: run.config for run in reversed(planned)}
 
 
@@ -102,6 +103,17 @@ def test_the_price_in_the_readme_is_the_planners(full: dict[str, Config]) -> Non
         hours, dollars = (seeds * sum(getattr(cost, name) for cost in chosen) for name in ("gpu_hours", "dollars"))
         shown = [f"{hours:,.0f} H100 hours", f"${dollars:,.0f}", f"{hours / FULL_RANKS / 24:.1f} days"]
         assert not [figure for figure in shown if figure not in text]
+
+
+def test_the_nodes_that_a_batch_cannot_be_divided_over_are_paid_for_and_not_used(experiment_file: Path) -> None:
+    changed(experiment_file, "train.steps=6", "train.micro_batch_sequences=1, train.global_batch_sequences=4")
+    experiment, cluster = load_experiment(experiment_file), load_cluster("h100", ["cluster.gpus_per_node=1"])
+    two, three = (prices(experiment, cluster, nodes) for nodes in (2, 3))
+    assert len(two) == len(experiment.arms)
+    for cheap, dear in zip(two, three, strict=True):
+        assert (cheap.nodes, dear.nodes, dear.days) == (2, 2, cheap.days)
+        assert dear.gpu_hours == pytest.approx(1.5 * cheap.gpu_hours)
+        assert dear.dollars == pytest.approx(1.5 * cheap.dollars)
 
 
 def test_references_to_the_environment(experiment_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,3 +124,76 @@ def test_the_name_in_latest_is_not_evaluated(tmp_path: Path) -> None:
     assert evaluate("--depths")[::2] == (2, "eval.sh: --depths: give a value\n")
     assert evaluate() == (2, "", f"eval.sh: {run_directory}: no complete checkpoint yet\n")
     assert not (tmp_path / "evaluated").exists()
+
+
+def price(options: list[str], directory: Path, **variables: str) -> tuple[int, str, str]:
+    """Exit code, output and complaints of a dry run, with a planner that prints the shape that it is asked for."""
+    programs = {"mythos": '[ "$2" = jobs ] || echo "$5 x ${6#*=}"', "squeue": "exit 0", "sbatch": "exit 9"}
+    environ = job_environment(directory / "bin", programs) | variables
+    done = run(["bash", "slurm/parity.sh", "EXPERIMENT.yaml", "--dry-run", *options], 30, environ, REPO)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ("", "2 x 8"),
+        ("--time 1:00:00 --nodes 4 --exclusive", "4 x 8"),
+        ("--nodes=4 -N3", "3 x 8"),
+        ("-N 4 --gpus-per-node=a100:4", "4 x 4"),
+        ("--gpus-per-node 4 -G 8", "2 x 4"),
+        ("--gpus-per-node=a100:2,h100:1", "2 x 3"),
+        ("--gres=lscratch:50,gpu:4", "2 x 4"),
+        ("--gres gpu:a100:4,lscratch:50", "2 x 4"),
+        ("--gres=gpu", "2 x 1"),
+        ("--gres=lscratch:50", "2 x 8"),
+        ("--gres=gpu:8 --gpus-per-node=2", "2 x 2"),
+        ("--gpus-per-node=0 --ntasks-per-node 6", "2 x 6"),
+        ("--gpus-per-node=0", "2 x 1"),
+    ],
+)
+def test_the_shape_of_the_price_is_that_of_the_jobs(options: str, shape: str, tmp_path: Path) -> None:
+    said = f"price of {shape.replace(' x', ' nodes x')} processes for each run:\n{shape}\n"
+    assert price(options.split(), tmp_path)[:2] == (0, said)
+
+
+def test_the_shape_of_the_price_is_also_that_of_ranges_and_of_variables_of_sbatch(tmp_path: Path) -> None:
+    said = "price of 2 nodes x 4 processes for each run, the fewest of --nodes=2-6:\n2 x 4\n"
+    assert price(["-N2-6"], tmp_path, SBATCH_GRES="gpu:4")[:2] == (0, said)
+    assert price(["--nodes=4"], tmp_path, SBATCH_GPUS_PER_NODE="2")[1].endswith("\n4 x 2\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("-G32", "--gpus=32 is not 2 nodes x 8 GPUs: give --nodes=N and --gpus-per-node=N instead"),
+        ("--nodes=x[$(touch evaluated)]", "--nodes=x\\[\\$\\(touch\\ evaluated\\)\\]: give the number of nodes"),
+    ],
+)
+def test_a_shape_that_is_none_has_no_price(option: str, complaint: str, tmp_path: Path) -> None:
+    code, said, complaints = price([option], tmp_path)
+    assert (code, said, complaints.splitlines()[-1]) == (2, "", f"parity.sh: no price: {complaint}")
+
+
+def test_an_array_over_runs_evaluates_one_checkpoint_of_each(tmp_path: Path) -> None:
+    environ = job_environment(tmp_path / "bin", {"srun": 'echo "$@"'}) | {"MASTER_ADDR": "node1"}
+    task = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1"}
+    for name in ("seed-2", "50%adamw"):
+        for step in (8, 16):
+            (tmp_path / name / f"checkpoints/step_{step:08}").mkdir(parents=True)
+            (tmp_path / name / f"checkpoints/step_{step:08}/state.json").touch()
+        (tmp_path / name / "checkpoints/latest").write_text("step_00000016\n", encoding="utf-8")
+
+    def evaluate(name: str, *words: str, **variables: str) -> tuple[int, str, str]:
+        done = run(["bash", "slurm/eval.sh", tmp_path / name, *words], 30, environ | variables, REPO)
+        return done.returncode, done.stdout.partition("mythos eval ")[2], done.stderr
+
+    assert evaluate("seed-%a", **task) == (0, f"{tmp_path}/seed-2 --step 16\n", "")
+    assert evaluate("seed-%a", "--step", "8", **task) == (0, f"{tmp_path}/seed-2 --step 8\n", "")
+    for words in (("all",), ("--step", "8", "--step", "16")):
+        code, started, complaint = evaluate("seed-%a", *words, **task)
+        assert (code, started, complaint.count("\n")) == (2, "", 1)
+        assert complaint.startswith("eval.sh: with %a each task evaluates one checkpoint of a run of its own: ")
+    assert evaluate("50%adamw") == (0, f"{tmp_path}/50%adamw --step 16\n", "")
+    assert evaluate("50%adamw", "all", **task) == (0, f"{tmp_path}/50%adamw --step 16\n", ""), "its second checkpoint"
+    assert evaluate("seed-%a") == (2, "", f"eval.sh: {tmp_path}/seed-%a: no run with checkpoints there\n")
