@@ -1,21 +1,22 @@
 """The difference between groups of runs at equal tokens, equal training FLOPs and equal time of the devices.
 
 Two groups are compared at the largest budget that all of their runs have reached. If each of these runs has an
-evaluation (`mythos eval`) of a checkpoint within ``NEAR`` of that budget, its documents are compared: paired if they
-are the same, else (other tokenizers, other packing) by bits per byte alone, each group with documents of its own.
-Otherwise the losses of the validations during training are compared, which have one value for each run, interpolated
-linearly over the logarithm of the budget; then the interval is over seeds alone.
+evaluation (`mythos eval`) of a checkpoint within ``NEAR`` of that budget, with the same settings, its documents are
+compared: paired if they are the same, else (other tokenizers, other packing) by bits per byte alone, each group with
+documents of its own. Otherwise the losses of the validations during training are compared, which have one value for
+each run, interpolated linearly over the logarithm of the budget; then the interval is over seeds alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import product
+from typing import Any, Literal
 
 import numpy as np
 
 from mythos.errors import UserError
 from mythos.parity import statistics
-from mythos.parity.groups import DATA, TOKENIZER, Found, Group, signature
+from mythos.parity.groups import DATA, TOKENIZER, Found, Group, Signature, preference, signature
 from mythos.parity.measures import HIGHER_IS_BETTER, Arm
 from mythos.parity.results import RunResult
 from mythos.parity.statistics import Interval
@@ -92,33 +93,35 @@ def _share(group: Group) -> np.ndarray:
 
 
 def _evaluated(both: Sequence[Group], axis: Axis, budget: float) -> tuple[Arm, Arm] | None:
-    """The two groups with evaluations near the budget, on the same documents if there are such."""
+    """The two groups with evaluations near the budget that were made alike, on the same documents if there are such."""
     near = [[_near(found, axis, budget) for found in group.runs] for group in both]
-    flat = [choice for choices in near for choice in choices]
-    if not all(flat):
-        return None
-    shared = [key for key in flat[0] if all(key in choice for choice in flat)]
     own = [[key for key in choices[0] if all(key in choice for choice in choices)] for choices in near]
-    if not all(own):
+    alike = [keys for keys in product(*own) if keys[0].settings == keys[1].settings]
+    if not alike:
         return None
-    keys = [_largest(shared or each, choices[0]) for each, choices in zip(own, near, strict=True)]
+
+    def rank(keys: tuple[Signature, ...]) -> tuple[Any, ...]:
+        of_each = (preference(key, choices[0][key]) for key, choices in zip(keys, near, strict=True))
+        return keys[0].ordinary, keys[0] == keys[1], *of_each
+
+    best = max(alike, key=rank)
     return tuple(  # type: ignore[return-value]
         Arm(group.name, tuple(choice[key] for choice in choices))
-        for group, key, choices in zip(both, keys, near, strict=True)
+        for group, key, choices in zip(both, best, near, strict=True)
     )
 
 
-def _near(found: Found, axis: Axis, budget: float) -> dict[str, RunResult]:
-    """The evaluations of a run near a budget, the nearest of each set of documents."""
+def _near(found: Found, axis: Axis, budget: float) -> dict[Signature, RunResult]:
+    """The evaluations of a run near a budget, the nearest of each signature."""
     steps = [point.step for point in found.run.points]
     spent = [getattr(point, axis) for point in found.run.points]
-    distance = {id(e): abs(np.interp(e.evaluation["step"], steps, spent) / budget - 1) for e in found.evaluations}
-    nearest = sorted(found.evaluations, key=lambda each: -distance[id(each)])
-    return {signature(each): each for each in nearest if distance[id(each)] <= NEAR}
 
+    def distance(each: RunResult) -> float:
+        # What a checkpoint after the last validation has cost is not known, so it is at no budget.
+        return abs(float(np.interp(each.evaluation["step"], steps, spent, left=np.inf, right=np.inf)) / budget - 1)
 
-def _largest(keys: Sequence[str], choice: dict[str, RunResult]) -> str:
-    return max(keys, key=lambda key: max((len(each) for each in choice[key].items.values()), default=0))
+    nearest = sorted(found.evaluations, key=distance, reverse=True)
+    return {signature(each): each for each in nearest if distance(each) <= NEAR}
 
 
 def _of_documents(arm: Arm, other: Arm, metric: str | None) -> tuple[str, str, Interval, str]:
@@ -150,13 +153,13 @@ def _of_validations(
     both: Sequence[Group], axis: Axis, budget: float, metric: str | None
 ) -> tuple[str, str, Interval, str]:
     if metric not in (None, "validation_loss"):
-        raise UserError(f"{metric} was not measured within {NEAR:.0%} of this budget: evaluate a checkpoint there")
+        raise UserError(f"{metric} was not measured alike within {NEAR:.0%} of this budget: evaluate checkpoints there")
     one, two = (group.options for group in both)
     sequences = [[found.run.config.eval.sequences for found in group.runs] for group in both]
     other = [path for path in ROWS if one.get(path) != two.get(path)]
     if other or len({each for of_group in sequences for each in of_group}) > 1:
         what = ", ".join(other) or "eval.sequences"
-        raise UserError(f"other validation rows ({what}): evaluate both with `mythos eval` to compare bits per byte")
+        raise UserError(f"other validation rows ({what}): evaluate both alike (`mythos eval`) to compare bits per byte")
     own, others = (np.array([[_at(found.run, axis, budget)] for found in group.runs]) for group in both)
     found = statistics.difference(own, others)
     if not np.isfinite(found.estimate):

@@ -34,8 +34,23 @@ TOKENIZER = "tokenizer"
 """Beside the options: the hash of the run's tokenizer."""
 ITEMS = ("documents", "problems_difficulty")
 """What was measured, in an evaluation's arrays."""
+OF_LEAVING = ("exit_change", "exit_when_halted")
+"""Options of an evaluation by which sequences leave the loop early."""
 SEED = r"(^|[-_./ ]+)seed[-_. ]*\d+$"
 """The end of a run's path that tells its seed."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The same for two evaluations of the same documents or problems in the same way."""
+
+    items: str
+    """A hash of the documents or problems."""
+    settings: str
+    """How they were measured."""
+    ordinary: bool
+    """With all loop steps, and with BOS before each document."""
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,7 @@ def read_groups(places: Sequence[Path]) -> Grouped:
         UserError: a place has no run, or no run can be compared.
     """
     left_out: list[str] = []
-    read = [_attempt(partial(_read, path, left_out), left_out) for path in _runs_in(places)]
+    read = [attempt(partial(_read, path, left_out), left_out) for path in _runs_in(places)]
     found = [each for each in read if each is not None]
     by_key: dict[str, list[Found]] = {}
     for each in found:
@@ -108,7 +123,7 @@ def _runs_in(places: Sequence[Path]) -> list[Path]:
     return list(unique.values())
 
 
-def _attempt(read: Callable[[], T], left_out: list[str]) -> T | None:
+def attempt(read: Callable[[], T], left_out: list[str]) -> T | None:
     """What was read; None if that failed, with the reason in ``left_out``."""
     try:
         return read()
@@ -122,8 +137,18 @@ def _read(directory: Path, left_out: list[str]) -> Found:
     if not (run.curve.tokens > 0).any():
         raise UserError(f"{directory}: no validation after its first step yet: compare it when there is one")
     paths = sorted(RunDirectory(directory).evaluations.glob("*.json"))
-    evaluations = [_attempt(partial(with_evaluation, run, path), left_out) for path in paths]
+    evaluations = [attempt(partial(_evaluation, run, path), left_out) for path in paths]
     return Found(run, _options(run), tuple(each for each in evaluations if each is not None))
+
+
+def _evaluation(run: RunResult, path: Path) -> RunResult:
+    """The run with this evaluation. Raises UserError if it has nothing at the depth at which runs are compared."""
+    found = with_evaluation(run, path)
+    depths = found.evaluation.get("eval", {}).get("depths")
+    if None not in (run.depth, depths) and run.depth not in depths:
+        measured = ", ".join(map(str, depths))
+        raise UserError(f"{path}: not measured at the mean depth {run.depth}, but at {measured}: evaluate there, too")
+    return found
 
 
 def _options(run: RunResult) -> dict[str, Any]:
@@ -161,20 +186,26 @@ def _arm(name: str, runs: Sequence[Found]) -> Arm:
     """With the newest step's evaluation of each run that all of them share."""
     choices = [{signature(each): each for each in sorted(found.evaluations, key=_step)} for found in runs]
     shared = [key for key in choices[0] if all(key in choice for choice in choices)]
-    best = max(shared, key=lambda key: _size(choices[0][key]), default=None)
+    best = max(shared, key=lambda key: preference(key, choices[0][key]), default=None)
     return Arm(name, tuple(found.run if best is None else c[best] for found, c in zip(runs, choices, strict=True)))
 
 
-def signature(run: RunResult) -> str:
-    """The same for two evaluations on the same documents or problems."""
+def signature(run: RunResult) -> Signature:
+    """Of the run's evaluation."""
     digest = hashlib.sha256(repr(run.evaluation.get("data")).encode())
     for name in ITEMS:
         digest.update(run.items.get(name, np.empty(0)).tobytes())
-    return digest.hexdigest()
+    options = run.evaluation.get("eval", {})
+    leaving = [options.get(name) or None for name in OF_LEAVING]
+    with_bos = bool(run.evaluation.get("wanted", {}).get("with_bos", True))
+    precision = str(run.evaluation.get("precision"))
+    settings = repr((leaving, with_bos, precision))
+    return Signature(digest.hexdigest(), settings, with_bos and not any(leaving), precision)
 
 
-def _size(run: RunResult) -> int:
-    return max((len(values) for values in run.items.values()), default=0)
+def preference(key: Signature, run: RunResult) -> tuple[bool, int, str]:
+    """The larger, the rather an evaluation is compared: an ordinary one, of many documents, in fp32."""
+    return key.ordinary, max((len(values) for values in run.items.values()), default=0), key.precision
 
 
 def _step(run: RunResult) -> int:

@@ -27,7 +27,7 @@ def write_pictures(arms: Sequence[Arm], metric: str, directory: Path) -> dict[st
             f"The {metric} against the loop steps at test time, mean over the seeds with its 95% interval; dashed: the "
             "mean depth of training; horizontal: arms without a loop."
         )
-    if all("problems_difficulty" in run.items for arm in arms for run in arm.runs):
+    if _have_same_difficulties(arms):
         drawn["difficulty"] = _by_difficulty(arms)
         texts["difficulty"] = (
             "The share of problems that are solved against their difficulty, at the mean depth of training and "
@@ -98,6 +98,16 @@ def _by_depth(arms: Sequence[Arm], metric: str) -> Any:
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     return figure
+
+
+def _have_same_difficulties(arms: Sequence[Arm]) -> bool:
+    """Whether all runs were evaluated on problems, and the problem in each place is equally difficult for all."""
+    first, *others = (run.items for arm in arms for run in arm.runs)
+    return "problems_difficulty" in first and all(
+        np.array_equal(first[name], items.get(name, ()))
+        for items in others
+        for name in ("problems_difficulty", "problems_beyond")
+    )
 
 
 def _by_difficulty(arms: Sequence[Arm]) -> Any:

@@ -6,6 +6,7 @@ those that a token uses (``active``, of experts), or without lookup tables and n
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +15,11 @@ import numpy as np
 from mythos.config.schema import Config
 from mythos.errors import UserError
 from mythos.parity.compare import ROWS
-from mythos.parity.groups import Found, read_groups
+from mythos.parity.groups import Found, attempt, read_groups
 from mythos.parity.results import Point
 from mythos.parity.scaling import Law, Runs, effective_size
 from mythos.plan.flops import expected_steps, training_flops
-from mythos.plan.params import count_parameters
+from mythos.plan.params import NOT_MATRICES, count_parameters
 from mythos.plan.tensors import parameters
 from mythos.run.directory import newest_checkpoint
 from mythos.run.status import read_status
@@ -110,10 +111,10 @@ def read_points(places: Sequence[Path], counted: Counted) -> Points:
     points, left_out = [], list(grouped.left_out)
     for group in grouped.groups:
         for found in group.runs:
-            ends = _ends(found)
-            if not ends:
+            ends = attempt(partial(_ends, found), left_out)
+            if ends == []:
                 left_out.append(f"{found.run.directory}: not finished: its learning rate has not decayed yet")
-            points += [_point(found, group.name, end, len(ends) > 1, counted) for end in ends]
+            points += [_point(found, group.name, end, len(ends or ()) > 1, counted) for end in ends or ()]
     if not points:
         raise UserError("no finished run: " + "; ".join(left_out))
     _check_same_rows([found for group in grouped.groups for found in group.runs])
@@ -162,7 +163,8 @@ def _ends(found: Found) -> list[Point]:
 def _point(found: Found, group: str, end: Point, several: bool, counted: Counted) -> ScalingPoint:
     model = found.run.config.model
     count = count_parameters(model)
-    looped = sum(each.size for each in parameters(model) if each.name.startswith(LOOP))
+    excluded = NOT_MATRICES if counted == "matrices" else ()
+    looped = sum(each.size for each in parameters(model) if each.name.startswith(LOOP) and each.part not in excluded)
     total = {"total": count.total, "active": count.active, "matrices": count.matrices}[counted]
     looped -= count.idle if counted == "active" else 0  # the core alone has experts
     seed = f"{group}, seed {found.run.config.seed}"

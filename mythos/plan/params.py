@@ -9,6 +9,8 @@ from mythos.plan.tensors import parameters
 
 TABLES = ("token table", "value tables")
 PADDING = "padding of tables"
+NOT_MATRICES = ("value tables", "norms")
+"""Parts that are no factors of matrix products."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class ParameterCount:
     @property
     def matrices(self) -> int:
         """Parameters that are factors of matrix products: all but lookup tables and norms, and with the tied head."""
-        return self.total - self.parts.get("value tables", 0) - self.parts["norms"]
+        return self.total - sum(self.parts.get(part, 0) for part in NOT_MATRICES)
 
     @property
     def tables(self) -> int:

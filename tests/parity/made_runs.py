@@ -1,7 +1,7 @@
 """Run directories that were written here instead of trained, with known losses."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mythos.config.schema import Config
 from mythos.config.yaml_file import dump
 from tests.tiny import tiny_config
 
-FLOPS_PER_STEP = {"dense": 1e9, "looped": 3e9}
+FLOPS_PER_STEP = {"dense": 1e9, "looped": 3e9, "published": 3e9}
 SECONDS = 2.0
 
 
@@ -54,8 +54,21 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def write_evaluation(run: Path, step: int, nats_N: np.ndarray, depth: int | None, **items: np.ndarray) -> None:
-    """Documents of 10 tokens and 40 bytes, unless ``items`` says otherwise."""
+def write_evaluation(
+    run: Path,
+    step: int,
+    nats_N: np.ndarray,
+    depth: int | None,
+    number: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    **items: np.ndarray,
+) -> None:
+    """Documents of 10 tokens and 40 bytes, unless ``items`` says otherwise.
+
+    Args:
+        number: of several evaluations of this step, in the order of their files.
+        settings: that differ from the ordinary ones.
+    """
     count, suffix = len(nats_N), "" if depth is None else f"_depth_{depth}"
     arrays = {
         "documents": np.arange(count),
@@ -64,7 +77,11 @@ def write_evaluation(run: Path, step: int, nats_N: np.ndarray, depth: int | None
         f"documents_nats{suffix}": nats_N,
     } | items
     (run / "evaluations").mkdir(exist_ok=True)
-    path = run / "evaluations" / f"step_{step:08d}_0.json"
+    path = run / "evaluations" / f"step_{step:08d}_{number}.json"
     np.savez(path.with_suffix(".npz"), **arrays)
-    settings = {"data": "a", "wanted": {"documents": count}, "eval": {"depths": None if depth is None else [depth]}}
-    path.write_text(json.dumps({"step": step, **settings}), encoding="utf-8")
+    depths = {"depths": None if depth is None else [depth]}
+    result: dict[str, Any] = {"step": step, "data": "a", "wanted": {"documents": count}, "eval": depths}
+    result["precision"] = "fp32"
+    for name, value in (settings or {}).items():
+        result[name] = value if isinstance(value, str) else result[name] | value
+    path.write_text(json.dumps(result), encoding="utf-8")

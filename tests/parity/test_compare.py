@@ -3,7 +3,9 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from mythos.errors import UserError
 from mythos.parity import statistics
 from mythos.parity.compare import AXES, Difference, difference, differences
 from mythos.parity.groups import Group, differing_options, read_groups
+from mythos.parity.measures import Arm
+from mythos.parity.pictures import write_pictures
 from mythos.parity.results import read_run
 from tests.parity.made_runs import FLOPS_PER_STEP, SECONDS, training_line, write_evaluation, write_lines, write_run
 
@@ -113,6 +117,77 @@ def test_documents_are_compared_in_pairs_where_both_groups_were_evaluated(tmp_pa
     assert expected.high - expected.low < hard_N.std() / 40 / math.log(2) / 10, "what is common to both cancels"
     # At the dense group's FLOPs the looped one has no evaluation.
     assert (found["flops"].metric, found["flops"].measured_on) == ("validation_loss", "runs")
+
+
+def test_a_checkpoint_that_was_trained_on_after_the_last_validation_is_not_at_the_budget(tmp_path: Path) -> None:
+    for seed in SEEDS:
+        dense, looped = (tmp_path / f"{name}/seed-{seed}" for name in ("dense", "looped"))
+        write_run(dense, "dense", seed, falling(5), done=50)
+        write_run(looped, "looped", seed, falling(4.9), done=95, eval__every=50)
+        write_evaluation(dense, 50, np.full(20, 30.0), None)
+        write_evaluation(looped, 95, np.full(20, 29.0), DEPTH)
+    found = by_axis(read_groups([tmp_path]).groups)["tokens"]
+    assert found.shares == pytest.approx((0.5, 0.5))
+    assert (found.metric, found.measured_on) == ("validation_loss", "runs")
+    assert found.interval.estimate == pytest.approx(-0.1)
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"eval": {"exit_change": 0.3}},
+    {"eval": {"exit_when_halted": True}},
+    {"precision": "bf16"},
+    {"wanted": {"with_bos": False}},
+]
+
+
+@pytest.mark.parametrize("settings", OTHERS)
+def test_evaluations_with_other_settings_are_not_compared(tmp_path: Path, settings: dict[str, Any]) -> None:
+    write_two(tmp_path, 0.1)
+    for seed in SEEDS:
+        dense, looped = (tmp_path / f"{name}/seed-{seed}" for name in ("dense", "looped"))
+        write_evaluation(dense, 100, np.full(20, 30.0 + seed), None)
+        write_evaluation(looped, 100, np.full(20, 90.0), DEPTH, number=2, settings=settings)
+    row = by_axis(read_groups([tmp_path]).groups)["tokens"]
+    assert (row.metric, row.measured_on) == ("validation_loss", "runs")
+    for seed in SEEDS:
+        nats_N = np.full(20, 28.0 + seed)
+        write_evaluation(tmp_path / f"looped/seed-{seed}", 100, nats_N, DEPTH, number=1)
+    groups = read_groups([tmp_path]).groups
+    row = by_axis(groups)["tokens"]
+    assert (row.metric, row.measured_on) == ("bits_per_byte", "20 documents")
+    assert row.interval.estimate == pytest.approx(-2 / 40 / math.log(2))
+    (arm,) = (group.arm for group in groups if group.name == "looped")
+    assert arm.values("loss").mean() == pytest.approx(3.0), "also in the table of groups"
+
+
+def test_an_evaluation_without_the_mean_depth_is_left_out(tmp_path: Path) -> None:
+    write_two(tmp_path, 0.1)
+    for seed in SEEDS:
+        write_evaluation(tmp_path / f"dense/seed-{seed}", 100, np.full(20, 30.0), None)
+        write_evaluation(tmp_path / f"looped/seed-{seed}", 100, np.full(20, 29.0), DEPTH, number=1)
+        write_evaluation(tmp_path / f"looped/seed-{seed}", 100, np.full(20, 28.0), 8, number=2)
+    found = read_groups([tmp_path])
+    row = by_axis(found.groups)["tokens"]
+    assert row.interval.estimate == pytest.approx(-1 / 40 / math.log(2))
+    assert len(found.left_out) == len(SEEDS)
+    assert "step_00000100_2.json: not measured at the mean depth 3, but at 8: evaluate" in found.left_out[0]
+
+
+def test_accuracy_by_difficulty_is_drawn_of_the_same_problems_alone(tmp_path: Path) -> None:
+    write_two(tmp_path / "runs", 0.1)
+    levels_N = np.array([1, 1, 2, 2, 3])
+    runs = {name: read_run(tmp_path / f"runs/{name}/seed-1") for name in ("dense", "looped")}
+
+    def drawn(levels_of_looped: np.ndarray) -> set[str]:
+        arms = []
+        for name, suffix, own in (("dense", "", levels_N), ("looped", f"_depth_{DEPTH}", levels_of_looped)):
+            items = {"problems_difficulty": own, "problems_beyond": own > 2, f"problems_solved{suffix}": own < 2}
+            arms.append(Arm(name, (replace(runs[name], items=items),)))
+        return set(write_pictures(arms, "validation_loss", tmp_path))
+
+    assert drawn(levels_N) == {"arms", "curves", "difficulty"}
+    assert drawn(levels_N[1:]) == {"arms", "curves"}
+    assert drawn(levels_N[::-1]) == {"arms", "curves"}
 
 
 def test_of_other_tokenizers_bits_per_byte_alone_are_compared(tmp_path: Path) -> None:

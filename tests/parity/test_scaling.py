@@ -186,6 +186,24 @@ def test_the_budgets_of_runs_are_fitted(tmp_path: Path, capsys: pytest.CaptureFi
     assert set(candidates(points.points).loop_steps) == {1.0}
 
 
+def test_a_run_whose_newest_checkpoint_is_gone_is_left_out(tmp_path: Path) -> None:
+    write_family(tmp_path)
+    lost = tmp_path / "width-32/checkpoints/latest"
+    lost.write_text("step_00009999", encoding="utf-8")
+    found = read_points([tmp_path], "total")
+    assert len(found.points) == 6
+    (reason,) = found.left_out
+    assert reason.startswith(f"{lost.parent}/step_00009999/state.json: ")
+
+
+def test_the_matrices_of_a_looped_model_are_divided_into_those_of_the_loop_and_the_others(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run", "published", 1, lambda step: 5.0)
+    (point,) = read_points([tmp_path], "matrices").points
+    outside = [each for each in parameters(config.model) if not each.name.startswith(("loop.", "value_embeddings."))]
+    assert point.once == sum(each.size for each in outside if len(each.shape) > 1)
+    assert point.once + point.looped == count_parameters(config.model).matrices
+
+
 def test_too_few_runs_are_one_line(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "dense", 1, lambda step: 5.0)
     with pytest.raises(
