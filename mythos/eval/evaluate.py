@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -40,6 +40,8 @@ from mythos.run.metrics import json_values
 from mythos.run.tensorboard import write_evaluation
 
 POLL_S = 10.0
+ACCURACIES = ("acc", "exact_match")
+"""How the names of accuracies in lm-evaluation-harness begin."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Evaluator:
             metrics, items, details = lead(measure, self._answer)
         metrics = losses | metrics
         result = {"checkpoint": found.name, "step": step, **json_values(metrics), "tasks": details, **settings}
-        points = _points(metrics, details, whole_mean_depth(self.config))
+        points = tensorboard_points(metrics, details, whole_mean_depth(self.config))
         group.from_rank_0(lambda: _write(path, step, points, items, result))
         log.info(f"written to {path}")
         return metrics
@@ -178,17 +180,22 @@ def open_evaluator(config: Config, device: torch.device, wanted: Wanted) -> Iter
         yield Evaluator(config, wanted, TrainingEngine(config, device), data, watchdog)
 
 
-def _points(metrics: Metrics, tasks: Iterable[str], mean_depth: int | None) -> Metrics:
+def tensorboard_points(metrics: Metrics, tasks: Mapping[str, Any], mean_depth: int | None) -> Metrics:
     """What TensorBoard shows: the metrics, and two by which looped and dense models share a chart.
 
-    ``eval/rows_bits_per_byte`` of a looped model is at its mean depth; ``eval/best_task`` is the largest result there.
+    ``eval/rows_bits_per_byte`` of a looped model is at its mean depth; ``eval/best_task`` is the largest accuracy of a
+    task there. ``tasks`` are the results of each by its name and depth.
     """
     points = {name: value for name, value in metrics.items() if name.startswith("eval/")}
     at_mean_depth = f"_depth_{mean_depth}" if mean_depth is not None else ""
     if (bits := points.get(f"eval/rows_bits_per_byte{at_mean_depth}")) is not None:
         points["eval/rows_bits_per_byte"] = bits
-    results = [points[f"eval/{name}"] for name in tasks if name.endswith(at_mean_depth) and f"eval/{name}" in points]
-    return points | ({"eval/best_task": max(results)} if results else {})
+    accuracies = [
+        points[f"eval/{name}"]
+        for name, results in tasks.items()
+        if name.endswith(at_mean_depth) and ("accuracy" in results or next(iter(results)).startswith(ACCURACIES))
+    ]
+    return points | ({"eval/best_task": max(accuracies)} if accuracies else {})
 
 
 def _write(path: Path, step: int, points: Metrics, items: Items, result: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from mythos.files import open_to_append, opened_atomically
 from mythos.readers import Number, read_json_lines
 from mythos.run.console import log
 from mythos.run.directory import RunDirectory
-from mythos.run.tensorboard import CurvePosition, TensorBoard
+from mythos.run.tensorboard import GFLOP, CurvePosition, TensorBoard
 
 if TYPE_CHECKING:  # only pictures need it
     import numpy as np
@@ -47,7 +47,7 @@ class MetricsWriter:
 
     def _open(self, last: CurvePosition) -> None:
         path = RunDirectory(self._directory).metrics
-        _truncate(path, last.step)
+        last = _truncate(path, last)
         self._file = open_to_append(path)  # a buffer would write later what a failed write left in it
         self._tensorboard: TensorBoard | None = TensorBoard(self._directory, last)
 
@@ -80,7 +80,11 @@ class MetricsWriter:
         except OSError as error:
             if not self._failing:
                 log.error(f"metrics of step {step} not written ({error}): training continues")
-            self._failing, self._tensorboard = True, None
+            self._failing = True
+            if self._tensorboard is not None:
+                with suppress(OSError):
+                    self._tensorboard.close()
+                self._tensorboard = None
 
     def _write(self, line: bytes) -> None:
         """Write the line completely, or raise OSError."""
@@ -134,9 +138,19 @@ def iterate_metrics(directory: Path, last_bytes: int | None = None) -> Iterator[
     return read_json_lines(RunDirectory(directory).metrics, _LINE, last_bytes)
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    if path.exists():
-        with opened_atomically(path) as file:
-            for line in iterate_metrics(path.parent):
-                if line["step"] <= last_step:
-                    file.write(json.dumps(line).encode() + b"\n")
+def _truncate(path: Path, last: CurvePosition) -> CurvePosition:
+    """Drop the lines of later steps; returns how far the curves of the lines that stay go.
+
+    That is further than ``last`` by tokens and FLOPs after a return from a decay, whose points stay.
+    """
+    if not path.exists():
+        return last
+    tokens, gflop = last.tokens, last.gflop
+    with opened_atomically(path) as file:
+        for line in iterate_metrics(path.parent):
+            if line["step"] <= last.step:
+                file.write(json.dumps(line).encode() + b"\n")
+                tokens = max(tokens, int(line.get("train/tokens") or 0))
+                if gflop is not None:
+                    gflop = max(gflop, int((line.get("train/flops") or 0) / GFLOP))
+    return CurvePosition(last.step, tokens, gflop)

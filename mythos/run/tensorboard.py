@@ -11,6 +11,7 @@ These directories are the names of TensorBoard's runs. A file that is still writ
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,8 +76,9 @@ class CurvePosition:
 
     step: int = -1
     tokens: int = -1
+    """Of the present weights: fewer than before after a return from a decay."""
     gflop: int | None = None
-    """None if an earlier version, which did not count them, began the run."""
+    """Likewise; None if an earlier version, which did not count them, began the run."""
 
     def before(self) -> "CurvePosition":
         """The progress after which all points from this one on are new."""
@@ -91,10 +93,12 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, last: CurvePosition) -> None:
-        self._name = directory.resolve().name
-        self._by_step = _Curves(directory, last.step)
-        self._by_tokens = _Curves(directory / "by_tokens", last.tokens)
-        self._by_gflop = _Curves(directory / "by_gflop", -1 if last.gflop is None else last.gflop)
+        with ExitStack() as opened:
+            self._by_step = opened.enter_context(_Curves(directory, last.step))
+            self._by_tokens = opened.enter_context(_Curves(directory / "by_tokens", last.tokens))
+            gflop = -1 if last.gflop is None else last.gflop
+            self._by_gflop = opened.enter_context(_Curves(directory / "by_gflop", gflop))
+            self._opened = opened.pop_all()
 
     def write(self, at: CurvePosition, metrics: Mapping[str, float]) -> None:
         """One point in each curve."""
@@ -111,6 +115,7 @@ class TensorBoard:
     def write_config(self, config_yaml: str, hparams: Mapping[str, float | str]) -> None:
         """The configuration as text, the hparams with their outcomes, and the layout of charts."""
         from tensorboard.plugins.hparams import summary_v2 as hp
+        from torch.utils.tensorboard import summary
 
         writer = self._by_step.writer
         writer.add_text("config", f"```yaml\n{config_yaml}\n```")
@@ -119,16 +124,17 @@ class TensorBoard:
         everything = hp.RealInterval(0.0, 1e30)
         columns = [hp.HParam(name, None if isinstance(value, str) else everything) for name, value in hparams.items()]
         outcomes = [hp.Metric(tag, group=group, display_name=shown) for (group, tag), shown in OUTCOMES.items()]
-        for summary in (hp.hparams_config_pb(columns, outcomes), hp.hparams_pb(dict(hparams), trial_id=self._name)):
-            writer._get_file_writer().add_summary(summary)
+        # This form names no group of runs, so that TensorBoard takes each run for itself, under its own name.
+        _, values, _ = summary.hparams(dict(hparams), {})
+        for each in (hp.hparams_config_pb(columns, outcomes), values):
+            writer._get_file_writer().add_summary(each)
 
     def close(self) -> None:
         """Flush and close all files."""
-        for curves in (self._by_step, self._by_tokens, self._by_gflop):
-            curves.close()
+        self._opened.close()
 
 
-class _Curves:
+class _Curves(AbstractContextManager["_Curves"]):
     """A file of points, for which TensorBoard drops the points after ``last`` in the files before it."""
 
     def __init__(self, directory: Path, last: int) -> None:
@@ -137,16 +143,19 @@ class _Curves:
         # The writer opens its file by name at each flush. Through a descriptor the name still means this run's
         # directory after that was moved and another one has taken its place.
         directory.mkdir(exist_ok=True)
-        self._descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        self.writer = SummaryWriter(f"/proc/self/fd/{self._descriptor}", purge_step=last + 1, flush_secs=10)
+        with ExitStack() as opened:
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            opened.callback(os.close, descriptor)
+            self.writer = SummaryWriter(f"/proc/self/fd/{descriptor}", purge_step=last + 1, flush_secs=10)
+            opened.callback(self.writer.close)
+            self._opened = opened.pop_all()
 
     def write(self, at: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, at)
 
-    def close(self) -> None:
-        self.writer.close()
-        os.close(self._descriptor)
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
 
 
 def write_evaluation(directory: Path, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,11 +1,14 @@
+import errno
 import json
 import math
+import os
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch.utils.tensorboard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mythos.run.metrics import MetricsWriter, read_metrics
@@ -43,6 +46,39 @@ def test_losses_are_also_shown_by_tokens_and_by_flops_without_those_after_the_re
         assert events.Tags()["scalars"] == [f"{directory}/val_loss"]
         points = [(point.step, point.value) for point in events.Scalars(f"{directory}/val_loss")]
         assert points == [(0, 4.0), (unit, 3.0), (2 * unit, 2.5), (3 * unit, 1.5)]
+
+
+def test_a_resume_after_a_return_from_a_decay_keeps_the_points_of_the_decay(tmp_path: Path) -> None:
+    for resumed, positions in (
+        (CurvePosition(), [(1, 100), (2, 200), (3, 100), (4, 120)]),
+        (CurvePosition(3, 100, 10), [(4, 150), (5, 250)]),
+    ):
+        writer = MetricsWriter(tmp_path, resumed)
+        for step, tokens in positions:
+            numbers = {"train/loss": float(step), "train/tokens": float(tokens), "train/flops": tokens * 1e8}
+            writer.write(CurvePosition(step, tokens, tokens // 10), numbers)
+        writer.close()
+        time.sleep(1.1)  # TensorBoard reads files in the order of the seconds in their names
+    events = EventAccumulator(str(tmp_path / "by_tokens"))
+    events.Reload()
+    tokens = {point.step for point in events.Scalars("by_tokens/train_loss")}
+    assert tokens >= {100, 200, 150, 250}, "the budget of 200 tokens is not lost"
+
+
+def test_files_that_cannot_be_made_cost_no_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EDQUOT, "no inodes left")
+
+    writer = MetricsWriter(tmp_path, CurvePosition())
+    monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, "add_scalar", refuse)
+    monkeypatch.setattr(torch.utils.tensorboard.writer, "FileWriter", refuse)
+    writer.write(CurvePosition(1, 1, 1), {"train/loss": 1.0})
+    before = len(os.listdir("/proc/self/fd"))
+    for step in range(2, 20):
+        writer.write(CurvePosition(step, step, step), {"train/loss": 1.0})
+    assert len(os.listdir("/proc/self/fd")) == before
+    writer.close()
+    assert len(read_metrics(tmp_path)) == 19
 
 
 def test_non_finite_values_are_null_so_that_every_line_is_json(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
+from mythos.eval.evaluate import tensorboard_points
 from mythos.run.hparams import hparams
 from mythos.run.metrics import MetricsWriter
 from mythos.run.tensorboard import LAYOUT, CurvePosition, write_evaluation
 from tests.tiny import tiny_config
 
-LOSSES = {"looped": 2.0, "looped-moe": 1.5, "dense": 3.0}
+LOSSES = {"looped/seed-1": 2.0, "looped-moe/seed-1": 1.5, "dense/seed-1": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of three kinds of models; one of them was resumed."""
     runs = tmp_path_factory.mktemp("runs")
     for name, loss in LOSSES.items():
-        (runs / name).mkdir()
-        config = tiny_config(name, runs, runs / name)
+        (runs / name).mkdir(parents=True)
+        config = tiny_config(name.split("/")[0], runs, runs / name)
         writer = MetricsWriter(runs / name, CurvePosition())
         writer.write_config("seed: 1", hparams(config))
         writer.write(CurvePosition(0, 0, 0), {"val/loss": 9.0, "perf/mfu": 0.25, "perf/tokens_per_second": 100.0})
@@ -65,7 +66,8 @@ def test_hparams_are_a_dozen_numbers_with_the_metrics_that_matter(provider: Mult
         col_params=[api_pb2.ColParams(metric=info.name) for info in metadata.metric_infos],
     )
     groups = list_session_groups.Handler(request, context, "", asked).run().session_groups
-    assert {group.name for group in groups} == set(LOSSES)
+    assert {session.name for group in groups for session in group.sessions} == set(LOSSES)
+    assert len(groups) == len(LOSSES), "each run has a row"
     rows = [(dict(group.hparams.items()), measured(group)) for group in groups]
     for values, metrics in rows:
         loss = metrics["val/loss"]
@@ -73,13 +75,29 @@ def test_hparams_are_a_dozen_numbers_with_the_metrics_that_matter(provider: Mult
         assert metrics["perf/mfu"] == 0.5
         assert metrics["eval/best_task"] == 0.5
         is_dense = values["model"].string_value == "dense"
-        assert is_dense == (loss == LOSSES["dense"])
+        assert is_dense == (loss == LOSSES["dense/seed-1"])
         assert (values["mean depth"].number_value == 1.0) == is_dense
-        assert (values["experts"].number_value > 0) == (loss == LOSSES["looped-moe"])
+        assert (values["experts"].number_value > 0) == (loss == LOSSES["looped-moe/seed-1"])
 
 
 def measured(group: Any) -> dict[str, float]:
     return {value.name.tag: value.value for value in group.metric_values}
+
+
+def test_the_best_task_is_one_with_an_accuracy() -> None:
+    tasks = {
+        "arc_depth_8": {"acc,none": 0.4},
+        "core_depth_8": {"accuracy": 0.3},
+        "wikitext_depth_8": {"word_perplexity": 57},
+    }
+    tasks |= {"arc_depth_4": {"acc,none": 0.9}}
+    metrics = {f"eval/{name}": float(next(iter(results.values()))) for name, results in tasks.items()}
+    metrics |= {"val/loss": 1.0, "eval/rows_bits_per_byte_depth_4": 1.2, "eval/rows_bits_per_byte_depth_8": 1.1}
+    points = tensorboard_points(metrics, tasks, 8)
+    assert points["eval/best_task"] == 0.4
+    assert points["eval/rows_bits_per_byte"] == 1.1
+    assert "val/loss" not in points
+    assert "eval/best_task" not in tensorboard_points({}, {}, None)
 
 
 def test_the_charts_of_the_layout(family: Path, provider: MultiplexerDataProvider) -> None:
