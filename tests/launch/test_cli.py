@@ -72,6 +72,8 @@ def test_help_lists_every_command_once_and_the_exit_codes(capsys: pytest.Capture
             "bench",
             "inspect",
             "parity",
+            "compare",
+            "scaling",
             "data",
             "job",
         ]
