@@ -16,8 +16,8 @@ PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["
 REQUIRED = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = [Requirement(line) for lines in PROJECT["optional-dependencies"].values() for line in lines]
 PACKAGES = ("mythos", "launch", "data_prep")
-NEVER_IMPORTED = {"mosaicml-streaming", "tensorboard"}
-"""Used through the format that it defines, and through torch."""
+NEVER_IMPORTED = {"mosaicml-streaming"}
+"""Used through the format that it defines."""
 
 
 def pinned() -> dict[str, str]:

@@ -101,8 +101,9 @@ def test_the_documents_say_what_the_layouts_of_the_flagship_send() -> None:
     found = [line for line in text.splitlines() if line.startswith("| `") and "parallel_size" in line]
     assert [line.endswith(end) for line, end in zip(found, expected, strict=True)] == [True] * 4, (found, expected)
     readme = " ".join((CONFIGS.parent / "README.md").read_text(encoding="utf-8").split())
-    for number in re.findall(r"[0-9.]+(?= GB)", expected[0] + zero_2.partition(",")[0]):
-        assert f"{float(number):g} GB" in readme
+    in_all = sum(float(number) for number in re.findall(r"[0-9.]+(?= GB)", expected[0]))
+    for number in (in_all, gradients + weights):
+        assert f" {number:.1f} GB" in readme
 
 
 @pytest.mark.parametrize(
