@@ -11,7 +11,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -19,18 +18,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plain_experts import DEPTH, LENGTH, SEQUENCES, VOCABULARY, configuration
+from benchmarks.share_of_peak import training_steps
 from launch.train import run_ranks
-from mythos.bench.speed import SyntheticTokens
 from mythos.config.arguments import split_arguments
 from mythos.config.load import load_without_data
 from mythos.config.schema import Config
-from mythos.engine.engine import TrainingEngine
 from mythos.errors import DONE
 from mythos.model import build_model
-from mythos.plan.flops import LoopSteps, executed_steps, training_flops
-from mythos.plan.schedule import schedule
-from mythos.train.batch import StepBatches
-from mythos.train.step import train_step
+from mythos.plan.flops import LoopSteps, training_flops
 
 REPEATS = 8
 SIZE = 512
@@ -98,15 +93,7 @@ def report(step: Callable[[], float]) -> None:
 
 def of_training(config: Config, device: torch.device) -> int:
     """The bound for training under the engine."""
-    engine = TrainingEngine(config, device)
-    with closing(StepBatches(config, SyntheticTokens(config), 1, 0)) as batches:
-
-        def step() -> float:
-            batch = batches.take()
-            train_step(engine, batch, schedule(config.optim, 0, config.train.steps))
-            length, steps = config.data.sequence_length, executed_steps(batch.depths, config.loop)
-            return len(batch.depths) * length * training_flops(config.model, length, steps)
-
+    with training_steps(config, device) as step:
         report(step)
     return DONE
 

@@ -10,8 +10,8 @@ of `mythos bench`; one process with one thread.
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
 import torch
 
@@ -22,9 +22,8 @@ from mythos.config.load import load_without_data
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.errors import DONE
-from mythos.plan.flops import executed_steps, training_flops
 from mythos.plan.schedule import schedule
-from mythos.train.batch import StepBatches
+from mythos.train.batch import StepBatches, model_flops
 from mythos.train.step import train_step
 
 WARMUP, STEPS = 1, 6
@@ -64,17 +63,23 @@ def share_of_peak(step: Callable[[], float]) -> str:
     )
 
 
-def measure(config: Config, device: torch.device) -> int:
-    """Measure training under the engine."""
+@contextmanager
+def training_steps(config: Config, device: torch.device) -> Iterator[Callable[[], float]]:
+    """A function that does one step of training under the engine and returns its model FLOPs."""
     engine = TrainingEngine(config, device)
     with closing(StepBatches(config, SyntheticTokens(config), 1, 0)) as batches:
 
         def step() -> float:
             batch = batches.take()
             train_step(engine, batch, schedule(config.optim, 0, config.train.steps))
-            length, steps = config.data.sequence_length, executed_steps(batch.depths, config.loop)
-            return len(batch.depths) * length * training_flops(config.model, length, steps)
+            return model_flops(config, batch.depths)
 
+        yield step
+
+
+def measure(config: Config, device: torch.device) -> int:
+    """Measure training under the engine."""
+    with training_steps(config, device) as step:
         print(share_of_peak(step), flush=True)
     return DONE
 
