@@ -34,13 +34,11 @@ def run(
 
     What is finished is not done again: after a stop, a failure or a kill, run it again.
     """
-    from mythos.parity.experiment import design_hash, load_experiment, planned_runs
     from mythos.parity.report import write_report
     from mythos.parity.runs import LocalRunner, record_design, report_directory
 
-    design = load_experiment(experiment)
-    planned = planned_runs(design)
-    record_design(design, design_hash(design))
+    design, planned = _planned(experiment)
+    record_design(design)
     code = LocalRunner(design, jobs, lambda line: print(line, flush=True)).carry_out(planned)
     if code == DONE:
         print(write_report(design, planned, report_directory(design)))
@@ -132,12 +130,11 @@ def run_jobs(
     An evaluation includes the seeds that are to be trained before it.
     """
     from mythos.parity.arrays import job_arrays
-    from mythos.parity.experiment import design_hash
     from mythos.parity.runs import record_design
 
     design, planned = _planned(experiment)
     if begin:
-        record_design(design, design_hash(design))
+        record_design(design)
     for fields in job_arrays(design, planned):
         print("\t".join(fields))
     return DONE

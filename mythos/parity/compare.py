@@ -16,8 +16,8 @@ import numpy as np
 
 from mythos.errors import UserError
 from mythos.parity import statistics
-from mythos.parity.groups import DATA, TOKENIZER, Found, Group, Signature, preference, signature
-from mythos.parity.measures import HIGHER_IS_BETTER, Arm
+from mythos.parity.groups import Found, Group, Signature, differing_rows, preference, signature
+from mythos.parity.measures import OF_PROBLEMS, Arm
 from mythos.parity.results import RunResult
 from mythos.parity.statistics import Interval
 from mythos.parity.tables import PREFERRED, judgement
@@ -26,8 +26,6 @@ Axis = Literal["tokens", "flops", "hours"]
 AXES: dict[Axis, str] = {"tokens": "tokens", "flops": "training FLOPs", "hours": "device hours"}
 NEAR = 0.02
 """Largest relative distance of an evaluated checkpoint from a budget."""
-ROWS = ("data.sequence_length", *DATA, TOKENIZER)
-"""What two groups must share for their validation rows to be the same."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +125,12 @@ def _near(found: Found, axis: Axis, budget: float) -> dict[Signature, RunResult]
 def _of_documents(arm: Arm, other: Arm, metric: str | None) -> tuple[str, str, Interval, str]:
     paired = signature(arm.runs[0]) == signature(other.runs[0])
     name = metric or _first_measured((arm, other), paired)
-    if not paired and name not in ("bits_per_byte", *HIGHER_IS_BETTER):
+    if not paired and name not in ("bits_per_byte", *OF_PROBLEMS):
         raise UserError(f"{name} depends on tokenizer and packing, which differ: compare bits_per_byte")
     one, two = arm.values(name), other.values(name)
     of_runs = one.shape[1] == two.shape[1] == 1
     found = statistics.difference(one, two, paired=paired or of_runs)
-    items = "problems" if name in HIGHER_IS_BETTER else "documents"
+    items = "problems" if name in OF_PROBLEMS else "documents"
     counts = f"{one.shape[1]}" if paired else f"{one.shape[1]} and {two.shape[1]} other"
     measured_on = "runs" if of_runs else f"{counts} {items}"
     return name, measured_on, found, judgement(found.verdict(min(len(one), len(two))), name)
@@ -154,12 +152,10 @@ def _of_validations(
 ) -> tuple[str, str, Interval, str]:
     if metric not in (None, "validation_loss"):
         raise UserError(f"{metric} was not measured alike within {NEAR:.0%} of this budget: evaluate checkpoints there")
-    one, two = (group.options for group in both)
-    sequences = [[found.run.config.eval.sequences for found in group.runs] for group in both]
-    other = [path for path in ROWS if one.get(path) != two.get(path)]
-    if other or len({each for of_group in sequences for each in of_group}) > 1:
-        what = ", ".join(other) or "eval.sequences"
-        raise UserError(f"other validation rows ({what}): evaluate both alike (`mythos eval`) to compare bits per byte")
+    if other := differing_rows([found for group in both for found in group.runs]):
+        raise UserError(
+            f"other validation rows ({', '.join(other)}): evaluate both alike (`mythos eval`) to compare bits per byte"
+        )
     own, others = (np.array([[_at(found.run, axis, budget)] for found in group.runs]) for group in both)
     found = statistics.difference(own, others)
     if not np.isfinite(found.estimate):

@@ -1,27 +1,33 @@
 """The report of a comparison of runs: groups, differences, what differs between them and pictures, and its numbers."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mythos.errors import os_errors_as_user_errors
-from mythos.files import write_atomically
 from mythos.parity.compare import AXES, NEAR, Difference
 from mythos.parity.groups import Group, Grouped, differing_options
-from mythos.parity.pictures import write_pictures
-from mythos.parity.tables import PREFERRED, arms_text, bounds, measured_metrics, pictures_text, run_numbers
+from mythos.parity.pictures import draw_pictures
+from mythos.parity.tables import (
+    PREFERRED,
+    arms_text,
+    bounds,
+    left_out_text,
+    measured_metrics,
+    pictures_text,
+    run_numbers,
+    table,
+    write_files,
+)
 
-REMEDY = "free space, or name another directory"
 NOTES = """Each row is at the largest budget that all runs of both groups have reached; in brackets, how much of their
 planned training the group and the reference had behind them there. **A group that is not at its end is at a
 disadvantage**: its learning rate had not decayed yet. Intervals are by bootstrap over documents, drawn together for
 both groups where they are the same, and over training seeds; where there is one value for each run, over seeds alone.
-With one seed there is no claim, and a difference whose interval contains 0 is not distinguished. Each interval stands
-by itself: of 20 comparisons of equal models, one is expected to be claimed. Training FLOPs are those that were
-executed, by the drawn depths; device hours are those of the steps, and can be compared on the same kind of device
-only."""
+With one seed there is no claim, and a difference whose interval contains 0 is not distinguished. The intervals are not
+corrected for the number of comparisons: of 20 comparisons of equal models, one is expected to be called better or worse
+by chance. Training FLOPs are those that were executed, by the drawn depths; device hours are those of the steps, and
+can be compared on the same kind of device only."""
 
 
 def write_comparison(grouped: Grouped, rows: Sequence[Difference], directory: Path) -> Path:
@@ -32,21 +38,17 @@ def write_comparison(grouped: Grouped, rows: Sequence[Difference], directory: Pa
     """
     arms = [group.arm for group in grouped.groups]
     metrics = measured_metrics(arms, "validation_loss")
-    with os_errors_as_user_errors(directory, REMEDY):
-        directory.mkdir(parents=True, exist_ok=True)
-        pictures = write_pictures(arms, next(name for name in PREFERRED if name in metrics), directory)
-        parts = [
-            f"# Comparison of {', '.join(group.name for group in grouped.groups)}",
-            *_differences_text(rows),
-            *arms_text(arms, metrics, "group"),
-            *_state_text(grouped.groups),
-            *_options_text(grouped.groups),
-            *pictures_text(pictures),
-            *_left_out_text(grouped.left_out),
-        ]
-        write_atomically(directory / "report.json", json.dumps(_numbers(grouped, rows), indent=1, default=str))
-        write_atomically(directory / "report.md", "\n\n".join(parts) + "\n")
-    return directory / "report.md"
+    pictures = draw_pictures(arms, next(name for name in PREFERRED if name in metrics))
+    parts = [
+        f"# Comparison of {', '.join(group.name for group in grouped.groups)}",
+        *_differences_text(rows),
+        *arms_text(arms, metrics, "group"),
+        *_state_text(grouped.groups),
+        *_options_text(grouped.groups),
+        *pictures_text(pictures),
+        *left_out_text(grouped.left_out),
+    ]
+    return write_files(parts, _numbers(grouped, rows), pictures, directory)
 
 
 def cells(row: Difference) -> list[str]:
@@ -65,36 +67,27 @@ def _differences_text(rows: Sequence[Difference]) -> Iterator[str]:
         yield "There is one group: nothing to compare it with."
         return
     yield f"## Differences from {rows[0].reference}"
-    lines = ["| group | at equal | metric | difference | 95% interval | |", "|---|---|---|---:|---:|---|"]
-    yield "\n".join([*lines, *("| " + " | ".join(cells(row)) + " |" for row in rows)])
+    heads = ["group", "at equal", "metric", "difference", "95% interval", ""]
+    yield table(heads, "lllrrl", [cells(row) for row in rows])
     yield NOTES
 
 
 def _state_text(groups: Sequence[Group]) -> Iterator[str]:
-    lines = ["| group | seed | step | of | last validation | run |", "|---|---:|---:|---:|---:|---|"]
+    rows = []
     for group in groups:
         for found in group.runs:
             run = found.run
             columns = [group.name, str(run.config.seed), f"{run.step:,}", f"{run.config.train.steps:,}"]
-            columns += [f"{run.points[-1].step:,}", f"`{run.directory}`"]
-            lines.append("| " + " | ".join(columns) + " |")
-    yield "\n".join(lines)
+            rows.append([*columns, f"{run.points[-1].step:,}", f"`{run.directory}`"])
+    yield table(["group", "seed", "step", "of", "last validation", "run"], "lrrrrl", rows)
 
 
 def _options_text(groups: Sequence[Group]) -> Iterator[str]:
     differing = differing_options(groups)
     if differing:
         yield "## What differs"
-        lines = ["| option | " + " | ".join(group.name for group in groups) + " |", "|---" * (1 + len(groups)) + "|"]
-        for path, values in differing.items():
-            lines.append(f"| {path} | " + " | ".join("-" if each is None else str(each) for each in values) + " |")
-        yield "\n".join(lines)
-
-
-def _left_out_text(left_out: Sequence[str]) -> Iterator[str]:
-    if left_out:
-        yield "## Left out"
-        yield "\n".join(f"- {each}" for each in left_out)
+        rows = [[path, *("-" if each is None else str(each) for each in own)] for path, own in differing.items()]
+        yield table(["option", *(group.name for group in groups)], "l" * (1 + len(groups)), rows)
 
 
 def _numbers(grouped: Grouped, rows: Sequence[Difference]) -> dict[str, Any]:

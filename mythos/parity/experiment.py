@@ -6,24 +6,28 @@
     criterion:
       metric: bits_per_byte
       looped: looped
-      small: transformer
-      large: transformer-large
+      small: small
+      large: large
       margin: 0.25
     seeds: [1, 2, 3]
     directory: runs/parity/proxy                 # its runs are in ARM/seed-N below it
-    configuration: [configs/run/parity-proxy.yaml, checkpoint.every=500]
+    configuration: [configs/run/demo.yaml, checkpoint.every=88]
     arms:
       looped:
         configuration: [configs/model/proxy-looped.yaml, configs/recipe/mythos.yaml]
       looped-equal-flops:
         configuration: [configs/model/proxy-looped.yaml, configs/recipe/mythos.yaml]
-        budget: {flops_of: transformer-large}
+        budget: {flops_of: large}                # or tokens: 720000, or tokens_of: large; share: 0.5 gives half of it
+      small:
+        configuration: [configs/model/proxy-transformer.yaml, configs/recipe/mythos.yaml]
+      large:
+        configuration: [configs/model/proxy-transformer.yaml, configs/recipe/mythos.yaml, model.layers=11]
     evaluation:
       depths: [1, 2, 4, 8, 16]
 
 ``configuration`` lists files and key=value options, as on the command line of `mythos train`; the experiment's come
-first. The **design** is everything but the directory. Its hash is written with the first run, so that a later change of
-hypothesis or criterion shows in the report.
+first. The **design** is everything but ``directory``, ``processes`` and ``task_data``. Its hash is recorded when runs
+are started, so that a later change of hypothesis or criterion shows in the report.
 """
 
 import hashlib
@@ -77,9 +81,9 @@ class Arm:
 class Criterion:
     """When the looped model is said to match the large standard one, fixed before any run.
 
-    With the 95% interval of d = metric(looped) - metric(large), and the margin times the gap between the small and the
-    large standard model: **matches** if all of the interval is below the margin, **does not match** if all of it is
-    above, else **not decided**.
+    With d = metric(looped) - metric(large) and g = metric(small) - metric(large), and the 95% interval of d - margin g
+    (signs turned for metrics of which more is better): **matches** if all of it is below 0, **does not match** if all
+    of it is above, else **not decided**.
     """
 
     metric: str = option("loss, bits_per_byte, or the name of a task with its accuracy")
@@ -108,9 +112,7 @@ class Experiment:
     question: str = option("what is asked")
     hypothesis: str = option("what is expected")
     criterion: Criterion = option("what decides")
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = option(
-        "training seeds, the same for every arm", min_length=1
-    )
+    seeds: tuple[Seed, ...] = option("training seeds, the same for every arm", min_length=1)
     directory: str = option("the experiment's own directory")
     configuration: tuple[str, ...] = option("files and key=value options of every arm", ())
     arms: dict[Name, Arm] = option("the arms by name", min_length=1)

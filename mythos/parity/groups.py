@@ -32,6 +32,8 @@ BATCH = ("train.global_batch_sequences", "train.global_batch_tokens")
 DATA = ("data.directory", "data.sources")
 TOKENIZER = "tokenizer"
 """Beside the options: the hash of the run's tokenizer."""
+ROWS = ("data.sequence_length", *DATA, TOKENIZER)
+"""What runs must share, beside ``eval.sequences``, for their validation rows to be the same."""
 ITEMS = ("documents", "problems_difficulty")
 """What was measured, in an evaluation's arrays."""
 OF_LEAVING = ("exit_change", "exit_when_halted")
@@ -115,6 +117,15 @@ def differing_options(groups: Sequence[Group]) -> dict[str, list[Any]]:
     return {path: each for path, each in values.items() if any(value != each[0] for value in each)}
 
 
+def differing_rows(runs: Sequence[Found]) -> list[str]:
+    """The options because of which the runs were validated on different rows; empty if the rows are the same."""
+    first = runs[0]
+    differing = [path for path in ROWS if any(each.options.get(path) != first.options.get(path) for each in runs)]
+    if not differing and any(each.run.config.eval.sequences != first.run.config.eval.sequences for each in runs):
+        return ["eval.sequences"]
+    return differing
+
+
 def _runs_in(places: Sequence[Path]) -> list[Path]:
     below = {place: find_runs(place) for place in places}
     if empty := [str(place) for place, runs in below.items() if not runs]:
@@ -167,7 +178,7 @@ def _counts(path: str) -> bool:
 
 
 def _one_for_each_seed(runs: Sequence[Found], left_out: list[str]) -> list[Found]:
-    """A seed that was trained twice counts once, by the run that is further: a copy is no evidence."""
+    """A seed that was trained twice counts once, by the run that is further: a copy is not another sample."""
     chosen: dict[int, Found] = {}
     for each in runs:
         seed = each.run.config.seed
@@ -204,7 +215,7 @@ def signature(run: RunResult) -> Signature:
 
 
 def preference(key: Signature, run: RunResult) -> tuple[bool, int, str]:
-    """The larger, the rather an evaluation is compared: an ordinary one, of many documents, in fp32."""
+    """The evaluation with the largest value is compared: an ordinary one, of many documents, in fp32."""
     return key.ordinary, max((len(values) for values in run.items.values()), default=0), key.precision
 
 

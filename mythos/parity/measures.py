@@ -16,8 +16,9 @@ import numpy as np
 from mythos.errors import UserError
 from mythos.parity.results import RunResult
 
-HIGHER_IS_BETTER = ("accuracy", "accuracy_beyond")
-LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "validation_loss")
+OF_TEXT = ("loss", "bits_per_byte")
+OF_PROBLEMS = ("accuracy", "accuracy_beyond")
+LOWER_IS_BETTER = (*OF_TEXT, "perplexity", "validation_loss")
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ def check_same_items(arms: Sequence[Arm]) -> None:
 
 
 def _values(run: RunResult, metric: str, depth: int | None) -> np.ndarray:
-    if metric in HIGHER_IS_BETTER:
+    if metric in OF_PROBLEMS:
         return _solved(run, metric, depth)
     if metric == "validation_loss" and depth == run.depth and run.curve.losses.size:
         return run.curve.losses[-1:]
-    if metric in ("loss", "bits_per_byte"):
+    if metric in OF_TEXT:
         nats_N = run.item("documents_nats", depth)
         size_N = run.items.get("documents_tokens" if metric == "loss" else "documents_bytes")
         if nats_N is None or size_N is None:

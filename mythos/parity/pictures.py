@@ -1,41 +1,43 @@
 """The pictures of a comparison of arms."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mythos.drawing import new_figure, png
-from mythos.files import write_atomically
+from mythos.drawing import new_figure
 from mythos.parity import statistics
 from mythos.parity.measures import Arm
+from mythos.parity.tables import Picture
 
 COLORS = [f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")]
 
 
-def write_pictures(arms: Sequence[Arm], metric: str, directory: Path) -> dict[str, str]:
-    """Draw what there are data for; returns what each picture shows, by its name."""
-    drawn = {"arms": _arms(arms, metric), "curves": _curves(arms)}
-    texts = {
-        "arms": f"The mean {metric} of each arm with its 95% interval; dots are training seeds.",
-        "curves": "The validation loss at the mean depth of training, against what was spent: one line for each seed.",
+def draw_pictures(arms: Sequence[Arm], metric: str) -> dict[str, Picture]:
+    """Draw what there are data for."""
+    pictures = {
+        "arms": Picture(
+            _arms(arms, metric),
+            f"The mean {metric} of each arm with its 95% interval; dots are training seeds.",
+        ),
+        "curves": Picture(
+            _curves(arms),
+            "The validation loss at the mean depth of training, against what was spent: one line for each seed.",
+        ),
     }
     if metric != "validation_loss" and any(len(_depths(arm)) > 1 for arm in arms):
-        drawn["depth"] = _by_depth(arms, metric)
-        texts["depth"] = (
+        pictures["depth"] = Picture(
+            _by_depth(arms, metric),
             f"The {metric} against the loop steps at test time, mean over the seeds with its 95% interval; dashed: the "
-            "mean depth of training; horizontal: arms without a loop."
+            "mean depth of training; horizontal: arms without a loop.",
         )
     if _have_same_difficulties(arms):
-        drawn["difficulty"] = _by_difficulty(arms)
-        texts["difficulty"] = (
+        pictures["difficulty"] = Picture(
+            _by_difficulty(arms),
             "The share of problems that are solved against their difficulty, at the mean depth of training and "
-            "(dotted) at the largest depth measured; shaded: difficulties beyond those of training."
+            "(dotted) at the largest depth measured; shaded: difficulties beyond those of training.",
         )
-    for name, figure in drawn.items():
-        write_atomically(directory / f"{name}.png", png(figure))
-    return texts
+    return pictures
 
 
 def _arms(arms: Sequence[Arm], metric: str) -> Any:

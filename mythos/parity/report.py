@@ -1,24 +1,29 @@
 """The report of an experiment: verdict, arms, differences and pictures, as Markdown, and its numbers as JSON."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mythos.errors import UserError, os_errors_as_user_errors
-from mythos.files import write_atomically
+from mythos.errors import UserError
 from mythos.parity import statistics
 from mythos.parity.experiment import Criterion, Experiment, PlannedRun, design_hash
 from mythos.parity.measures import Arm, check_same_items
-from mythos.parity.pictures import write_pictures
+from mythos.parity.pictures import draw_pictures
 from mythos.parity.results import read_result
 from mythos.parity.runs import Progress, progress, read_designs
-from mythos.parity.tables import arms_text, differences_text, measured_metrics, pictures_text, row, run_numbers
+from mythos.parity.tables import (
+    arms_text,
+    differences_text,
+    measured_metrics,
+    pictures_text,
+    row,
+    run_numbers,
+    table,
+    write_files,
+)
 from mythos.parity.verdict import Decision, decide
 from mythos.plan.params import count_parameters
-
-REMEDY = "free space, or name another directory"
 
 
 @dataclass(frozen=True)
@@ -56,21 +61,17 @@ def write_report(experiment: Experiment, planned: Sequence[PlannedRun], director
     decision = decide(experiment.criterion, results.arms)
     tasks = [Path(task).stem for task in experiment.evaluation.tasks]  # the score of a list, such as core
     metrics = measured_metrics(arms, experiment.criterion.metric, tasks)
-    with os_errors_as_user_errors(directory, REMEDY):
-        directory.mkdir(parents=True, exist_ok=True)
-        pictures = write_pictures(arms, metrics[0], directory)
-        parts = [
-            f"# {experiment.name}: {experiment.question}",
-            *verdict_text(experiment, decision, results),
-            *design_text(experiment),
-            *arms_text(arms, metrics),
-            *differences_text(arms, experiment.criterion.large, metrics),
-            *pictures_text(pictures),
-            *missing_text(results.missing),
-        ]
-        write_atomically(directory / "report.json", json.dumps(numbers(experiment, arms, decision, metrics), indent=1))
-        write_atomically(directory / "report.md", "\n\n".join(parts) + "\n")
-    return directory / "report.md"
+    pictures = draw_pictures(arms, metrics[0])
+    parts = [
+        f"# {experiment.name}: {experiment.question}",
+        *verdict_text(experiment, decision, results),
+        *design_text(experiment),
+        *arms_text(arms, metrics),
+        *differences_text(arms, experiment.criterion.large, metrics),
+        *pictures_text(pictures),
+        *missing_text(results.missing),
+    ]
+    return write_files(parts, numbers(experiment, arms, decision, metrics), pictures, directory)
 
 
 def verdict_text(experiment: Experiment, decision: Decision, results: Results) -> Iterator[str]:
@@ -80,19 +81,17 @@ def verdict_text(experiment: Experiment, decision: Decision, results: Results) -
     yield (
         f"By the criterion that was fixed before any run: with d the difference in {criterion.metric} between "
         f"**{criterion.looped}** and **{criterion.large}**, and g the gap between **{criterion.small}** and "
-        f"**{criterion.large}**, it matches if the 95% interval of d is below {criterion.margin:g} g, does not match "
-        "if it is above, and is not decided otherwise."
+        f"**{criterion.large}**, it matches if the 95% interval of d - {criterion.margin:g} g is below 0, does not "
+        "match if it is above, and is not decided otherwise (signs turned for metrics of which more is better)."
     )
     if decision.difference is not None:
-        lines = [
-            "| quantity | estimate | 95% interval |",
-            "|---|---:|---:|",
+        rows = [
             row(f"d = {criterion.looped} - {criterion.large}", decision.difference),
             row(f"{criterion.looped} - {criterion.small}", decision.from_small),
             row(f"g = {criterion.small} - {criterion.large}", decision.gap),
             row("share of the gap that is closed (1: as good as the large one)", decision.share),
         ]
-        yield "\n".join(lines)
+        yield table(["quantity", "estimate", "95% interval"], "lrr", rows)
         seeds = {name: len(results.arms[name].runs) for name in (criterion.looped, criterion.small, criterion.large)}
         count = ", ".join(f"{name} {number}" for name, number in seeds.items())
         yield f"Training seeds: {count}. Intervals are by paired bootstrap over documents and seeds."

@@ -26,7 +26,7 @@ class Curve:
     """The validation loss at the mean depth during training, and what the weights had cost by then.
 
     Of a run with several budgets, the weights' course is that of the last budget: decays from which the run has
-    returned are left out, and so is what they cost. ``ends`` has their validations.
+    returned are left out, and so is what they cost. ``RunResult.points`` has their validations.
     """
 
     losses: np.ndarray

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from mythos.errors import DONE, FAILED, PREEMPTED, UserError, os_errors_as_user_errors
 from mythos.files import open_to_append, write_atomically
-from mythos.parity.experiment import Experiment, PlannedRun
+from mythos.parity.experiment import Experiment, PlannedRun, design_hash
 from mythos.parity.results import read_evaluation
 from mythos.readers import read_json
 from mythos.run.directory import RunDirectory, checkpoint_name
@@ -206,24 +206,23 @@ class Design:
 _DESIGNS = TypeAdapter(list[Design])
 
 
-def record_design(experiment: Experiment, design: str) -> list[Design]:
-    """Add the present design to DIRECTORY/designs.json unless it is the newest there; returns all, oldest first.
+def record_design(experiment: Experiment) -> None:
+    """Add the present design to DIRECTORY/designs.json unless it is the newest there.
 
     Raises:
         UserError: the file is damaged, or cannot be written.
     """
-    path = designs_file(experiment)
+    path, design = designs_file(experiment), design_hash(experiment)
     designs = read_designs(experiment)
     if not designs or designs[-1].hash != design:
         designs.append(Design(design, time.strftime("%Y-%m-%dT%H:%M:%S%z")))
         with os_errors_as_user_errors(path, "free space, or make the directory writable"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(_DESIGNS.dump_python(designs), indent=1))
-    return designs
 
 
 def read_designs(experiment: Experiment) -> list[Design]:
-    """The designs under which runs were begun. Raises UserError if the file is damaged."""
+    """The designs under which runs were begun, oldest first. Raises UserError if the file is damaged."""
     path = designs_file(experiment)
     return read_json(path, _DESIGNS, "restore it, or begin in another directory") if path.exists() else []
 

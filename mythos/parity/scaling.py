@@ -11,26 +11,28 @@ through the loop is worth in parameters:
 
 E, A, B, a and b are positive, so their logarithms are fitted; N and D are divided by their geometric means, which makes
 coefficients and exponents nearly independent. The residual is that of log L, with Huber's loss (delta 1e-3), as in all
-three papers: a run that has diverged does not bend the law. Several starts, the best result counts.
+three papers, so a diverged run has little influence. The best result of several starts is taken.
 """
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from mythos.errors import UserError
+from mythos.parity.statistics import TAILS
 
 Form = Literal["chinchilla", "parcae", "recurrence"]
-FORMS: tuple[Form, ...] = ("chinchilla", "parcae", "recurrence")
+FORMS: tuple[Form, ...] = get_args(Form)
 PHI = {"chinchilla": 0.0, "parcae": 1.0}
 CONSTANTS = {"chinchilla": 5, "parcae": 5, "recurrence": 6}
 HUBER_DELTA = 1e-3
 BOOTSTRAPS = 200
-TAILS = (0.025, 0.975)
+TRIES = 50
+"""Draws for each fit of the bootstrap, because not every draw determines the law."""
 EXPONENTS = (0.15, 0.35, 0.7)
 """Of the starts; for each, the loss above E is divided evenly among the terms."""
 FLOORS = (0.3, 0.6, 0.9)
@@ -132,10 +134,12 @@ def fit(form: Form, runs: Runs, seed: int = 0) -> Fit:
     law = _fit(form, runs)
     random = np.random.default_rng(seed)
     drawn: list[Law] = []
-    for _ in range(50 * BOOTSTRAPS):
+    for _ in range(TRIES * BOOTSTRAPS):
         again = runs.rows(random.integers(len(runs), size=len(runs)))
-        if len(drawn) < BOOTSTRAPS and is_determined(form, again):
+        if is_determined(form, again):
             drawn.append(_fit(form, again, law))
+        if len(drawn) == BOOTSTRAPS:
+            break
     error = np.abs(law.predict(runs) / runs.losses - 1).mean()
     return Fit(law, tuple(drawn) or (law,), _hold_out(form, runs, law), float(error))
 

@@ -1,6 +1,5 @@
 """The report of scaling laws: constants with intervals, held-out errors, the optimum at a budget, and pictures."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -10,21 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from mythos.drawing import new_figure, png
-from mythos.errors import UserError, os_errors_as_user_errors
-from mythos.files import write_atomically
+from mythos.drawing import new_figure
+from mythos.errors import UserError
 from mythos.parity.pictures import COLORS
-from mythos.parity.scaling import TAILS, Fit, Form, Law, fit, power_law
+from mythos.parity.scaling import CONSTANTS, Fit, Form, Law, fit, power_law
 from mythos.parity.scaling_runs import Candidates, Optimum, Points, ScalingPoint, candidates
-from mythos.parity.tables import pictures_text
+from mythos.parity.statistics import TAILS
+from mythos.parity.tables import Picture, left_out_text, pictures_text, table, write_files
 
-REMEDY = "free space, or name another directory"
 FORMULAS = {
     "chinchilla": "E + A N^-a + B D^-b, N: parameters",
     "parcae": "E + A N^-a + B D^-b, N: parameters of the unrolled model",
     "recurrence": "E + A (N_once + R^phi N_loop)^-a + B D^-b",
 }
-CONSTANTS = ("E", "A", "a", "B", "b", "phi")
+NAMES = ("E", "A", "a", "B", "b", "phi")
+"""Of the constants; a law has the first ``CONSTANTS`` of them."""
 BUDGETS = 4.0 ** np.arange(-2, 3)
 """Around the budget whose optimum is wanted: from them, how the optimum grows."""
 NOTES = """L is the validation loss at the mean depth of training, D the positions trained on, R the mean loop steps.
@@ -53,7 +52,7 @@ def fit_all(points: Points, forms: Sequence[Form]) -> tuple[dict[Form, Fit], lis
 def constants(found: Fit) -> list[list[str]]:
     """A row for each constant: its name, value and 95% interval."""
     rows = []
-    for name in CONSTANTS[: 6 if found.law.form == "recurrence" else 5]:
+    for name in NAMES[: CONSTANTS[found.law.form]]:
         low, high = found.interval(attrgetter(name))
         rows.append([name, f"{getattr(found.law, name):.4g}", f"{low:.4g} ... {high:.4g}"])
     return rows
@@ -105,46 +104,42 @@ def write_scaling(
     Raises:
         UserError: the files cannot be written.
     """
-    with os_errors_as_user_errors(directory, REMEDY):
-        directory.mkdir(parents=True, exist_ok=True)
-        pictures = {"curves": _curves(points, fits), "errors": _errors(points, fits)}
-        pictures["optimum"] = _optimum(points.points, fits, flops)
-        for name, figure in pictures.items():
-            write_atomically(directory / f"{name}.png", png(figure))
-        parts = [f"# Scaling laws of {len(points.points)} trained models", *_laws_text(points, fits, flops)]
-        parts += [NOTES, *pictures_text(TEXTS), *_points_text(points)]
-        if left_out := [*missing, *points.left_out]:
-            parts += ["## Left out", "\n".join(f"- {each}" for each in left_out)]
-        write_atomically(directory / "report.json", json.dumps(_numbers(points, fits, flops), indent=1))
-        write_atomically(directory / "report.md", "\n\n".join(parts) + "\n")
-    return directory / "report.md"
-
-
-TEXTS = {
-    "curves": "The loss against tokens: dots are trained models, lines the law for each configuration.",
-    "errors": "The relative error of each law on each run; filled: runs that it was not fitted to.",
-    "optimum": "The loss by each law of the models at the budget, against their size N; the dot is the optimum.",
-}
+    pictures = {
+        "curves": Picture(
+            _curves(points, fits),
+            "The loss against tokens: dots are trained models, lines the law for each configuration.",
+        ),
+        "errors": Picture(
+            _errors(points, fits),
+            "The relative error of each law on each run; filled: runs that it was not fitted to.",
+        ),
+        "optimum": Picture(
+            _optimum(points.points, fits, flops),
+            "The loss by each law of the models at the budget, against their size N; the circle is the optimum.",
+        ),
+    }
+    parts = [f"# Scaling laws of {len(points.points)} trained models", *_laws_text(points, fits, flops), NOTES]
+    parts += [*pictures_text(pictures), *_points_text(points), *left_out_text([*missing, *points.left_out])]
+    return write_files(parts, _numbers(points, fits, flops), pictures, directory)
 
 
 def _laws_text(points: Points, fits: Mapping[Form, Fit], flops: float) -> Iterator[str]:
     for form, found in fits.items():
         yield f"## {form}: L = {FORMULAS[form]}"
-        lines = ["| quantity | value | 95% interval |", "|---|---:|---|"]
         rows = [*constants(found), *errors(found), [f"**optimum at {flops:.3g} FLOPs**", "", ""]]
         rows += optimum(points.points, found, flops)
-        yield "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+        yield table(["quantity", "value", "95% interval"], "lrl", rows)
 
 
 def _points_text(points: Points) -> Iterator[str]:
     yield "## Trained models"
     heads = ["model", "N once", "N of the loop", "loop steps", "tokens", "training FLOPs", "loss"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * 6 + "|"]
+    rows = []
     for each in points.points:
         cells = [each.name, f"{each.once:.4g}", f"{each.looped:.4g}", f"{each.loop_steps:g}"]
         cells += [f"{each.end.tokens:.4g}", f"{each.end.flops:.4g}", f"{each.end.loss:.4f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    yield "\n".join(lines)
+        rows.append(cells)
+    yield table(heads, "lrrrrrr", rows)
 
 
 def _curves(points: Points, fits: Mapping[Form, Fit]) -> Any:
@@ -206,7 +201,7 @@ def _numbers(points: Points, fits: Mapping[Form, Fit], flops: float) -> dict[str
     laws = {
         form: {
             **asdict(found.law),
-            "intervals": {name: found.interval(attrgetter(name)) for name in CONSTANTS},
+            "intervals": {name: found.interval(attrgetter(name)) for name in NAMES},
             "error": found.error,
             "held_out_errors": None if found.held_out is None else found.held_out.errors.tolist(),
             "optimum": {"flops": flops, **asdict(models.best(found.law, flops))},

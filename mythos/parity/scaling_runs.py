@@ -14,8 +14,7 @@ import numpy as np
 
 from mythos.config.schema import Config
 from mythos.errors import UserError
-from mythos.parity.compare import ROWS
-from mythos.parity.groups import Found, attempt, read_groups
+from mythos.parity.groups import Found, attempt, differing_rows, read_groups
 from mythos.parity.results import Point
 from mythos.parity.scaling import Law, Runs, effective_size
 from mythos.plan.flops import expected_steps, training_flops
@@ -44,7 +43,7 @@ class ScalingPoint:
     @property
     def loop_steps(self) -> float:
         """Mean in training; 1 of a dense model."""
-        return mean_steps(self.config)
+        return 1.0 if self.config.loop is None else self.config.loop.mean_depth
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,6 @@ def read_points(places: Sequence[Path], counted: Counted) -> Points:
     return Points(tuple(points), tuple(left_out))
 
 
-def mean_steps(config: Config) -> float:
-    """Mean loop steps in training; 1 of a dense model."""
-    return 1.0 if config.loop is None else config.loop.mean_depth
-
-
 def flops_per_token(config: Config, loop_steps: float) -> float:
     """Expected training FLOPs of a model with this mean depth, whose share of steps with gradient remains the same."""
     if config.loop is None:
@@ -138,7 +132,7 @@ def flops_per_token(config: Config, loop_steps: float) -> float:
 def candidates(points: Sequence[ScalingPoint]) -> Candidates:
     """The models of the runs, a looped one with every whole mean depth up to a limit.
 
-    The largest depth is twice that of any run, at most ``LARGEST_DEPTH``: the law knows nothing of larger ones.
+    The largest depth is twice that of any run, at most ``LARGEST_DEPTH``: the law is not extrapolated further.
     """
     deepest = min(LARGEST_DEPTH, round(2 * max(point.loop_steps for point in points)))
     models = {(point.once + point.looped, point.looped): point for point in points}
@@ -175,9 +169,8 @@ def _point(found: Found, group: str, end: Point, several: bool, counted: Counted
 def _check_same_rows(found: Sequence[Found]) -> None:
     first = found[0]
     for each in found:
-        other = [path for path in ROWS if each.options.get(path) != first.options.get(path)]
-        if other or each.run.config.eval.sequences != first.run.config.eval.sequences:
+        if other := differing_rows((first, each)):
             raise UserError(
                 f"{each.run.directory} and {first.run.directory} were validated on other rows "
-                f"({', '.join(other) or 'eval.sequences'}): fit them separately"
+                f"({', '.join(other)}): fit them separately"
             )

@@ -33,7 +33,7 @@ Verdict = Literal["lower", "higher", "not distinguished", "one seed"]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95% interval; infinite where the data set no bound."""
+    """An estimate with its 95% interval; infinite where the data give no bound."""
 
     estimate: float
     low: float

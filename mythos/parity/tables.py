@@ -1,22 +1,51 @@
 """Tables and other Markdown that reports of arms share."""
 
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mythos.errors import UserError
+from mythos.drawing import png
+from mythos.errors import UserError, os_errors_as_user_errors
+from mythos.files import write_atomically
 from mythos.parity import statistics
-from mythos.parity.measures import Arm, higher_is_better
+from mythos.parity.measures import OF_PROBLEMS, OF_TEXT, Arm, higher_is_better
 from mythos.parity.results import RunResult
 from mythos.parity.statistics import Interval, Verdict
 from mythos.parity.verdict import compared, spread
 from mythos.plan.params import count_parameters
 
-OF_TEXT = ("loss", "bits_per_byte")
-OF_PROBLEMS = ("accuracy", "accuracy_beyond")
+REMEDY = "free space, or name another directory"
 PREFERRED = ("accuracy", "bits_per_byte", "loss", "validation_loss")
 """Of the metrics that were measured, the first one counts."""
 ONE_SEED = "no claim: one seed is no verdict"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, and what it shows."""
+
+    figure: Any
+    text: str
+
+
+def write_files(
+    parts: Iterable[str], numbers: Mapping[str, Any], pictures: Mapping[str, Picture], directory: Path
+) -> Path:
+    """Write the pictures, report.json, and report.md of these parts; returns the path of report.md.
+
+    Raises:
+        UserError: the files cannot be written.
+    """
+    with os_errors_as_user_errors(directory, REMEDY):
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures.items():
+            write_atomically(directory / f"{name}.png", png(picture.figure))
+        write_atomically(directory / "report.json", json.dumps(numbers, indent=1))
+        write_atomically(directory / "report.md", "\n\n".join(parts) + "\n")
+    return directory / "report.md"
 
 
 def measured_metrics(arms: Sequence[Arm], first: str, others: Sequence[str] = ()) -> list[str]:
@@ -38,7 +67,7 @@ def arms_text(arms: Sequence[Arm], metrics: Sequence[str], word: str = "arm") ->
     yield f"## {word.capitalize()}s"
     heads = [word, "seeds", "parameters", "of which matrices", "tokens", "text tokens", "training FLOPs"]
     heads += ["device hours", *(f"{name}: mean (spread over seeds) and 95% interval" for name in metrics), "perplexity"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    rows = []
     for arm in arms:
         count = count_parameters(arm.runs[0].config.model)
         cells = [arm.name, str(len(arm.runs)), f"{count.total:,}", f"{count.matrices:,}"]
@@ -49,8 +78,8 @@ def arms_text(arms: Sequence[Arm], metrics: Sequence[str], word: str = "arm") ->
             interval = bounds(statistics.mean(values)) if values.size > 1 else "-"
             cells.append(f"{values.mean():.4f} ({spread(values):.4f}) {interval}")
         cells.append(f"{arm.mean_metric('documents_perplexity'):.3f}")
-        lines.append("| " + " | ".join(cells).replace("nan", "-") + " |")
-    yield "\n".join(lines)
+        rows.append([cells[0], *(cell.replace("nan", "-") for cell in cells[1:])])
+    yield table(heads, "l" + "r" * (len(heads) - 1), rows)
 
 
 def differences_text(arms: Sequence[Arm], large: str, metrics: Sequence[str]) -> Iterator[str]:
@@ -60,13 +89,12 @@ def differences_text(arms: Sequence[Arm], large: str, metrics: Sequence[str]) ->
     if reference is None or not others:
         return
     yield f"## Differences from {large}"
-    lines = ["| arm | metric | difference | 95% interval | |", "|---|---|---:|---:|---|"]
+    rows = []
     for arm in others:
         for name in metrics:
             found, verdict = compared(arm, reference, name)
-            text = judgement(verdict, name)
-            lines.append(f"| {arm.name} | {name} | {found.estimate:+.4f} | {bounds(found)} | {text} |")
-    yield "\n".join(lines)
+            rows.append([arm.name, name, f"{found.estimate:+.4f}", bounds(found), judgement(verdict, name)])
+    yield table(["arm", "metric", "difference", "95% interval", ""], "llrrl", rows)
 
 
 def judgement(verdict: Verdict, metric: str) -> str:
@@ -81,11 +109,18 @@ def judgement(verdict: Verdict, metric: str) -> str:
     return verdict
 
 
-def pictures_text(pictures: Mapping[str, str]) -> Iterator[str]:
+def pictures_text(pictures: Mapping[str, Picture]) -> Iterator[str]:
     """The pictures, each with what it shows."""
-    for name, text in pictures.items():
+    for name, picture in pictures.items():
         yield f"![{name}]({name}.png)"
-        yield text
+        yield picture.text
+
+
+def left_out_text(left_out: Sequence[str]) -> Iterator[str]:
+    """What was not used, with the reason."""
+    if left_out:
+        yield "## Left out"
+        yield "\n".join(f"- {each}" for each in left_out)
 
 
 def run_numbers(run: RunResult) -> dict[str, Any]:
@@ -101,9 +136,17 @@ def run_numbers(run: RunResult) -> dict[str, Any]:
     }
 
 
-def row(name: str, interval: Interval | None) -> str:
+def table(heads: Sequence[str], columns: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; ``columns`` has an l (left) or an r (right) for each column."""
+    rule = "".join("|---:" if each == "r" else "|---" for each in columns) + "|"
+    head, *lines = ("| " + " | ".join(cells) + " |" for cells in (heads, *rows))
+    return "\n".join([head, rule, *lines])
+
+
+def row(name: str, interval: Interval | None) -> list[str]:
+    """Of a table: a quantity, its estimate and its interval."""
     assert interval is not None
-    return f"| {name} | {interval.estimate:+.4f} | {bounds(interval)} |"
+    return [name, f"{interval.estimate:+.4f}", bounds(interval)]
 
 
 def bounds(interval: Interval) -> str:
