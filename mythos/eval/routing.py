@@ -50,7 +50,7 @@ class ExpertLoad:
         calls: list[Tensor] = []
         with watched_routing(self._core, lambda routing: calls.append(routing.chosen_BSE[:sequences].sum(dim=(0, 1)))):
             yield
-        for choices_LE, counted_LE in zip(torch.stack(calls).split(len(self._core)), self._choices_TLE, strict=False):
+        for choices_LE, counted_LE in zip(torch.stack(calls).split(len(self._core)), self._choices_TLE, strict=True):
             counted_LE += choices_LE
 
     def shares_LTE(self) -> Tensor:

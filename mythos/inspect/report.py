@@ -91,10 +91,11 @@ def _state(observation: Observation) -> str:
 
 def _verdict(state: StateTrace, trained: int) -> str:
     """Whether the changes fall by the trained depth, and still in the second half of all loop steps."""
-    of_trained, of_half, of_last = (state.change[step - 1] for step in (trained, -(-len(state.change) // 2), 0))
-    if of_last < max(0.5 * of_half, NO_CHANGE):
+    at_half = state.change[(len(state.change) - 1) // 2]
+    at_end = state.change[-1]
+    if at_end < max(0.5 * at_half, NO_CHANGE):
         return "it approaches a fixed point."
-    if of_last < 0.5 * of_trained:
+    if at_end < 0.5 * state.change[trained - 1]:
         return "it comes near a fixed point, but its changes no longer fall."
     return "it does not settle at a fixed point."
 

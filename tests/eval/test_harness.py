@@ -1,6 +1,5 @@
 """The adapter to lm-evaluation-harness against its own model for Hugging Face, on the same tiny model."""
 
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from mythos.data.format import BOS
-from mythos.eval.requests import Prompt, score
+from mythos.eval.requests import SMALLEST_INPUT, Prompt, score
+from tests.harness_task import questions, write_task
 from tests.require import missing
 from tests.text_tokenizer import text_tokenizer
 
@@ -45,8 +45,14 @@ def net() -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=300, bos_token_id=0, eos_token_id=0, **sizes)).eval()
 
 
-def adapter(harness: Any, net: Any, tokenizer: Tokenizer, micro_batch_tokens: int = 200) -> Any:
+def adapter(
+    harness: Any, net: Any, tokenizer: Tokenizer, micro_batch_tokens: int = 200, batches: list[int] | None = None
+) -> Any:
+    """``batches`` gets the number of requests of each forward pass."""
+
     def forward(tokens: torch.Tensor, targets: None, plan: None) -> torch.Tensor:
+        if batches is not None:
+            batches.append(len(tokens))
         with torch.no_grad():
             return net(tokens).logits
 
@@ -93,14 +99,19 @@ PAIRS = [
     (TEXT, " The quick brown fox"),  # the context is cut on the left
     ("over", " the lazy dog"),
     ("a\n\n", "b"),
+    ("brown", " fox jumps"),
+    ("The", " lazy"),
+    ("\U0001f600", " and"),
 ]
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [1, 7 * LONGEST])
+@pytest.mark.parametrize("requests_a_batch", [1, 7])
 def test_log_likelihoods_are_those_of_their_own_model(
-    harness: Any, net: Any, tokenizer: Tokenizer, theirs: Any, micro_batch_tokens: int
+    harness: Any, net: Any, tokenizer: Tokenizer, theirs: Any, requests_a_batch: int
 ) -> None:
-    ours = adapter(harness, net, tokenizer, micro_batch_tokens).loglikelihood(requests(PAIRS))
+    batches: list[int] = []
+    ours = adapter(harness, net, tokenizer, requests_a_batch * SMALLEST_INPUT, batches).loglikelihood(requests(PAIRS))
+    assert max(batches) == requests_a_batch
     expected = theirs.loglikelihood(requests(PAIRS), disable_tqdm=True)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
     assert [total for total, _ in ours] == pytest.approx([total for total, _ in expected], abs=1e-4)
@@ -128,11 +139,27 @@ def test_generated_texts_are_those_of_their_own_model(
     assert stopped == free[0][: free[0].index(stop)]
 
 
+@torch.no_grad()
+def plain_windows(net: Any, tokenizer: Tokenizer, context: str, continuation: str) -> float:
+    """Each window predicts ``LONGEST`` tokens of the continuation; the last one has as much before them as fits."""
+    ids = [tokenizer.token_to_id(BOS), *tokenizer.encode(context + continuation).ids]
+    first, total = 1 + len(tokenizer.encode(context).ids), 0.0
+    while first < len(ids):
+        end = min(first + LONGEST, len(ids))
+        inputs = torch.tensor([ids[max(0, end - 1 - LONGEST) : end - 1]])
+        log_p = net(inputs).logits[0].double().log_softmax(-1)[first - end :]
+        total += log_p[torch.arange(end - first), ids[first:end]].sum().item()
+        first = end
+    return total
+
+
 def test_edge_cases_that_their_own_model_refuses(harness: Any, net: Any, tokenizer: Tokenizer) -> None:
     model = adapter(harness, net, tokenizer)
     assert model.loglikelihood(requests([("", ""), ("The quick", "")])) == [(0.0, True), (0.0, True)]
     (whole,) = model.loglikelihood(requests([("", TEXT)]))  # a continuation longer than the input of the model
     assert whole[0] == model.loglikelihood_rolling(requests([TEXT]))[0]
+    (after_text,) = model.loglikelihood(requests([("The quick brown", " fox " + TEXT)]))
+    assert after_text[0] == pytest.approx(plain_windows(net, tokenizer, "The quick brown", " fox " + TEXT), abs=1e-4)
     assert model.loglikelihood([]) == []
 
 
@@ -154,21 +181,7 @@ def test_a_task_from_a_local_file(
     from lm_eval import simple_evaluate
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    words = TEXT.split()
-    items = [
-        {"question": " ".join(words[n % 9 : n % 9 + 3]), "answers": [words[n % 11], words[n % 7], "x"], "right": n % 3}
-        for n in range(200)
-    ]
-    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-    (tmp_path / "task.yaml").write_text(
-        "task: local_words\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/items.jsonl}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\n"
-        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{answers}}"\ndoc_to_target: "{{right}}"\n'
-        "metric_list: [{metric: acc}, {metric: acc_norm}]\n",
-        encoding="utf-8",
-    )
-    task = str(tmp_path / "task.yaml")
+    task = write_task(tmp_path, "local_words", questions(TEXT, 200))
     found = harness.run_tasks(adapter(harness, net, tokenizer), [task], None)["local_words"]
     known = harness.known_tasks()
     expected = simple_evaluate(theirs, tasks=[task], log_samples=False, task_manager=known)["results"]["local_words"]
@@ -184,12 +197,8 @@ def test_an_unknown_task_and_missing_data_are_one_line(
 
     with pytest.raises(UserError, match="--tasks no_such_task: no task of lm-evaluation-harness"):
         harness.check_names(["no_such_task"])
-    path = tmp_path / "task.yaml"
-    path.write_text(
-        f"task: gone\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/none.jsonl}}}}\n"
-        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "a"\ndoc_to_choice: [b, c]\ndoc_to_target: 0\n',
-        encoding="utf-8",
-    )
+    path = write_task(tmp_path, "gone", [])
+    (tmp_path / "gone.jsonl").unlink()
     with pytest.raises(UserError, match="FileNotFoundError.*check the task") as caught:
-        harness.run_tasks(adapter(harness, net, tokenizer), [str(path)], None)
+        harness.run_tasks(adapter(harness, net, tokenizer), [path], None)
     assert "\n" not in str(caught.value)

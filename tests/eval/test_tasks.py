@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mythos.config.schema import Config
 from mythos.data.format import BOS
 from mythos.data.open import read_tokenizer
 from mythos.errors import UserError
-from mythos.eval.measure import Wanted
+from mythos.eval.measure import Metrics, Wanted
 from mythos.eval.requests import Request, Score, score
 from mythos.eval.tasks import accuracy, is_list, read_items, read_tasks
 from mythos.model import build_model
+from mythos.run.directory import RunDirectory
 from tests.cluster import REPO
 from tests.eval.conftest import SEQUENCE_LENGTH, text_config
 from tests.eval.test_text_metrics import evaluate
+from tests.harness_task import questions, write_task
 from tests.model.helpers import randomise
+from tests.require import missing
 from tests.spawn import RankPool
 
 CORE = REPO / "configs" / "eval" / "core.yaml"
@@ -29,6 +36,12 @@ WORDS = [
     "senate", "house", "people", "treaty", "nation", "law", "peace", "war", "year", "public", "good", "duty",
 ]  # fmt: skip
 Encode = Callable[[str], list[int]]
+GENERATE = (
+    "output_type: generate_until\n"
+    'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+    'generation_kwargs: {until: ["\\n"], max_gen_toks: 20}\n'
+    "metric_list: [{metric: exact_match}]\n"
+)
 KINDS = ("multiple_choice", "schema", "continuation")
 
 
@@ -163,6 +176,46 @@ def test_the_same_on_two_ranks_and_each_task_has_a_metric(
     centred = [result["tasks"][f"toy_{kind}_depth_2"]["centred"] for kind in KINDS]
     assert result["eval/toy_depth_2"] == pytest.approx(sum(centred) / 3)
     assert all(each["items"] == 20 for each in result["tasks"].values())
+
+
+def evaluate_with_harness(config: Config, wanted: Wanted, home: Path) -> Metrics:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(home))
+        return evaluate(config, wanted)
+
+
+def test_tasks_of_the_harness_are_the_same_on_one_and_two_ranks_at_each_depth(
+    text_run: Path, text_data: Path, sentences: list[str], tmp_path: Path, one_rank: RankPool, two_ranks: RankPool
+) -> None:
+    """One by log-likelihoods, and one that generates text: both by `mythos eval --tasks FILE.yaml`."""
+    if find_spec("lm_eval") is None:
+        missing("no lm-evaluation-harness here (the extra `eval`)")
+    run = Path(shutil.copytree(text_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations")))
+    items = questions(" ".join(sentences), 20)
+    files = (
+        write_task(tmp_path, "local_words", items),
+        write_task(tmp_path, "local_text", [each | {"answer": "the"} for each in items[:3]], GENERATE),
+    )
+    found = [
+        metrics
+        for pool in (one_rank, two_ranks)
+        for metrics in pool.run(
+            evaluate_with_harness,
+            text_config(text_data, run, pool.ranks, eval__depths=[1, 5], eval__sequences=4),
+            Wanted(documents=0, tasks=files),
+            tmp_path / "home",
+        )
+    ]
+    assert found[1] == found[2] == pytest.approx(found[0], rel=1e-6)
+    names = {f"{task}_depth_{steps}" for task in ("local_words", "local_text") for steps in (1, 5)}
+    assert {f"eval/{name}" for name in names} <= set(found[0])
+    for path in RunDirectory(run).evaluations.glob("*.json"):
+        tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+        assert set(tasks) == names
+        assert all(found[0][f"eval/{name}"] == next(iter(tasks[name].values())) for name in names)
+    events = EventAccumulator(str(RunDirectory(run).evaluations))
+    events.Reload()
+    assert {f"eval/{name}" for name in names} <= set(events.Tags()["scalars"])
 
 
 def test_core_has_the_tasks_examples_and_baselines_of_its_publication() -> None:

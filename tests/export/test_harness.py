@@ -1,6 +1,5 @@
 """lm-evaluation-harness's own model for Hugging Face, on an export, gives what this project's adapter gives."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,12 @@ from mythos.data.format import BOS
 from mythos.eval.requests import score
 from mythos.export import load_exported
 from tests.export.conftest import VOCABULARY, write_export
+from tests.harness_task import questions, write_task
 from tests.require import missing
 from tests.tiny import tiny_config
 
 ITEMS, DEPTH, LONGEST = 200, 5, 24
 TEXT = "The quick brown fox jumps over the lazy dog; caf\u00e9, \u4e2d\u6587 and \U0001f600. "
-
-
-def write_task(directory: Path) -> str:
-    """Three answers to each question; the longest questions do not fit into the model."""
-    words = TEXT.split()
-    questions = [" ".join(words[n % 9 : n % 9 + 3] * (1 + n % 4)) for n in range(ITEMS)]
-    answers = [[words[n % 11], words[n % 7], "x"] for n in range(ITEMS)]
-    items = [{"question": questions[n], "answers": answers[n], "gold": n % 3} for n in range(ITEMS)]
-    lines = "".join(json.dumps(item) + "\n" for item in items)
-    (directory / "items.jsonl").write_text(lines, encoding="utf-8")
-    (directory / "task.yaml").write_text(
-        "task: local_words\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {directory}/items.jsonl}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\nmetric_list: [{metric: acc}]\n"
-        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{answers}}"\ndoc_to_target: "{{gold}}"\n',
-        encoding="utf-8",
-    )
-    return str(directory / "task.yaml")
 
 
 def log_likelihoods(model: Any, task: str) -> list[tuple[float, bool]]:
@@ -75,7 +57,8 @@ def test_log_likelihoods_of_their_model_on_the_export_are_ours(
         BOS,
         LONGEST,
     )
-    task = write_task(tmp_path)
+    # Questions of which the longest do not fit into the model.
+    task = write_task(tmp_path, "local_words", questions(TEXT, ITEMS, repeats=4))
     expected, found = log_likelihoods(theirs, task), log_likelihoods(ours, task)
     assert len(expected) == 3 * ITEMS
     assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], abs=1e-4)

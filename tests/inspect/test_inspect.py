@@ -62,12 +62,14 @@ def model_and_rows(config: Config) -> tuple[Model, np.ndarray, np.ndarray]:
 
 
 def states(model: Any, row: np.ndarray, seed: int) -> tuple[list[LoopState], list[Tensor]]:
-    """The loop's states of one row, step by step, and the logits of the last layer's router at each step."""
+    """The loop's states of one row, step by step, and the logits of each layer's router: all layers at each step."""
     logits: list[Tensor] = []
     tokens_1S = torch.from_numpy(row[None, :-1])
-    block = model.loop.core[-1]
-    if block.expert_config is not None:
+    hooks = [
         block.feed_forward.router.register_forward_hook(lambda _, __, output: logits.append(output))
+        for block in model.loop.core
+        if block.expert_config is not None
+    ]
     rotary = model.prelude[0].attention.rotary(tokens_1S.shape[1], torch.device("cpu"))
     x, values = model.embedding(tokens_1S), model.value_embeddings(tokens_1S)
     first, end = len(model.prelude), len(model.prelude) + len(model.loop.core)
@@ -77,6 +79,8 @@ def states(model: Any, row: np.ndarray, seed: int) -> tuple[list[LoopState], lis
     found = [model.loop._initial_state(e, depth.fixed(MOST, 1, [seed]))]
     for step in range(1, MOST + 1):
         found.append(model.loop.step(found[-1], LoopInputs(e, values[first:end], rotary), step == MOST, False))
+    for hook in hooks:
+        hook.remove()
     return found, logits
 
 
@@ -98,28 +102,36 @@ def test_state_routing_and_halting_equal_those_computed_row_by_row(config: Confi
         assert "state" not in found
         return
     model, numbers, rows = model_and_rows(config)
-    norms, changes, distances, chosen, halted = [], [], [], [], []
+    layers = len(model.loop.core)
+    norms, changes, distances, halted, ponder = [], [], [], [], []
+    chosen: list[list[Any]] = [[] for _ in range(layers)]
+    entropies: list[list[Any]] = [[] for _ in range(layers)]
     for number, row in zip(numbers.tolist(), rows, strict=True):
         of_row, logits = states(model, row, number)
         h = [state.h_BSD[0].double() for state in of_row]
         norms.append([float((each**2).sum(-1).mean()) for each in h])
         changes.append([float(((after - before) ** 2).sum(-1).mean()) for before, after in pairwise(h)])
         distances.append([float(((each - h[-1]) ** 2).sum(-1).mean()) for each in h])
-        if logits:
-            bias = model.loop.core[-1].feed_forward.router.e_score_correction_bias
-            chosen.append([choose(each, bias, config) for each in logits])
+        for layer in range(layers if logits else 0):
+            bias, of_layer = model.loop.core[layer].feed_forward.router.e_score_correction_bias, logits[layer::layers]
+            chosen[layer].append([choose(each, bias, config) for each in of_layer])
+            entropies[layer].append([entropy(each) for each in of_layer])
         if model.loop.halting is not None:
-            halted += halting_steps(model, of_row)
+            halted += halting_steps(model, of_row, MOST)[0]
+            ponder += halting_steps(model, of_row, config.loop.mean_depth)[1]
     norm, change = np.sqrt(np.mean(norms, axis=0)), np.sqrt(np.mean(changes, axis=0))
     assert found["state"]["norm"] == pytest.approx(norm.tolist(), rel=1e-5)
     assert found["state"]["change"] == pytest.approx((change / norm[1:]).tolist(), rel=1e-4)
     distance = np.sqrt(np.mean(distances, axis=0)) / norm[-1]
     assert found["state"]["distance"] == pytest.approx(distance.tolist(), rel=1e-4, abs=1e-6)
-    if chosen:
-        check_routing(found["routing"], np.concatenate(chosen, axis=1))
+    for layer in range(layers if chosen[0] else 0):
+        check_routing(found["routing"], layer, np.concatenate(chosen[layer], axis=1))
+        mean_entropy = np.mean(entropies[layer], axis=0)
+        assert found["routing"]["entropy_LT"][layer] == pytest.approx(mean_entropy.tolist(), rel=1e-5)
     if halted:
         counts = {str(step): halted.count(step) for step in sorted(set(halted))}
         assert found["halting"]["tokens_by_step"] == counts
+        assert found["halting"]["mean_ponder"] == pytest.approx(np.mean(ponder), rel=1e-5)
 
 
 def choose(logits_SE: Tensor, bias_E: Tensor, config: Config) -> list[set[int]]:
@@ -131,24 +143,34 @@ def choose(logits_SE: Tensor, bias_E: Tensor, config: Config) -> list[set[int]]:
     return [{0, 1} if each[0] + each[1] > each[2] + each[3] else {2, 3} for each in scores.tolist()]
 
 
-def check_routing(routing: dict[str, Any], chosen_TN: np.ndarray) -> None:
+def entropy(logits_SE: Tensor) -> float:
+    """Of the normalised scores, the mean over the tokens."""
+    scores = torch.sigmoid(logits_SE.double()).tolist()
+    return float(np.mean([-sum(one / sum(each) * math.log(one / sum(each)) for one in each) for each in scores]))
+
+
+def check_routing(routing: dict[str, Any], layer: int, chosen_TN: np.ndarray) -> None:
     steps, tokens = chosen_TN.shape
     load = [[sum(e in each for each in of_step) / (2 * tokens) for e in range(4)] for of_step in chosen_TN]
-    np.testing.assert_allclose(routing["load_LTE"][-1], load, atol=1e-6)
+    np.testing.assert_allclose(routing["load_LTE"][layer], load, atol=1e-6)
     for one, other in ((0, 0), (0, 1), (2, 7), (steps - 1, 0)):
         common = np.mean([len(a & b) / 2 for a, b in zip(chosen_TN[one], chosen_TN[other], strict=True)])
-        assert routing["overlap_LTT"][-1][one][other] == pytest.approx(common, abs=1e-6)
+        assert routing["overlap_LTT"][layer][one][other] == pytest.approx(common, abs=1e-6)
 
 
-def halting_steps(model: Any, of_row: list[LoopState]) -> list[int]:
-    """The step at which the sum of p reaches the threshold, for each token."""
-    sums, found = np.zeros(of_row[0].h_BSD.shape[1]), np.full(of_row[0].h_BSD.shape[1], MOST)
-    for step, state in enumerate(of_row[1:], start=1):
-        sums += torch.sigmoid(F.linear(state.h_BSD, model.loop.halting.gate.weight, model.loop.halting.gate.bias))[
-            0, :, 0
-        ].numpy()
-        found[(found == MOST) & (sums >= model.loop.halting.threshold)] = step
-    return found.tolist()
+def halting_steps(model: Any, of_row: list[LoopState], most: int) -> tuple[list[int], list[float]]:
+    """For each token the step at which the sum of p reaches the threshold, at the latest ``most``, and its ponder cost:
+    these steps and what was left of 1 before the last one."""
+    gate, found, costs = model.loop.halting.gate, [], []
+    p_TS = np.stack([torch.sigmoid(F.linear(each.h_BSD, gate.weight, gate.bias))[0, :, 0] for each in of_row[1:]])
+    for p_T in p_TS.T.tolist():
+        spent, step = 0.0, 1
+        while step < most and spent + p_T[step - 1] < model.loop.halting.threshold:
+            spent += p_T[step - 1]
+            step += 1
+        found.append(step)
+        costs.append(step + 1 - spent)
+    return found, costs
 
 
 @torch.no_grad()
