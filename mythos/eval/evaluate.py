@@ -193,7 +193,7 @@ def tensorboard_points(metrics: Metrics, tasks: Mapping[str, Any], mean_depth: i
     accuracies = [
         points[f"eval/{name}"]
         for name, results in tasks.items()
-        if name.endswith(at_mean_depth) and ("accuracy" in results or next(iter(results)).startswith(ACCURACIES))
+        if name.endswith(at_mean_depth) and ("accuracy" in results or next(iter(results), "").startswith(ACCURACIES))
     ]
     return points | ({"eval/best_task": max(accuracies)} if accuracies else {})
 

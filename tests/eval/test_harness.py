@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from mythos.data.format import BOS
-from mythos.eval.requests import SMALLEST_INPUT, Prompt, score
+from mythos.eval.requests import SMALLEST_INPUT, Prompt, score, windows
 from tests.harness_task import questions, write_task
 from tests.require import missing
 from tests.text_tokenizer import text_tokenizer
@@ -123,6 +123,18 @@ def test_rolling_log_likelihoods_are_those_of_their_own_model(harness: Any, net:
     texts = ["The quick", TEXT, "caf\u00e9 \u4e2d\u6587", TEXT[:40]]
     ours = adapter(harness, net, tokenizer).loglikelihood_rolling(requests(texts))
     assert ours == pytest.approx(theirs.loglikelihood_rolling(requests(texts), disable_tqdm=True), abs=1e-4)
+
+
+@pytest.mark.parametrize("longest", [1, 4, 7])
+def test_windows_are_those_of_the_harness(harness: Any, longest: int) -> None:
+    """Contexts and continuations of texts of any length; -1 is the BOS."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    for length in range(1, 30):
+        ids = list(range(length))
+        expected = [make_disjoint_window(each) for each in get_rolling_token_windows(ids, -1, longest, 1)]
+        found = windows([-1, *ids], 1, longest)
+        assert [(each.tokens[: each.first].tolist(), each.tokens[each.first :].tolist()) for each in found] == expected
 
 
 def test_generated_texts_are_those_of_their_own_model(

@@ -92,6 +92,7 @@ def test_the_best_task_is_one_with_an_accuracy() -> None:
     }
     tasks |= {"arc_depth_4": {"acc,none": 0.9}}
     metrics = {f"eval/{name}": float(next(iter(results.values()))) for name, results in tasks.items()}
+    tasks |= {"group_without_a_mean_depth_8": {}}
     metrics |= {"val/loss": 1.0, "eval/rows_bits_per_byte_depth_4": 1.2, "eval/rows_bits_per_byte_depth_8": 1.1}
     points = tensorboard_points(metrics, tasks, 8)
     assert points["eval/best_task"] == 0.4
