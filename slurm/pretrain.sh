@@ -45,12 +45,24 @@ set -uo pipefail # not before: modules may use unset variables
 job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
+# end CODE: end the script. Slurm repeats the kill of a job on a lost node until it arrives. If the node is back by then and
+# the job has been started on it again, this start is killed, which Slurm takes for the job's end.
+end() {
+  if [ -n "$ended" ] && [ "$SECONDS" -lt 60 ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] &&
+    [ "$SLURM_RESTART_COUNT" -le "$MAX_REQUEUES" ] &&
+    [[ $(scontrol show job "$job" -o) == *" JobState=RUNNING "* ]]; then # scancel would have changed the state
+    say "killed with the job's former start on a lost node; requeued"
+    scontrol requeue "$job" && exit 0
+  fi
+  exit "$1"
+}
+
 # An invalid configuration ends the job here. A range of nodes may give more than the batch can be divided over.
 # `scancel --full` signals the script's children, too.
 while answer=$("${MYTHOS[@]}" job --nodes "$SLURM_JOB_NUM_NODES" --tasks-per-node "$per_node" "$@"); code=$?
   [ "$code" -eq "$KILLED_BY_USR1" ]
 do :; done
-[ "$code" -eq 0 ] || exit "$code"
+[ "$code" -eq 0 ] || end "$code"
 answer=${answer##*$'\n'} # a container or a site's wrapper may print notices first
 if [[ ! $answer =~ ^([1-9][0-9]{0,5})\ ([^[:cntrl:]]+)$ ]] || [ "${BASH_REMATCH[1]}" -gt "$SLURM_JOB_NUM_NODES" ]; then
   say "${MYTHOS[*]} job: the last line of its output is not the number of nodes and the run directory, but" \
@@ -144,7 +156,7 @@ record_failure() {
   fi
 }
 
-[ -z "$ended" ] || exit 143
+[ -z "$ended" ] || end 143
 starts_before=$(count started) failures_before=$(count failed) printed_before=$(stat -L -c %s "/proc/$$/fd/2")
 # The nodes by name, because the ranks meet on the first one. --wait ends a rank that is still running so long after the
 # others have ended: its node may have lost it.
@@ -189,4 +201,4 @@ elif [[ $said == *'error: Timed out waiting for job step to complete'* ]]; then
 fi
 [ -n "$ended" ] || [ "$code" -eq 0 ] || record_failure
 say "ends with exit code $code"
-exit "$code"
+end "$code"

@@ -128,7 +128,10 @@ def test_after_a_kill_a_lost_node_and_a_full_disk_the_report_is_that_of_an_undis
     assert re.search(r"^parity.sh: \d tasks are in the queue and are left alone$", said, re.MULTILINE)
     bring_nodes_back(environ)
     wait_for_queue(environ, ".", False)
-    assert Job(looped, environ, path).show("Restarts") == "1"
+    job = Job(looped, environ, tmp_path / f"train-{looped}")
+    # Slurm repeats the kill of the lost start until it arrives, which may be when the job runs again on the same node.
+    assert job.show("Restarts") in ("1", "2"), job.log()
+    assert job.show("JobState") == "COMPLETED", job.log()
     assert "parity.sh: everything is finished" in submit()
     report, other = report_of(tmp_path / "runs"), report_of(undisturbed)
     assert report["decision"] == other["decision"]

@@ -64,6 +64,35 @@ def test_a_node_that_responds_again_while_the_script_waits_for_slurm(tmp_path: P
     assert asked.read_text(encoding="utf-8") == "requeue 7\n"
 
 
+@pytest.mark.parametrize("moment", ["job", "train"])
+@pytest.mark.parametrize(
+    ("starts", "state", "requeued"), [("1", "RUNNING", True), ("1", "COMPLETING", False), ("0", "RUNNING", False)]
+)
+def test_a_kill_of_the_former_start_does_not_end_the_job(
+    moment: str, starts: str, state: str, requeued: bool, tmp_path: Path
+) -> None:
+    """Slurm delivers it when the lost node is back, where the job may run again; to `scancel` it gives way."""
+    kill = f'if [ $1 = {moment} ]; then kill -TERM "$(cat {tmp_path}/script)"; sleep 0.3; exit 143; fi'
+    stand_ins = {
+        "mythos": f"{kill}; echo 1 {tmp_path}/run",
+        "srun": 'while [ $1 != mythos ]; do shift; done; exec "$@"',
+        "scontrol": f"""case "$1 $2" in
+            "show hostnames") printf 'node1\nnode2\n' ;;
+            "show job") echo "JobId=7 JobState={state} Reason=None" ;;
+            "show node") ;;
+            *) echo "$@" >{tmp_path}/asked ;;
+            esac""",
+    }
+    environ = job_environment(tmp_path / "bin", stand_ins) | {"MASTER_ADDR": "node1", "SLURM_RESTART_COUNT": starts}
+    script = f"echo $$ >{tmp_path}/script; exec bash slurm/pretrain.sh MODEL.yaml"
+    done = run(["bash", "-c", script], 30, environ, REPO)
+    assert done.returncode == (0 if requeued else 143), done.stderr
+    assert (tmp_path / "asked").exists() == requeued
+    assert ("killed with the job's former start on a lost node; requeued" in done.stderr) == requeued
+    if requeued:
+        assert (tmp_path / "asked").read_text(encoding="utf-8") == "requeue 7\n"
+
+
 def test_a_step_that_cannot_start_is_not_a_lost_node(stand_in: dict[str, str], tmp_path: Path) -> None:
     job = submit_pretrain(stand_in | {"SLURM_DISTRIBUTION": "nonsense"}, tmp_path / "out", "0")
     assert job.end(20) == "FAILED"
