@@ -2,7 +2,8 @@
 
 Of validation rows the first tokens are the prompt, which takes all steps. Then each further token is given to the model
 with a cache, one position at a time as in generation, and the loss of its successor is measured: at fixed depths, and
-with each token leaving the loop when a step changes its state by less than a share (eval.exit_change).
+with each token leaving the loop when a step changes its state by less than a share (eval.exit_change), and, in a model
+with halting, when its halting weights are used up (eval.exit_when_halted).
 
     python -m benchmarks.depth_by_need RUN [key=value ...]
 """
@@ -30,9 +31,14 @@ SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 
 
 @torch.no_grad()
-def measure(trained: Trained, rows_RS: Tensor, depth: int, share: float | None) -> tuple[float, float]:
-    """Loop steps and loss in nats of a token, means over all tokens after the prompts."""
-    model, rule = trained.model, exit_rule(replace(cast(Any, trained.config.eval), exit_change=share))
+def measure(trained: Trained, rows_RS: Tensor, depth: int, **leaving: Any) -> tuple[float, float]:
+    """Loop steps and loss in nats of a token, means over all tokens after the prompts.
+
+    Args:
+        leaving: the options of leaving the loop, in place of the run's own.
+    """
+    options = {"exit_change": None, "exit_when_halted": False} | leaving
+    model, rule = trained.model, exit_rule(replace(cast(Any, trained.config.eval), **options))
     cache = new_cache(model, [PROMPT] * len(rows_RS), PROMPT + TOKENS, depth, torch.device("cpu"))
     model(rows_RS[:, :PROMPT], cache=cache)
     steps, losses = [], []
@@ -52,12 +58,14 @@ def main() -> None:
     data = open_data(config.data, text_ids(config.model), config.seed, 1).validation[0].dataset
     rows_RS = torch.from_numpy(data.read(validation_rows(data, ROWS)).astype(np.int64))
     mean = round(config.loop.mean_depth)
+    settings: list[tuple[str, int, dict[str, Any]]] = [(f"depth {depth}", depth, {}) for depth in range(1, mean + 1)]
+    settings += [(f"up to {mean}, change {share}", mean, {"exit_change": share}) for share in SHARES]
+    if getattr(config.model, "halting", None) is not None:
+        settings += [(f"up to {most}, halted", most, {"exit_when_halted": True}) for most in (mean, 2 * mean)]
     print(f"{'setting':<24}{'loop steps':>11}{'nats a token':>14}")
-    for depth in range(1, mean + 1):
-        print("{:<24}{:>11.2f}{:>14.4f}".format(f"depth {depth}", *measure(trained, rows_RS, depth, None)), flush=True)
-    for share in SHARES:
-        name = f"up to {mean}, change {share}"
-        print("{:<24}{:>11.2f}{:>14.4f}".format(name, *measure(trained, rows_RS, mean, share)), flush=True)
+    for name, depth, leaving in settings:
+        steps, loss = measure(trained, rows_RS, depth, **leaving)
+        print(f"{name:<24}{steps:>11.2f}{loss:>14.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mythos.drawing import draw_load, loop_step_ticks, new_figure
 from mythos.inspect.observe import HaltingTrace, Observation, RoutingTrace, StateTrace
-from mythos.inspect.summary import Cost, Gains, depth_law, mean_losses
+from mythos.inspect.summary import Cost, Gains, depth_law, mean_losses, ponder_groups
 
 TRAINED = {"color": "0.5", "linestyle": "--", "linewidth": 1}
 
@@ -106,15 +106,8 @@ def _halting(halting: HaltingTrace, trained: int) -> Figure:
     of_steps.bar(steps, tokens / tokens.sum())
     _mark_trained(of_steps, trained)
     of_steps.set(xlabel="loop step", ylabel="share of tokens", title="Where tokens halt")
-    counted = ~np.isnan(halting.loss_N)
-    ponder, loss = halting.ponder_N[counted], halting.loss_N[counted]
-    edges = np.unique(np.quantile(ponder, np.linspace(0, 1, 11)))
-    group = np.clip(np.searchsorted(edges, ponder, side="right") - 1, 0, max(len(edges) - 2, 0))
-    for one in np.unique(group):
-        values = loss[group == one]
-        of_ponder.errorbar(
-            ponder[group == one].mean(), values.mean(), values.std() / np.sqrt(len(values)), fmt="o", color="tab:blue"
-        )
+    groups = ponder_groups(halting)
+    of_ponder.errorbar(groups.ponder, groups.loss, groups.standard_error, fmt="o", color="tab:blue")
     of_ponder.set(xlabel="ponder cost, loop steps (tenths of the tokens)", ylabel="nats per token")
     of_ponder.set(title="Loss of tokens by their ponder cost")
     return figure

@@ -12,13 +12,14 @@ from mythos.config.derive import whole_mean_depth
 from mythos.config.model_schema import CACHE_BLOCK_TOKENS, Dense, GroupedQuery, Latent
 from mythos.config.schema import Config
 from mythos.inspect.depth_law import LEAST_DEPTHS, DepthLaw, fit_depth
-from mythos.inspect.observe import Observation
+from mythos.inspect.observe import HaltingTrace, Observation
 from mythos.plan.cache import cache_bytes
 from mythos.plan.flops import expected_steps, inference_flops, training_flops
 from mythos.plan.params import count_parameters
 
 GROUPS = 5
 """Of tokens by their frequency, and of positions."""
+PONDER_GROUPS = 10
 CACHE_ELEMENT_BYTES = 2
 """bf16, as a cache is usually kept."""
 
@@ -29,6 +30,17 @@ class Gains:
 
     names: tuple[str, ...]
     gain_TG: np.ndarray
+
+
+@dataclass(frozen=True)
+class PonderGroups:
+    """Tokens in at most ten groups of about equal size by their ponder cost: means of the cost and of the loss."""
+
+    tokens: np.ndarray
+    ponder: np.ndarray
+    loss: np.ndarray
+    standard_error: np.ndarray
+    """Of the mean loss."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,21 @@ def _gains(observation: Observation, group_RS: np.ndarray) -> np.ndarray:
     ]
     gains: np.ndarray = -np.diff(np.array(means), axis=0)
     return gains
+
+
+def ponder_groups(halting: HaltingTrace) -> PonderGroups:
+    """Of the tokens that count in the loss. The groups meet at the tenths of the ponder costs."""
+    counted_N = ~np.isnan(halting.loss_N)
+    ponder_N, loss_N = halting.ponder_N[counted_N], halting.loss_N[counted_N]
+    inner_edges = np.unique(np.quantile(ponder_N, np.linspace(0, 1, PONDER_GROUPS + 1)))[1:-1]
+    group_N = np.searchsorted(inner_edges, ponder_N, side="right")
+    groups = [group_N == one for one in np.unique(group_N)]
+    return PonderGroups(
+        tokens=np.array([each.sum() for each in groups]),
+        ponder=np.array([ponder_N[each].mean() for each in groups]),
+        loss=np.array([loss_N[each].mean() for each in groups]),
+        standard_error=np.array([loss_N[each].std() / math.sqrt(each.sum()) for each in groups]),
+    )
 
 
 def costs(config: Config) -> list[Cost]:
@@ -173,6 +200,7 @@ def figures(observation: Observation, gains: Sequence[tuple[str, Gains]], config
         found["halting"] = {
             "tokens_by_step": dict(zip(map(str, steps.tolist()), tokens.tolist(), strict=True)),
             "mean_ponder": float(observation.halting.ponder_N.mean()),
+            "ponder_groups": {name: each.tolist() for name, each in vars(ponder_groups(observation.halting)).items()},
         }
     for name, each in gains:
         found[f"gain_by_{name}"] = {"groups": list(each.names), "gain": each.gain_TG.tolist()}

@@ -103,7 +103,7 @@ def test_state_routing_and_halting_equal_those_computed_row_by_row(config: Confi
         return
     model, numbers, rows = model_and_rows(config)
     layers = len(model.loop.core)
-    norms, changes, distances, halted, ponder = [], [], [], [], []
+    norms, changes, distances, halted, ponder, losses = [], [], [], [], [], []
     chosen: list[list[Any]] = [[] for _ in range(layers)]
     entropies: list[list[Any]] = [[] for _ in range(layers)]
     for number, row in zip(numbers.tolist(), rows, strict=True):
@@ -119,6 +119,9 @@ def test_state_routing_and_halting_equal_those_computed_row_by_row(config: Confi
         if model.loop.halting is not None:
             halted += halting_steps(model, of_row, MOST)[0]
             ponder += halting_steps(model, of_row, config.loop.mean_depth)[1]
+            trained = depth.fixed(round(config.loop.mean_depth), 1, [number])
+            logits_1SV = model(torch.from_numpy(row[None, :-1]), None, trained)
+            losses += F.cross_entropy(logits_1SV[0], torch.from_numpy(row[1:]), reduction="none").tolist()
     norm, change = np.sqrt(np.mean(norms, axis=0)), np.sqrt(np.mean(changes, axis=0))
     assert found["state"]["norm"] == pytest.approx(norm.tolist(), rel=1e-5)
     assert found["state"]["change"] == pytest.approx((change / norm[1:]).tolist(), rel=1e-4)
@@ -132,6 +135,7 @@ def test_state_routing_and_halting_equal_those_computed_row_by_row(config: Confi
         counts = {str(step): halted.count(step) for step in sorted(set(halted))}
         assert found["halting"]["tokens_by_step"] == counts
         assert found["halting"]["mean_ponder"] == pytest.approx(np.mean(ponder), rel=1e-5)
+        check_ponder_groups(found["halting"]["ponder_groups"], ponder, losses)
 
 
 def choose(logits_SE: Tensor, bias_E: Tensor, config: Config) -> list[set[int]]:
@@ -171,6 +175,19 @@ def halting_steps(model: Any, of_row: list[LoopState], most: int) -> tuple[list[
         found.append(step)
         costs.append(step + 1 - spent)
     return found, costs
+
+
+def check_ponder_groups(found: dict[str, list[float]], ponder: list[float], losses: list[float]) -> None:
+    """Tenths: the tokens in the order of their cost, dealt out one after the other."""
+    by_cost = [loss for _, loss in sorted(zip(ponder, losses, strict=True))]
+    tokens = len(by_cost)
+    assert tokens % 10 != 0
+    groups = [[by_cost[n] for n in range(tokens) if n * 10 // (tokens - 1) in {g, g + g // 9}] for g in range(10)]
+    assert found["tokens"] == [len(each) for each in groups]
+    assert found["loss"] == pytest.approx([np.mean(each) for each in groups], rel=1e-5)
+    assert found["standard_error"] == pytest.approx([np.std(each) / math.sqrt(len(each)) for each in groups], rel=1e-4)
+    costs = sorted(ponder)
+    assert found["ponder"][0] == pytest.approx(np.mean(costs[: len(groups[0])]), rel=1e-5)
 
 
 @torch.no_grad()
