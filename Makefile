@@ -12,12 +12,13 @@ DEMO_STEPS := 200
 # Threads of each process: two processes share the cores of a small machine.
 export OMP_NUM_THREADS ?= 1
 
-# The suite runs as three pytest processes at a time, which end at about the same time on two cores: tests of faults,
-# tests of launchers and of Slurm, which often wait for processes to start and to end, and all the others.
+# The suite runs as three pytest processes at a time, so that two cores are busy to the end: tests of faults, tests of
+# launchers and of Slurm, which often wait for processes to start and to end, tests of training, and all the others.
 TESTS_OF_FAULTS := tests/faults
 TESTS_OF_LAUNCHERS := tests/slurm tests/launch
+TESTS_OF_TRAINING := tests/engine tests/train tests/model tests/checkpoint tests/ranks
 
-.PHONY: setup demo test test-faults test-launchers test-rest lint gpu-check
+.PHONY: setup demo test test-faults test-launchers test-training test-rest lint gpu-check
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -41,7 +42,7 @@ demo: setup $(DEMO_DATA)/manifest.json
 		data.directory=$(DEMO_DATA) run.directory=$(DEMO_RUN) train.steps=$(DEMO_STEPS)
 
 test: setup
-	@$(MAKE) --no-print-directory --jobs=3 test-faults test-launchers test-rest
+	@$(MAKE) --no-print-directory --jobs=3 test-rest test-faults test-launchers test-training
 
 test-faults: setup
 	$(BIN)/python -m pytest $(TESTS_OF_FAULTS)
@@ -49,8 +50,11 @@ test-faults: setup
 test-launchers: setup
 	$(BIN)/python -m pytest $(TESTS_OF_LAUNCHERS)
 
+test-training: setup
+	$(BIN)/python -m pytest $(TESTS_OF_TRAINING)
+
 test-rest: setup
-	$(BIN)/python -m pytest $(patsubst %,--ignore=%,$(TESTS_OF_FAULTS) $(TESTS_OF_LAUNCHERS))
+	$(BIN)/python -m pytest $(patsubst %,--ignore=%,$(TESTS_OF_FAULTS) $(TESTS_OF_LAUNCHERS) $(TESTS_OF_TRAINING))
 
 lint: setup
 	$(BIN)/ruff check .
