@@ -48,6 +48,7 @@ job=$SLURM_JOB_ID
 # end CODE: end the script. Slurm repeats the kill of a job on a lost node until it arrives. If the node is back by then and
 # the job has been started on it again, this start is killed, which Slurm takes for the job's end.
 end() {
+  trap '' TERM # the kill may come twice, and must not reach scontrol
   if [ -n "$ended" ] && [ "$SECONDS" -lt 60 ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] &&
     [ "$SLURM_RESTART_COUNT" -le "$MAX_REQUEUES" ] &&
     [[ $(scontrol show job "$job" -o) == *" JobState=RUNNING "* ]]; then # scancel would have changed the state

@@ -72,13 +72,14 @@ def test_a_kill_of_the_former_start_does_not_end_the_job(
     moment: str, starts: str, state: str, requeued: bool, tmp_path: Path
 ) -> None:
     """Slurm delivers it when the lost node is back, where the job may run again; to `scancel` it gives way."""
-    kill = f'if [ $1 = {moment} ]; then kill -TERM "$(cat {tmp_path}/script)"; sleep 0.3; exit 143; fi'
+    kill_script = f'kill -TERM "$(cat {tmp_path}/script)"'
+    kill = f"if [ $1 = {moment} ]; then {kill_script}; sleep 0.3; exit 143; fi"
     stand_ins = {
         "mythos": f"{kill}; echo 1 {tmp_path}/run",
         "srun": 'while [ $1 != mythos ]; do shift; done; exec "$@"',
         "scontrol": f"""case "$1 $2" in
             "show hostnames") printf 'node1\nnode2\n' ;;
-            "show job") echo "JobId=7 JobState={state} Reason=None" ;;
+            "show job") {kill_script}; kill -TERM $$; echo "JobId=7 JobState={state} Reason=None" ;;
             "show node") ;;
             *) echo "$@" >{tmp_path}/asked ;;
             esac""",
