@@ -169,6 +169,6 @@ if [ "${total:-$((fewest * gpus))}" -ne $((fewest * gpus)) ]; then
 fi
 range=''
 [ "$fewest" = "$nodes" ] || range=", the fewest of --nodes=$nodes"
-echo "price of $fewest nodes x $per_node processes for each run$range:"
+echo "price of each run, nodes x processes: $fewest x $per_node$range:"
 exec "${MYTHOS[@]}" parity plan "$experiment" --nodes "$fewest" "cluster.gpus_per_node=$per_node" \
   "${plan_options[@]+"${plan_options[@]}"}"

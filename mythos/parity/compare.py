@@ -24,6 +24,8 @@ from mythos.parity.tables import PREFERRED, judgement
 
 Axis = Literal["tokens", "flops", "hours"]
 AXES: dict[Axis, str] = {"tokens": "tokens", "flops": "training FLOPs", "hours": "device hours"}
+OF_ROWS, PER_TOKEN = "rows_", ("loss", "perplexity")
+"""How metrics begin or end that another tokenizer or packing changes."""
 NEAR = 0.02
 """Largest relative distance of an evaluated checkpoint from a budget."""
 
@@ -125,7 +127,7 @@ def _near(found: Found, axis: Axis, budget: float) -> dict[Signature, RunResult]
 def _of_documents(arm: Arm, other: Arm, metric: str | None) -> tuple[str, str, Interval, str]:
     paired = signature(arm.runs[0]) == signature(other.runs[0])
     name = metric or _first_measured((arm, other), paired)
-    if not paired and name not in ("bits_per_byte", *OF_PROBLEMS):
+    if not paired and (name.startswith(OF_ROWS) or name.endswith(PER_TOKEN)):
         raise UserError(f"{name} depends on tokenizer and packing, which differ: compare bits_per_byte")
     one, two = arm.values(name), other.values(name)
     of_runs = one.shape[1] == two.shape[1] == 1

@@ -83,5 +83,5 @@ def write_evaluation(
     result: dict[str, Any] = {"step": step, "data": "a", "wanted": {"documents": count}, "eval": depths}
     result["precision"] = "fp32"
     for name, value in (settings or {}).items():
-        result[name] = value if isinstance(value, str) else result[name] | value
+        result[name] = result[name] | value if isinstance(value, Mapping) else value
     path.write_text(json.dumps(result), encoding="utf-8")

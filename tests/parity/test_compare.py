@@ -200,16 +200,22 @@ def test_of_other_tokenizers_bits_per_byte_alone_are_compared(tmp_path: Path) ->
         assert each.interval is None
         assert "other validation rows (tokenizer): evaluate both" in each.judgement
     for seed in SEEDS:
-        write_evaluation(tmp_path / f"dense/seed-{seed}", 100, random.normal(30, 3, 300), None)
+        core = {"eval/core": 0.2 + seed / 1000}
+        write_evaluation(tmp_path / f"dense/seed-{seed}", 100, random.normal(30, 3, 300), None, settings=core)
         items = {"documents": np.arange(1000, 1280), "documents_bytes": np.full(280, 40.0)}
         items |= {"documents_tokens": np.full(280, 9)}
-        write_evaluation(tmp_path / f"looped/seed-{seed}", 100, random.normal(28, 3, 280), DEPTH, **items)
+        core = {f"eval/core_depth_{DEPTH}": 0.3 - seed / 1000}
+        looped = tmp_path / f"looped/seed-{seed}"
+        write_evaluation(looped, 100, random.normal(28, 3, 280), DEPTH, settings=core, **items)
     groups = read_groups([tmp_path]).groups
     row = by_axis(groups)["tokens"]
     assert (row.metric, row.measured_on) == ("bits_per_byte", "280 and 300 other documents")
     assert row.interval.estimate == pytest.approx(-2 / 40 / math.log(2), rel=0.3)
     assert row.interval.high - row.interval.low > 3.9 * 3 * math.sqrt(2 / 300 / 3) / 40 / math.log(2) * 0.9
     assert "loss depends on tokenizer and packing" in by_axis(groups, "loss")["tokens"].judgement
+    score = by_axis(groups, "core")["tokens"]
+    assert score.interval.estimate == pytest.approx(0.1 - 2 * np.mean(SEEDS) / 1000)
+    assert score.judgement == "better"
 
 
 def test_the_decays_from_which_a_run_has_returned_are_not_on_its_course(tmp_path: Path) -> None:

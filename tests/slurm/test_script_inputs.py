@@ -153,12 +153,12 @@ def price(options: list[str], directory: Path, **variables: str) -> tuple[int, s
     ],
 )
 def test_the_shape_of_the_price_is_that_of_the_jobs(options: str, shape: str, tmp_path: Path) -> None:
-    said = f"price of {shape.replace(' x', ' nodes x')} processes for each run:\n{shape}\n"
+    said = f"price of each run, nodes x processes: {shape}:\n{shape}\n"
     assert price(options.split(), tmp_path)[:2] == (0, said)
 
 
 def test_the_shape_of_the_price_is_also_that_of_ranges_and_of_variables_of_sbatch(tmp_path: Path) -> None:
-    said = "price of 2 nodes x 4 processes for each run, the fewest of --nodes=2-6:\n2 x 4\n"
+    said = "price of each run, nodes x processes: 2 x 4, the fewest of --nodes=2-6:\n2 x 4\n"
     assert price(["-N2-6"], tmp_path, SBATCH_GRES="gpu:4")[:2] == (0, said)
     assert price(["--nodes=4"], tmp_path, SBATCH_GPUS_PER_NODE="2")[1].endswith("\n4 x 2\n")
 
