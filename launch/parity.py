@@ -102,18 +102,26 @@ def run_plan(
     arms = prices(load_experiment(experiment), machines, nodes)
     rows = []
     for each in arms:
-        row = [each.arm, str(each.runs), f"{each.steps:,}", f"{each.days:.2f}", f"{each.gpu_hours:,.0f}"]
+        row = [each.arm, str(each.runs), f"{each.steps:,}", _amount(each.days), _amount(each.gpu_hours)]
         notes = [each.problem] if each.problem else []
         if each.nodes < nodes:
             notes.insert(0, f"uses {each.nodes} of {nodes} nodes: its batch cannot be divided over more")
-        rows.append([*row, f"{each.dollars:,.0f}", "; ".join(notes)])
+        rows.append([*row, _amount(each.dollars), "; ".join(notes)])
     numbers = ("runs", "steps", "days a run", "GPU hours", "dollars")
     print_table([Column("arm"), *(Column(name, is_number=True) for name in numbers), Column("")], rows)
     hours, gpus = sum(each.gpu_hours for each in arms), nodes * machines.gpus_per_node
     runs, dollars = sum(each.runs for each in arms), sum(each.dollars for each in arms)
-    print(f"{runs} runs: {hours:,.0f} GPU hours, {dollars:,.0f} dollars, and, one run after the other on {gpus} GPUs")
-    print(f"({nodes} x {machines.name}), {hours / gpus / HOURS_PER_DAY:,.1f} days; evaluations are not included")
+    print(
+        f"{runs} runs: {_amount(hours)} GPU hours, {_amount(dollars)} dollars, and, one run after the other on", end=" "
+    )
+    print(
+        f"{gpus} GPUs ({nodes} x {machines.name}), {_amount(hours / gpus / HOURS_PER_DAY)} days; evaluations are not included"
+    )
     return DONE
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def run_jobs(
