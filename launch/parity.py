@@ -111,12 +111,9 @@ def run_plan(
     print_table([Column("arm"), *(Column(name, is_number=True) for name in numbers), Column("")], rows)
     hours, gpus = sum(each.gpu_hours for each in arms), nodes * machines.gpus_per_node
     runs, dollars = sum(each.runs for each in arms), sum(each.dollars for each in arms)
-    print(
-        f"{runs} runs: {_amount(hours)} GPU hours, {_amount(dollars)} dollars, and, one run after the other on", end=" "
-    )
-    print(
-        f"{gpus} GPUs ({nodes} x {machines.name}), {_amount(hours / gpus / HOURS_PER_DAY)} days; evaluations are not included"
-    )
+    days = _amount(hours / gpus / HOURS_PER_DAY)
+    print(f"{runs} runs: {_amount(hours)} GPU hours, {_amount(dollars)} dollars, and, one run after the other on {gpus}")
+    print(f"GPUs ({nodes} x {machines.name}), {days} days; evaluations are not included")
     return DONE
 
 
