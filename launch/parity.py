@@ -112,7 +112,7 @@ def run_plan(
     hours, gpus = sum(each.gpu_hours for each in arms), nodes * machines.gpus_per_node
     runs, dollars = sum(each.runs for each in arms), sum(each.dollars for each in arms)
     days = _amount(hours / gpus / HOURS_PER_DAY)
-    print(f"{runs} runs: {_amount(hours)} GPU hours, {_amount(dollars)} dollars, and, one run after the other on {gpus}")
+    print(f"{runs} runs: {_amount(hours)} GPU hours, {_amount(dollars)} dollars; one run after the other on {gpus}")
     print(f"GPUs ({nodes} x {machines.name}), {days} days; evaluations are not included")
     return DONE
 
