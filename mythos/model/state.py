@@ -79,9 +79,15 @@ class LoopState:
         return self.h_BSD if self.halting is None else self.halting.weighted_mean(self.h_BSD)
 
     def followed_by(self, others: "LoopState") -> "LoopState":
-        """The state of these sequences and of others behind them."""
-        if not (len(self) and len(others)):
-            return self if len(self) else others
+        """The state of these sequences and of others behind them.
+
+        One without sequences is kept if it has a gradient: its exchange with other processes has a backward pass, in
+        which all of them must take part.
+        """
+        if not len(others):
+            return self
+        if not len(self) and not self.h_BSD.requires_grad:
+            return others
         halting = self.halting
         if halting is not None and others.halting is not None:
             halting = HaltingState(*map(_join, halting, others.halting))

@@ -16,6 +16,8 @@ from tests.tiny import VOCABULARY, tiny_config
 from tests.train.runs import curve, run_training
 
 STEPS = 10
+A_SEQUENCE_AT_A_TIME = {"train__micro_batch_sequences": 1}
+"""Ranks often have no sequence that is due at a loop step with gradient where others have one."""
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ZeRO-3, EP 2": ("looped-moe", {"parallel__expert_parallel_size": 2}),
     "ZeRO-3, EP 1": ("looped-moe", {"parallel__expert_parallel_size": 1}),
@@ -24,6 +26,14 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ZeRO-0, EP 2": ("looped-moe", {"parallel__zero_stage": 0, "parallel__expert_parallel_size": 2}),
     "ZeRO-0, EP 1": ("looped-moe", {"parallel__zero_stage": 0, "parallel__expert_parallel_size": 1}),
     "accumulation 2": ("looped-moe", {"parallel__expert_parallel_size": 2, "train__micro_batch_sequences": 2}),
+    "a sequence at a time, EP 2": (
+        "looped-moe",
+        {"parallel__expert_parallel_size": 2, "loop__recompute": False} | A_SEQUENCE_AT_A_TIME,
+    ),
+    "a sequence at a time, all options, ZeRO-2, EP 2": (
+        "mythos",
+        {"parallel__zero_stage": 2, "parallel__expert_parallel_size": 2} | A_SEQUENCE_AT_A_TIME,
+    ),
     "ZeRO-0, accumulation 2": ("looped-moe", {"parallel__zero_stage": 0, "train__micro_batch_sequences": 2}),
     "no recomputation": ("looped-moe", {"parallel__expert_parallel_size": 2, "loop__recompute": False}),
     "one depth per batch": ("looped-moe", {"parallel__expert_parallel_size": 2, "loop__depth": "poisson_per_batch"}),
