@@ -45,6 +45,16 @@ set -uo pipefail # not before: modules may use unset variables
 job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
+# Ask Slurm to requeue the job, and exit. The controller may be busy or restarting, so it is asked up to five times.
+requeue_and_exit() {
+  local attempt
+  for attempt in 1 2 3 4 5; do
+    [ "$attempt" -eq 1 ] || sleep 2
+    scontrol requeue "$job" && exit 0
+  done
+  say "scontrol requeue failed: submit the job again to resume"
+}
+
 # end CODE: end the script. Slurm repeats the kill of a job on a lost node until it arrives. If the node is back by then and
 # the job has been started on it again, this start is killed, which Slurm takes for the job's end.
 end() {
@@ -53,7 +63,7 @@ end() {
     [ "$SLURM_RESTART_COUNT" -le "$MAX_REQUEUES" ] &&
     [[ $(scontrol show job "$job" -o) == *" JobState=RUNNING "* ]]; then # scancel would have changed the state
     say "killed with the job's former start on a lost node; requeued"
-    scontrol requeue "$job" && exit 0
+    requeue_and_exit
   fi
   exit "$1"
 }
@@ -145,7 +155,7 @@ requeue() { # requeue WHY; before the run has begun, no progress is expected
   else
     if has_begun; then echo "$newest"; else echo "not begun"; fi >>"$requeues"
     say "$1; requeued, to resume from checkpoint $newest"
-    scontrol requeue "$job" && exit 0
+    requeue_and_exit
   fi
 }
 

@@ -44,7 +44,10 @@ def test_a_node_that_loses_its_ranks_but_responds_is_a_lost_node(
 
 
 def test_a_node_that_responds_again_while_the_script_waits_for_slurm(tmp_path: Path) -> None:
-    """With stand-ins, because the real Slurm marks a node as down at about the same time as the script."""
+    """With stand-ins, because the real Slurm marks a node as down at about the same time as the script.
+
+    The controller is busy when it is asked to requeue the job for the first time.
+    """
     state, asked = tmp_path / "state", tmp_path / "asked"
     state.write_text("State=MIXED+NOT_RESPONDING\n", encoding="utf-8")
     stand_ins = {
@@ -53,7 +56,7 @@ def test_a_node_that_responds_again_while_the_script_waits_for_slurm(tmp_path: P
         "scontrol": f"""case "$1 $2" in
             "show hostnames") printf 'node1\nnode2\n' ;;
             "show node") cat {state}; echo State=MIXED >{state} ;;
-            *) echo "$@" >{asked} ;;
+            *) [ -e {tmp_path}/busy ] || {{ touch {tmp_path}/busy; exit 1; }}; echo "$@" >{asked} ;;
             esac""",
     }
     environ = job_environment(tmp_path / "bin", stand_ins) | {"MASTER_ADDR": "node1"}
