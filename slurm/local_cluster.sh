@@ -7,10 +7,10 @@
 #   local_cluster.sh up [N]            start (does nothing if it is up already; if it is up with another N, it is taken
 #                                      down first, which ends its jobs)
 #   local_cluster.sh down              kill the jobs, stop everything, delete the directory
-#   local_cluster.sh status            nodes and queue; fails if the cluster is not up
+#   local_cluster.sh status            nodes and queue; fails, and says why, if the cluster is not up
 #   local_cluster.sh env               prints: export SLURM_CONF=...   (for eval)
 #   local_cluster.sh kill-node NODE    kill -9 slurmd, slurmstepds and tasks of one node
-#   local_cluster.sh start-node NODE   start the slurmd of a killed node again
+#   local_cluster.sh start-node NODE   start the slurmd of a killed node again (does nothing if it runs)
 #
 #   SLURM_LOCAL_DIR    directory; keep it short (default /tmp/slurm-local-UID)
 #   SLURM_LOCAL_NODES  number of nodes          (default 2; argument N wins)
@@ -169,16 +169,19 @@ kill_node() {
 
 count() { grep -c '^NodeName=node' "$SLURM_CONF"; }
 
-# whether all daemons run and all nodes are up (sinfo alone waits for a minute if a daemon is missing)
-ready() {
-  configured || return 1
+# print why the cluster is not up, or nothing (sinfo alone waits for a minute if a daemon is missing)
+faults() {
+  configured || { echo "it was not started"; return; }
   local i states
   for i in munged slurmctld $(seq -f slurmd.node%g "$(count)"); do
-    daemon "$dir/run/$i.pid" >/dev/null || return 1
+    daemon "$dir/run/$i.pid" >/dev/null || { echo "$i does not run"; return; }
   done
-  states=$(timeout 10 sinfo -h -N -o %t 2>/dev/null) || return 1
-  [ "$(wc -l <<<"$states")" -eq "$(count)" ] && ! grep -qvxE 'idle|mix|alloc|comp' <<<"$states"
+  states=$(timeout 10 sinfo -h -N -o '%N %t %E' 2>/dev/null) || { echo "slurmctld does not respond"; return; }
+  [ "$(wc -l <<<"$states")" -eq "$(count)" ] || { echo "slurmctld does not list all nodes"; return; }
+  grep -vE '^node[0-9]+ (idle|plnd|mix|alloc|comp) ' <<<"$states" || true
 }
+
+ready() { [ -z "$(faults)" ]; }
 
 up() {
   nodes=${1:-${SLURM_LOCAL_NODES:-2}}
@@ -231,9 +234,14 @@ down() {
 case ${1:-} in
   up) up "${2:-}" ;;
   down) down ;;
-  status) ready || die "not up"; sinfo -N -o '%N %t %c %m %G'; squeue ;;
+  status)
+    why=$(faults)
+    [ -z "$why" ] || die "not up: $why"
+    sinfo -N -o '%N %t %c %m %G'
+    squeue
+    ;;
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
   kill-node) known "${2-}"; kill_node "$2" ;;
-  start-node) known "${2-}"; start_slurmd "$2" ;;
+  start-node) known "${2-}"; daemon "$dir/run/slurmd.$2.pid" >/dev/null || start_slurmd "$2" ;;
   *) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" >&2; exit 2 ;;
 esac

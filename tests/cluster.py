@@ -95,6 +95,12 @@ def _free_ports(count: int) -> int:
     raise AssertionError("no free ports between 10000 and 19000")
 
 
+def start_cluster(environ: dict[str, str]) -> None:
+    """Start the cluster; one that runs already is left as it is, unless nodes of it are not up."""
+    up = run([SCRIPT, "up", str(NODES)], limit_s=60, env=environ)
+    assert up.returncode == 0, f"slurm/local_cluster.sh up failed:\n{up.stdout}{up.stderr}"
+
+
 @contextmanager
 def local_slurm(directory: Path) -> Iterator[dict[str, str]]:
     """The environment of a running Slurm of four nodes in a short directory; taken down at the end of the block."""
@@ -103,8 +109,7 @@ def local_slurm(directory: Path) -> Iterator[dict[str, str]]:
     environ["SLURM_LOCAL_PORT"] = str(_free_ports(NODES + 1))
     environ["SLURM_CONF"] = f"{directory}/slurm.conf"
     try:
-        up = run([SCRIPT, "up", str(NODES)], limit_s=60, env=environ)
-        assert up.returncode == 0, f"slurm/local_cluster.sh up failed:\n{up.stdout}{up.stderr}"
+        start_cluster(environ)
         yield environ
     finally:
         run([SCRIPT, "down"], limit_s=60, env=environ)
@@ -112,15 +117,15 @@ def local_slurm(directory: Path) -> Iterator[dict[str, str]]:
 
 
 def bring_nodes_back(environ: dict[str, str]) -> None:
-    """Start the nodes of the cluster that are down."""
+    """Start the nodes of the cluster whose slurmd does not run, and resume those that Slurm took out of service."""
     until = time.monotonic() + 60
-    while run([SCRIPT, "status"], 20, environ).returncode:
-        assert time.monotonic() < until, "the nodes are not up again"
+    while (status := run([SCRIPT, "status"], 20, environ)).returncode:
+        states = run(["scontrol", "show", "node", "-o"], 20, environ).stdout
+        assert time.monotonic() < until, f"the nodes are not up again\n{status.stderr}{states}"
         for number in range(1, NODES + 1):
-            shown = run(["scontrol", "show", "node", f"node{number}", "-o"], 20, environ).stdout
-            if re.search(r"State=\S*(DOWN|NOT_RESPONDING|\*)", shown):
-                run([SCRIPT, "start-node", f"node{number}"], 20, environ)
-                run(["scontrol", "update", f"NodeName=node{number}", "State=RESUME"], 20, environ)
+            run([SCRIPT, "start-node", f"node{number}"], 20, environ)
+        for node in re.findall(r"NodeName=(\S+).* State=\S*(?:DOWN|DRAIN|FAIL)", states):
+            run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], 20, environ)
         time.sleep(1)
 
 

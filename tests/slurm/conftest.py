@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import bring_nodes_back
+from tests.cluster import bring_nodes_back, start_cluster
 
 STAND_IN = """\
 #!{python}
@@ -77,4 +77,8 @@ def stand_in(tmp_path: Path, slurm_cluster: dict[str, str]) -> dict[str, str]:
 def nodes_come_back(slurm_cluster: dict[str, str]) -> Iterator[dict[str, str]]:
     """The cluster; after the test all its nodes are started again."""
     yield slurm_cluster
-    bring_nodes_back(slurm_cluster)
+    try:
+        bring_nodes_back(slurm_cluster)
+    except AssertionError:
+        start_cluster(slurm_cluster)  # a new one, so that the tests after this one have all nodes
+        raise
