@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
     except OSError:  # what could not be printed does not change the exit code
         _discard(sys.stderr)
+    if argv is None and (exits := sys.modules.get("mythos.ranks.exits")) is not None:
+        exits.exit_now(exit_code)  # a rank has done its work, and a library's destructor must not abort it now
     return exit_code
 
 

@@ -13,7 +13,7 @@ import yaml
 from mythos.config.load import to_dict
 from mythos.run.metrics import read_metrics
 from mythos.run.status import read_status
-from tests.cluster import REPO, clean_environment
+from tests.cluster import REPO, clean_environment, run
 from tests.tiny import tiny_config
 
 MODEL, RUN = "configs/model/tiny-dense.yaml", "configs/run/demo.yaml"
@@ -84,14 +84,29 @@ def test_a_run_without_a_stderr_whose_working_directory_is_removed_finishes(tiny
     (tmp_path / "removed").mkdir()
     command = [sys.executable, "-m", "launch.cli", "train", str(tmp_path / "run.yaml")]
     shell = ["bash", "-c", 'exec "$@" 2>&-', "bash", *command]
-    with subprocess.Popen(shell, cwd=tmp_path / "removed", env=clean_environment()) as run:
+    with subprocess.Popen(shell, cwd=tmp_path / "removed", env=clean_environment()) as training:
         while not any("train/loss" in line for line in read_metrics(tmp_path / "run")):
-            assert run.poll() is None
+            assert training.poll() is None
             time.sleep(0.05)
         (tmp_path / "removed").rmdir()
-        assert run.wait(100) == 0
+        assert training.wait(100) == 0
     status = read_status(tmp_path / "run")
     assert (status.state, status.checkpoint_step) == ("finished", 40)
+
+
+def test_a_rank_that_has_done_its_work_is_not_aborted_at_the_end(tiny_data: Path, tmp_path: Path) -> None:
+    """Destructors and exit handlers of libraries would run when the interpreter ends; here one of them aborts."""
+    config = tiny_config("dense", tiny_data, tmp_path / "run", sample__tokens=0, train__steps=1)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, sys\nif 'train' in sys.orig_argv: atexit.register(os.abort)\n", encoding="utf-8"
+    )
+    environ = clean_environment()
+    environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environ["PYTHONPATH"]])
+    done = run([sys.executable, "-m", "launch.cli", "train", tmp_path / "run.yaml"], 100, environ)
+    assert done.returncode == 0, done.stderr
+    assert "step 1/1 loss" in done.stdout + done.stderr, "everything was printed"
+    assert read_status(tmp_path / "run").state == "finished"
 
 
 @pytest.mark.parametrize("words", [["params", MODEL], ["status", "."]])
