@@ -58,8 +58,8 @@ class Evaluator:
         """Load the checkpoint ``found`` and measure it at each of ``eval.depths``. Collective.
 
         Rank 0 writes the metrics and all that determines them to RUN/evaluations/step_XXXXXXXX_HASH.json, and what was
-        measured of each document to a file .npz beside it. HASH is that of what determines them, so only the same
-        evaluation replaces its files.
+        measured of each document, and of the experts, to a file .npz beside it. HASH is that of what determines them,
+        so only the same evaluation replaces its files.
 
         Raises:
             UserError: the checkpoint does not fit the configuration, or a file cannot be read.
@@ -81,6 +81,8 @@ class Evaluator:
 
         with self.engine.evaluation():
             metrics, items, details = lead(measure, self._answer)
+        if validation.load_LTE is not None:
+            items["expert_load"] = validation.load_LTE
         metrics = losses | metrics
         result = {"checkpoint": found.name, "step": step, **json_values(metrics), "tasks": details, **settings}
         points = tensorboard_points(metrics, details, whole_mean_depth(self.config))

@@ -5,20 +5,26 @@ from typing import Any
 
 import numpy as np
 
-from mythos.drawing import new_figure
+from mythos.drawing import draw_load, new_figure
 from mythos.parity import statistics
 from mythos.parity.measures import Arm
 from mythos.parity.tables import Picture
+from mythos.parity.verdict import compared
 
 COLORS = [f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")]
 
 
-def draw_pictures(arms: Sequence[Arm], metric: str) -> dict[str, Picture]:
-    """Draw what there are data for."""
+def draw_pictures(arms: Sequence[Arm], metric: str, reference: str | None = None) -> dict[str, Picture]:
+    """Draw what there are data for; with a reference, also the differences from that arm, on the same documents."""
+    known = next((arm for arm in arms if arm.name == reference), None)
+    differences = (
+        f" Right: the difference from {reference} on the same documents, which is known better than either mean."
+    )
     pictures = {
         "arms": Picture(
-            _arms(arms, metric),
-            f"The mean {metric} of each arm with its 95% interval; dots are training seeds.",
+            _arms(arms, metric, known),
+            f"The mean {metric} of each arm with its 95% interval; dots are training seeds."
+            + (differences if known else ""),
         ),
         "curves": Picture(
             _curves(arms),
@@ -31,6 +37,12 @@ def draw_pictures(arms: Sequence[Arm], metric: str) -> dict[str, Picture]:
             f"The {metric} against the loop steps at test time, mean over the seeds with its 95% interval; dashed: the "
             "mean depth of training; horizontal: arms without a loop.",
         )
+    if loads := _loads(arms):
+        pictures["experts"] = Picture(
+            _experts(loads),
+            "Where the tokens go at each loop step, at the mean depth of training: the experts' shares of the choices, "
+            "of one seed of each arm, because the experts of seeds do not correspond.",
+        )
     if _have_same_difficulties(arms):
         pictures["difficulty"] = Picture(
             _by_difficulty(arms),
@@ -40,18 +52,26 @@ def draw_pictures(arms: Sequence[Arm], metric: str) -> dict[str, Picture]:
     return pictures
 
 
-def _arms(arms: Sequence[Arm], metric: str) -> Any:
-    figure, ((axis,),) = new_figure(1, width=7.5, height=1 + 0.45 * len(arms))
+def _arms(arms: Sequence[Arm], metric: str, reference: Arm | None) -> Any:
+    figure, (axes,) = new_figure(2 if reference else 1, width=5 if reference else 7.5, height=1 + 0.45 * len(arms))
     for row, (arm, color) in enumerate(zip(arms, COLORS * len(arms), strict=False)):
         values = arm.values(metric)
-        found = statistics.mean(values)
-        axis.plot([found.low, found.high], [row, row], color=color, linewidth=2)
-        axis.plot(found.estimate, row, "D", color=color)
-        axis.plot(values.mean(axis=1), np.full(len(values), row + 0.2), ".", color=color, alpha=0.6)
-    axis.set_yticks(range(len(arms)), [arm.name for arm in arms])
-    axis.invert_yaxis()
-    axis.set(xlabel=metric)
-    axis.grid(axis="x", alpha=0.3)
+        intervals = [statistics.mean(values)]
+        if reference is not None and arm is not reference:
+            intervals.append(compared(arm, reference, metric)[0])
+        for axis, found in zip(axes, intervals, strict=False):
+            axis.plot([found.low, found.high], [row, row], color=color, linewidth=2)
+            axis.plot(found.estimate, row, "D", color=color)
+        axes[0].plot(values.mean(axis=1), np.full(len(values), row + 0.2), ".", color=color, alpha=0.6)
+    axes[0].set_yticks(range(len(arms)), [arm.name for arm in arms])
+    axes[0].set(xlabel=metric)
+    if reference is not None:
+        axes[1].axvline(0, color="0.4", linewidth=1)
+        axes[1].set_yticks(range(len(arms)), [])
+        axes[1].set(xlabel=f"{metric}, difference from {reference.name}")
+    for axis in axes:
+        axis.set_ylim(len(arms) - 0.5, -0.5)
+        axis.grid(axis="x", alpha=0.3)
     return figure
 
 
@@ -81,7 +101,7 @@ def _depths(arm: Arm) -> list[int]:
 
 
 def _by_depth(arms: Sequence[Arm], metric: str) -> Any:
-    figure, ((axis,),) = new_figure(1, width=6.4)
+    figure, ((axis,),) = new_figure(1, width=7.5)
     for arm, color in zip(arms, COLORS * len(arms), strict=False):
         depths = _depths(arm)
         if not depths:
@@ -98,7 +118,28 @@ def _by_depth(arms: Sequence[Arm], metric: str) -> Any:
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
+    return figure
+
+
+def _loads(arms: Sequence[Arm]) -> dict[str, np.ndarray]:
+    """Of each arm with experts, by the arm and its seed: their shares, (core layers, loop steps, experts)."""
+    return {
+        f"{arm.name}, seed {run.config.seed}": run.items["expert_load"]
+        for arm in arms
+        for run in [run for run in arm.runs if "expert_load" in run.items][:1]
+    }
+
+
+def _experts(loads: dict[str, np.ndarray]) -> Any:
+    figure, axes = new_figure(max(map(len, loads.values())), rows=len(loads), height=2.8)
+    for own, (name, load_LTE) in zip(axes, loads.items(), strict=True):
+        for layer, axis in enumerate(own):
+            if layer >= len(load_LTE):
+                axis.set_axis_off()
+                continue
+            place = f", core layer {layer}" if len(load_LTE) > 1 else ""
+            draw_load(figure, axis, load_LTE[layer], name + place)
     return figure
 
 

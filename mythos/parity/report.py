@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def write_report(experiment: Experiment, planned: Sequence[PlannedRun], director
     decision = decide(experiment.criterion, results.arms)
     tasks = [Path(task).stem for task in experiment.evaluation.tasks]  # the score of a list, such as core
     metrics = measured_metrics(arms, experiment.criterion.metric, tasks)
-    pictures = draw_pictures(arms, metrics[0])
+    pictures = draw_pictures(arms, metrics[0], experiment.criterion.large)
     parts = [
         f"# {experiment.name}: {experiment.question}",
         *verdict_text(experiment, decision, results),
@@ -84,12 +85,15 @@ def verdict_text(experiment: Experiment, decision: Decision, results: Results) -
         f"**{criterion.large}**, it matches if the 95% interval of d - {criterion.margin:g} g is below 0, does not "
         "match if it is above, and is not decided otherwise (signs turned for metrics of which more is better)."
     )
-    if decision.difference is not None:
+    if decision.difference is not None and decision.share is not None:
+        share = row("share of the gap that is closed (1: as good as the large one)", decision.share)
+        if not isfinite(decision.share.high - decision.share.low):
+            share[1:] = ["not defined", f"{criterion.small} and {criterion.large} are not distinguished"]
         rows = [
             row(f"d = {criterion.looped} - {criterion.large}", decision.difference),
             row(f"{criterion.looped} - {criterion.small}", decision.from_small),
             row(f"g = {criterion.small} - {criterion.large}", decision.gap),
-            row("share of the gap that is closed (1: as good as the large one)", decision.share),
+            share,
         ]
         yield table(["quantity", "estimate", "95% interval"], "lrr", rows)
         seeds = {name: len(results.arms[name].runs) for name in (criterion.looped, criterion.small, criterion.large)}

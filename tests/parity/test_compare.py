@@ -190,6 +190,44 @@ def test_accuracy_by_difficulty_is_drawn_of_the_same_problems_alone(tmp_path: Pa
     assert drawn(levels_N[::-1]) == {"arms", "curves"}
 
 
+def test_the_load_of_the_experts_is_drawn_of_the_arms_that_have_some(tmp_path: Path) -> None:
+    write_two(tmp_path / "runs", 0.1)
+    dense, looped = (read_run(tmp_path / f"runs/{name}/seed-1") for name in ("dense", "looped"))
+    load_LTE = np.array([[[0.75, 0.25], [0.25, 0.75]], [[0.5, 0.5], [1.0, 0.0]]])
+    without = replace(looped, items={})
+    runs = {"dense": (dense,), "one": (without, replace(looped, items={"expert_load": load_LTE[:1]}))}
+    two = {"two": (replace(looped, items={"expert_load": load_LTE}),)}
+    arms = [Arm(name, own) for name, own in (runs | two).items()]
+    figure = draw_pictures(arms, "validation_loss")["experts"].figure
+    maps = {axis.get_title(): axis.images[0].get_array() for axis in figure.axes if axis.images and axis.get_title()}
+    expected = {
+        "one, seed 1": load_LTE[0],
+        "two, seed 1, core layer 0": load_LTE[0],
+        "two, seed 1, core layer 1": load_LTE[1],
+    }
+    assert maps.keys() == expected.keys()
+    for name, load_TE in expected.items():
+        assert np.array_equal(maps[name], 2 * load_TE), "times the number of experts"
+    assert "experts" not in draw_pictures(arms[:1], "validation_loss")
+
+
+def test_differences_from_the_reference_are_drawn(tmp_path: Path) -> None:
+    write_two(tmp_path / "runs", 0.1)
+    runs = {
+        name: tuple(read_run(tmp_path / f"runs/{name}/seed-{seed}") for seed in SEEDS) for name in ("dense", "looped")
+    }
+    arms = [Arm(name, own) for name, own in runs.items()]
+    picture = draw_pictures(arms, "validation_loss", "dense")["arms"]
+    assert "difference from dense" in picture.text
+    interval, estimate, zero = picture.figure.axes[1].lines
+    dense, looped = (np.mean([run.curve.losses[-1] for run in own]) for own in runs.values())
+    assert list(zero.get_xdata()) == [0, 0]
+    assert estimate.get_xdata()[0] == pytest.approx(looped - dense)
+    assert interval.get_xdata()[0] <= looped - dense <= interval.get_xdata()[1]
+    assert interval.get_ydata()[0] == 1, "in the row of its arm"
+    assert len(draw_pictures(arms, "validation_loss", "absent")["arms"].figure.axes) == 1
+
+
 def test_of_other_tokenizers_bits_per_byte_alone_are_compared(tmp_path: Path) -> None:
     write_two(tmp_path, 0.1)
     random = np.random.default_rng(2)

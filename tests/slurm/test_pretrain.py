@@ -7,6 +7,7 @@ import signal
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -96,6 +97,10 @@ def test_two_nodes_give_the_curve_of_one_machine_and_the_checkpoints_are_evaluat
         for path in (directory / "evaluations").glob("*.json")
     }
     assert sorted(found) == ["step_00000012", "step_00000016", "step_00000024"], "the one before the decay is kept"
+    for path in (directory / "evaluations").glob("*.npz"):
+        load_LTE = np.load(path)["expert_load"]
+        assert load_LTE.shape == (1, 2, 8)
+        assert load_LTE.sum(axis=-1) == pytest.approx(np.ones((1, 2)))
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if "val/loss_depth_2" in line][-1]
     for name in ("val/loss_depth_1", "val/loss_depth_2"):  # on half as many ranks
