@@ -2,7 +2,9 @@
 
 loss             nats of the document / mean tokens of a document
 bits_per_byte    nats / ln 2 / mean bytes of a document
-accuracy         1 if the problem is solved, weighted so that every difficulty of training counts alike
+accuracy         its mean over the difficulties of training, + (1 if the problem is solved, else 0, - the share of its
+                 difficulty) * problems / (difficulties * problems of that difficulty): their numbers are fixed, so they
+                 add nothing to the spread
 validation_loss  the last validation during training, one value for each run
 any other        the metric itself, one value for each run
 """
@@ -100,10 +102,12 @@ def _solved(run: RunResult, metric: str, depth: int | None) -> np.ndarray:
     levels, sizes = np.unique(difficulty_N[counted_N], return_counts=True)
     if not len(levels):
         raise _not_measured(run, metric, depth)
-    weights_N = np.zeros(len(solved_N))
-    for level, size in zip(levels, sizes, strict=True):
-        weights_N[difficulty_N == level] = len(solved_N) / (len(levels) * size)
-    return solved_N * weights_N
+    shares = [solved_N[difficulty_N == level].mean() for level in levels]
+    values_N = np.full(len(solved_N), np.mean(shares))
+    for level, size, share in zip(levels, sizes, shares, strict=True):
+        own_N = difficulty_N == level
+        values_N[own_N] += (solved_N[own_N] - share) * len(solved_N) / (len(levels) * size)
+    return values_N
 
 
 def _not_measured(run: RunResult, metric: str, depth: int | None) -> UserError:

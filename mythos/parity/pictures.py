@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 
 from mythos.drawing import draw_load, new_figure
-from mythos.parity import statistics
 from mythos.parity.measures import Arm
 from mythos.parity.tables import Picture
-from mythos.parity.verdict import compared
+from mythos.parity.verdict import compared, mean_of
 
 COLORS = [f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")]
 
@@ -56,7 +55,7 @@ def _arms(arms: Sequence[Arm], metric: str, reference: Arm | None) -> Any:
     figure, (axes,) = new_figure(2 if reference else 1, width=5 if reference else 7.5, height=1 + 0.45 * len(arms))
     for row, (arm, color) in enumerate(zip(arms, COLORS * len(arms), strict=False)):
         values = arm.values(metric)
-        intervals = [statistics.mean(values)]
+        intervals = [mean_of(arm, metric)]
         if reference is not None and arm is not reference:
             intervals.append(compared(arm, reference, metric)[0])
         for axis, found in zip(axes, intervals, strict=False):
@@ -105,11 +104,11 @@ def _by_depth(arms: Sequence[Arm], metric: str) -> Any:
     for arm, color in zip(arms, COLORS * len(arms), strict=False):
         depths = _depths(arm)
         if not depths:
-            found = statistics.mean(arm.values(metric))
+            found = mean_of(arm, metric)
             axis.axhline(found.estimate, color=color, label=arm.name)
             axis.axhspan(found.low, found.high, color=color, alpha=0.08)
             continue
-        intervals = [statistics.mean(arm.values(metric, depth)) for depth in depths]
+        intervals = [mean_of(arm, metric, depth) for depth in depths]
         axis.plot(depths, [each.estimate for each in intervals], marker="o", color=color, label=arm.name)
         low, high = [each.low for each in intervals], [each.high for each in intervals]
         axis.fill_between(depths, low, high, color=color, alpha=0.15)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mythos.errors import UserError
-from mythos.parity import statistics
 from mythos.parity.experiment import Criterion, Experiment, PlannedRun, design_hash
 from mythos.parity.measures import Arm, check_same_items
 from mythos.parity.pictures import draw_pictures
@@ -23,7 +22,7 @@ from mythos.parity.tables import (
     table,
     write_files,
 )
-from mythos.parity.verdict import Decision, decide
+from mythos.parity.verdict import Decision, decide, mean_of
 from mythos.plan.params import count_parameters
 
 
@@ -143,7 +142,7 @@ def numbers(experiment: Experiment, arms: Sequence[Arm], decision: Decision, met
             arm.name: {
                 "parameters": count_parameters(arm.runs[0].config.model).total,
                 "depth": arm.depth,
-                **{name: asdict(statistics.mean(arm.values(name))) for name in metrics},
+                **{name: asdict(mean_of(arm, name)) for name in metrics},
                 "runs": [run_numbers(run) for run in arm.runs],
             }
             for arm in arms

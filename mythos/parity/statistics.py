@@ -7,13 +7,16 @@ seed s on document d is taken as
 
 where u is what another training seed changes, v how hard a document is, and w which documents suit an arm. All arms
 share v, so it cancels in their differences: documents are drawn anew together for all arms (paired), seeds for each arm
-by itself. With few seeds a plain bootstrap of seeds is too narrow, because n values vary around their own mean by
-sqrt((n - 1) / n) too little and because their variance is itself uncertain. Therefore a seed's deviation is drawn from
-those of all compared arms together, whose variance is taken as equal, and is multiplied by
+by itself. Few seeds cannot be drawn anew from each other: n values vary around their own mean by sqrt((n - 1) / n) too
+little, and their variance is itself uncertain. Therefore the mean over the seeds of arm a is drawn from a normal
+distribution with the variance s[a]^2 / n[a] of the arm's own seeds, which may be far larger than another arm's. For the
+interval of a combination, the sum of c[a] m[a], all deviations are then multiplied by
 
-    sqrt(n / (n - 1)) * t(0.975; f) / t(0.975; infinity),      f = sum over the arms of (n - 1)
+    t(0.975; f) / t(0.975; infinity),      f = (sum of e)^2 / (sum of e^2 / f[e])
 
-with Student's t, so that the 95% interval is that of a t-test where seeds are the only source of variance.
+with Student's t and the degrees of freedom of Welch and Satterthwaite: of each arm e = c[a]^2 s[a]^2 / n[a] with
+f = n[a] - 1, of the documents e = the variance of the combination over their draws with f = their number - 1. Where
+seeds are the only source of variance, the 95% interval is that of Welch's t-test.
 """
 
 from collections.abc import Sequence
@@ -50,13 +53,18 @@ class Interval:
 
 def mean(arm_SN: np.ndarray, seed: int = 0) -> Interval:
     """The mean over seeds and documents of one arm, (seeds, documents)."""
-    return interval_of(bootstrap([arm_SN], seed)[0])
+    return combination([arm_SN], (1.0,), seed)
 
 
 def difference(arm_SN: np.ndarray, other_SN: np.ndarray, seed: int = 0, paired: bool = True) -> Interval:
     """mean(arm) - mean(other), paired over documents; ``paired=False``: each has documents of its own."""
-    draws_AB = bootstrap([arm_SN, other_SN], seed, paired)
-    return interval_of(draws_AB[0] - draws_AB[1])
+    return combination([arm_SN, other_SN], (1.0, -1.0), seed, paired)
+
+
+def combination(arms: Sequence[np.ndarray], factors: Sequence[float], seed: int = 0, paired: bool = True) -> Interval:
+    """The sum of the arms' means times these factors."""
+    values_B = np.asarray(factors) @ bootstrap(arms, factors, seed, paired)
+    return Interval(float(values_B[0]), *_tails(values_B[1:]))
 
 
 def gap_share(small_SN: np.ndarray, looped_SN: np.ndarray, large_SN: np.ndarray, seed: int = 0) -> Interval:
@@ -65,21 +73,24 @@ def gap_share(small_SN: np.ndarray, looped_SN: np.ndarray, large_SN: np.ndarray,
     1: as good as the large one. The interval is unbounded where the two standard models are not distinguished, because
     then there is no gap to close a share of.
     """
-    small_B, looped_B, large_B = bootstrap([small_SN, looped_SN, large_SN], seed)
-    closed_B, gap_B = small_B - looped_B, small_B - large_B
-    estimate = float(closed_B[0] / gap_B[0]) if gap_B[0] else np.nan
-    low, high = _tails(gap_B[1:])
-    if low <= 0 <= high:
-        return Interval(estimate, -np.inf, np.inf)
-    return Interval(estimate, *_tails(closed_B[1:] / gap_B[1:]))
+    arms = [small_SN, looped_SN, large_SN]
+    small, looped, large = (float(arm_SN.mean()) for arm_SN in arms)
+    share = (small - looped) / (small - large) if small != large else np.nan
+    gap = difference(small_SN, large_SN, seed)
+    if gap.low <= 0 <= gap.high:
+        return Interval(share, -np.inf, np.inf)
+    # Near the estimate the share varies as this combination does, divided by the gap.
+    small_B, looped_B, large_B = bootstrap(arms, (1 - share, -1.0, share), seed)
+    return Interval(share, *_tails(((small_B - looped_B) / (small_B - large_B))[1:]))
 
 
-def bootstrap(arms: Sequence[np.ndarray], seed: int = 0, paired: bool = True) -> np.ndarray:
+def bootstrap(arms: Sequence[np.ndarray], factors: Sequence[float], seed: int = 0, paired: bool = True) -> np.ndarray:
     """The means of all arms, (arms, 1 + DRAWS): first as measured, then in each draw.
 
     Args:
         arms: for each arm its values, (seeds, documents), with the same documents in the same order. With one seed,
-            nothing is known about the seeds' variance unless another arm has more.
+            its seeds' variance is taken as the mean of the other arms'; if all have one, nothing is known about it.
+        factors: of the combination of the means whose interval the draws are for.
         seed: of the draws.
         paired: otherwise each arm has documents of its own, which are drawn by themselves.
 
@@ -95,7 +106,12 @@ def bootstrap(arms: Sequence[np.ndarray], seed: int = 0, paired: bool = True) ->
     deviations = [arm_SN.mean(axis=0, keepdims=True) - arm_SN.mean() for arm_SN in arms]
     together = [np.concatenate(deviations)] if paired else deviations
     of_documents_AB = np.concatenate([_draw_documents(each_AN, random) for each_AN in together])
-    draws_AB = means_A1 + of_documents_AB + _draw_seeds(by_seed, random)
+    variances_A, freedoms_A = _of_seeds(by_seed)
+    of_seeds_AB = random.normal(size=of_documents_AB.shape) * np.sqrt(variances_A)[:, None]
+    factors_A = np.asarray(factors)
+    errors = np.append(np.square(factors_A) * variances_A, (factors_A @ of_documents_AB).var())
+    freedoms = np.append(freedoms_A, max(1, min(documents) - 1))
+    draws_AB = means_A1 + _scale(errors, freedoms) * (of_documents_AB + of_seeds_AB)
     return np.concatenate([means_A1, draws_AB], axis=1)
 
 
@@ -108,20 +124,23 @@ def _draw_documents(deviations_AN: np.ndarray, random: np.random.Generator) -> n
     return deviations_AN @ times_BN.T / count * np.sqrt(count / (count - 1))
 
 
-def _draw_seeds(by_seed: Sequence[np.ndarray], random: np.random.Generator) -> np.ndarray:
-    """The mean deviation of each arm with training seeds that are drawn anew, (arms, DRAWS)."""
-    several = [seeds_S for seeds_S in by_seed if len(seeds_S) > 1]
-    if not several:
-        return np.zeros((len(by_seed), DRAWS))
-    pool = np.concatenate([(s_S - s_S.mean()) * np.sqrt(len(s_S) / (len(s_S) - 1)) for s_S in several])
-    freedom = sum(len(seeds_S) - 1 for seeds_S in several)
-    pool *= t.ppf(TAILS[1], freedom) / norm.ppf(TAILS[1])
-    return np.stack([random.choice(pool, (len(seeds_S), DRAWS)).mean(axis=0) for seeds_S in by_seed])
+def _of_seeds(by_seed: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The variance of each arm's mean by its seeds, and the degrees of freedom of that variance."""
+    counts_A = np.array([len(seeds_S) for seeds_S in by_seed])
+    known_A = counts_A > 1
+    if not known_A.any():
+        return np.zeros(len(by_seed)), np.ones(len(by_seed))
+    variances_A = np.array([seeds_S.var(ddof=1) if len(seeds_S) > 1 else 0.0 for seeds_S in by_seed])
+    variances_A[~known_A] = variances_A[known_A].mean()
+    return variances_A / counts_A, np.where(known_A, counts_A - 1, (counts_A - 1).sum())
 
 
-def interval_of(values_B: np.ndarray) -> Interval:
-    """The interval of a quantity that was computed from ``bootstrap``, (1 + DRAWS,)."""
-    return Interval(float(values_B[0]), *_tails(values_B[1:]))
+def _scale(errors: np.ndarray, freedoms: np.ndarray) -> float:
+    """How much wider than a normal one the interval of a sum with these variances is."""
+    if not errors.any():
+        return 1.0
+    freedom = errors.sum() ** 2 / (errors**2 / freedoms).sum()
+    return float(t.ppf(TAILS[1], freedom) / norm.ppf(TAILS[1]))
 
 
 def _tails(values_B: np.ndarray) -> tuple[float, float]:

@@ -10,11 +10,10 @@ from typing import Any
 from mythos.drawing import png
 from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import write_atomically
-from mythos.parity import statistics
 from mythos.parity.measures import OF_PROBLEMS, OF_TEXT, Arm, higher_is_better
 from mythos.parity.results import RunResult
 from mythos.parity.statistics import Interval, Verdict
-from mythos.parity.verdict import compared, spread
+from mythos.parity.verdict import compared, mean_of, spread
 from mythos.plan.params import count_parameters
 
 REMEDY = "free space, or name another directory"
@@ -75,7 +74,7 @@ def arms_text(arms: Sequence[Arm], metrics: Sequence[str], word: str = "arm") ->
         cells += [_mean(arm, lambda run: run.curve.flops[-1]), _mean(arm, lambda run: run.curve.hours[-1])]
         for name in metrics:
             values = arm.values(name)
-            interval = bounds(statistics.mean(values)) if values.size > 1 else "-"
+            interval = bounds(mean_of(arm, name)) if values.size > 1 else "-"
             cells.append(f"{values.mean():.4f} ({spread(values):.4f}) {interval}")
         cells.append(f"{arm.mean_metric('documents_perplexity'):.3f}")
         rows.append([cells[0], *(cell.replace("nan", "-") for cell in cells[1:])])

@@ -8,7 +8,7 @@ import numpy as np
 
 from mythos.parity import statistics
 from mythos.parity.experiment import Criterion
-from mythos.parity.measures import Arm, check_same_items, higher_is_better
+from mythos.parity.measures import OF_PROBLEMS, Arm, check_same_items, higher_is_better
 from mythos.parity.statistics import Interval
 
 Answer = Literal["matches", "does not match", "not decided", "no verdict: one seed", "no verdict: arms are missing"]
@@ -47,8 +47,8 @@ def decide(criterion: Criterion, arms: Mapping[str, Arm]) -> Decision:
     check_same_items(chosen)
     small, looped, large = (arm.values(criterion.metric) for arm in chosen)
     sign = -1.0 if higher_is_better(criterion.metric) else 1.0
-    draws_AB = statistics.bootstrap([sign * small, sign * looped, sign * large])
-    missed = statistics.interval_of(draws_AB[1] - draws_AB[2] - criterion.margin * (draws_AB[0] - draws_AB[2]))
+    factors = (-sign * criterion.margin, sign, sign * (criterion.margin - 1))
+    missed = statistics.combination([small, looped, large], factors)
     return Decision(
         _answer(missed, min(len(arm.runs) for arm in chosen)),
         missed,
@@ -57,6 +57,14 @@ def decide(criterion: Criterion, arms: Mapping[str, Arm]) -> Decision:
         statistics.difference(small, large),
         statistics.gap_share(small, looped, large),
     )
+
+
+def mean_of(arm: Arm, metric: str, depth: int | None = None) -> Interval:
+    """The mean of a metric with its interval, at the arm's mean depth or another one; an accuracy lies in 0 ... 1."""
+    found = statistics.mean(arm.values(metric, depth))
+    if metric not in OF_PROBLEMS:
+        return found
+    return Interval(found.estimate, max(0.0, found.low), min(1.0, found.high))
 
 
 def compared(arm: Arm, other: Arm, metric: str) -> tuple[Interval, statistics.Verdict]:

@@ -4,9 +4,10 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind
 
 from mythos.errors import UserError
-from mythos.parity.statistics import Interval, difference, gap_share, mean
+from mythos.parity.statistics import Interval, combination, difference, gap_share, mean
 
 DRAWS, SEEDS, DOCUMENTS = 100, 3, 60
 SITUATIONS = {
@@ -48,6 +49,29 @@ def test_equal_models_without_pairs_are_distinguished_in_5_of_100(documents: int
         ]
         claims += difference(*arms, seed=number, paired=documents == 1).verdict(SEEDS) != "not distinguished"
     assert claims <= 0.05 * draws + 2 * np.sqrt(0.05 * 0.95 * draws)
+
+
+def test_arms_whose_seeds_vary_unequally_are_claimed_to_differ_in_5_of_100() -> None:
+    """One arm's seeds vary a hundred times as much as the others'; the truth is at the edge of the criterion."""
+    random, draws, deviations = np.random.default_rng(7), 4 * DRAWS, (0.001, 0.1, 0.001)
+    claims = {"difference": 0, "criterion": 0}
+    for number in range(draws):
+        documents_N = random.normal(3, 0.5, DOCUMENTS)
+        small, looped, large = (random.normal(0, each, (SEEDS, 1)) + documents_N for each in deviations)
+        combined = combination([small, looped, large], (-0.25, 1.0, -0.75), seed=number)
+        for name, found in (("difference", difference(looped, large, seed=number)), ("criterion", combined)):
+            claims[name] += found.verdict(SEEDS) != "not distinguished"
+    assert max(claims.values()) <= 0.05 * draws + 2 * np.sqrt(0.05 * 0.95 * draws)
+
+
+@pytest.mark.parametrize("spread", [1.0, 10.0])
+def test_with_one_value_a_run_the_interval_is_that_of_welch(spread: float) -> None:
+    random = np.random.default_rng(8)
+    one, other = random.normal(0, 1, (4, 1)), random.normal(1, spread, (6, 1))
+    expected = ttest_ind(one[:, 0], other[:, 0], equal_var=False).confidence_interval(0.95)
+    found = difference(one, other)
+    assert found.low == pytest.approx(expected.low, abs=0.05 * (expected.high - expected.low))
+    assert found.high == pytest.approx(expected.high, abs=0.05 * (expected.high - expected.low))
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
