@@ -31,6 +31,7 @@ from tests.cluster import REPO, clean_environment, run
 DOCUMENTS = [
     *(REPO / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "demo/README.md")),
     *sorted((REPO / "docs").glob("*.md")),
+    *sorted((REPO / "docs").glob("parity-*/README.md")),
 ]
 NEEDS_CLUSTER = "# on a cluster"
 LIMIT_S = 400

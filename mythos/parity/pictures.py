@@ -16,15 +16,13 @@ COLORS = [f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple",
 def draw_pictures(arms: Sequence[Arm], metric: str, reference: str | None = None) -> dict[str, Picture]:
     """Draw what there are data for; with a reference, also the differences from that arm, on the same documents."""
     known = next((arm for arm in arms if arm.name == reference), None)
-    differences = (
-        f" Right: the difference from {reference} on the same documents, which is known better than either mean."
-    )
+    means = f"The mean {metric} of each arm with its 95% interval; dots are training seeds."
+    if known is not None:
+        means += (
+            f" Right: the difference from {reference} on the same documents, which is known better than either mean."
+        )
     pictures = {
-        "arms": Picture(
-            _arms(arms, metric, known),
-            f"The mean {metric} of each arm with its 95% interval; dots are training seeds."
-            + (differences if known else ""),
-        ),
+        "arms": Picture(_arms(arms, metric, known), means),
         "curves": Picture(
             _curves(arms),
             "The validation loss at the mean depth of training, against what was spent: one line for each seed.",
