@@ -1,4 +1,4 @@
-"""The only module that imports DeepSpeed: configuration -> engine, with one interface for every ZeRO stage."""
+"""Configuration -> engine, with one interface for every ZeRO stage."""
 
 import logging
 import math
@@ -21,6 +21,7 @@ from mythos.config.model_schema import Looped
 from mythos.config.schema import Config
 from mythos.engine.compiled_code import remove_unfinished
 from mythos.engine.exchange import Exchange
+from mythos.engine.experts import adapt_layers
 from mythos.engine.initial import draw_by_ranks
 from mythos.engine.muon import MuonAdamW
 from mythos.engine.optimizer import build_optimizer
@@ -38,7 +39,7 @@ from mythos.model.cache import Cache
 from mythos.model.compilation import compile_blocks
 from mythos.model.depth import DepthPlan
 from mythos.model.loop import ExitRule, Loop
-from mythos.model.moe import TOKENS_PER_EXPERT, Gate, MoE, moe_layers
+from mythos.model.moe import TOKENS_PER_EXPERT, MoE
 from mythos.model.parameters import Role, parameter_roles, stacked_matrices
 from mythos.model.precision import FP32Linear
 from mythos.ranks.fit import device_of_each_rank, recomputes_on
@@ -86,9 +87,7 @@ class TrainingEngine:
             ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
         self.optimizer = optimizer
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=sections)
-        self._check_conversion(moe_names)
-        for layer in moe_layers(self.module):
-            layer.router.gate.__class__ = Gate  # AutoEP's own would compute the logits in bf16
+        adapt_layers(self.module, moe_names, device)
         self._gather_in_training_type()
         if compiles(config, device):
             for path in remove_unfinished():
@@ -230,13 +229,6 @@ class TrainingEngine:
             )
         }
 
-    def _check_conversion(self, moe_names: list[str]) -> None:
-        """AutoEP silently skips a layer whose names do not match; its experts would train without synchronisation."""
-        modules = dict(self.module.named_modules())
-        left = [name for name in moe_names if type(modules[name]).__name__ != "AutoEPMoELayer"]
-        if left:
-            raise RuntimeError(f"AutoEP did not convert {left}: a name in expert_parallel_section is wrong")
-
     def _gather_in_training_type(self) -> None:
         """ZeRO-3 gathers the blocks' and experts' matrices in the type of their products, everything else in fp32.
 
@@ -285,7 +277,7 @@ def _build_model(config: Config, sections: dict[str, Any], device: torch.device)
 
 
 def _concerns_the_user(record: logging.LogRecord) -> bool:
-    """AutoEP's remarks on its section do not: it is generated from the model, and ``_check_conversion`` follows."""
+    """AutoEP's remarks on its section do not: it is generated from the model, and ``adapt_layers`` checks."""
     return record.module != "auto_ep_config"
 
 

@@ -84,8 +84,9 @@ class Experts(nn.Module):
         """Gate and up of each expert."""
         return {self.gate_up_proj: 2}
 
-    def forward(self, x_TD: Tensor, ends_E: Tensor) -> Tensor:
-        """``x_TD`` has the tokens of expert 0, then those of expert 1, and so on, which end before ``ends_E``."""
+    def forward(self, x_TD: Tensor, load_E: Tensor) -> Tensor:
+        """``x_TD`` has the ``load_E[0]`` tokens of expert 0, then those of expert 1, and so on."""
+        ends_E = load_E.cumsum(0, dtype=torch.int32)
         gate_TF, up_TF = _grouped_linear(x_TD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
         return _grouped_linear(F.silu(gate_TF) * up_TF, self.down_proj, ends_E)
 
@@ -116,14 +117,20 @@ class MoE(nn.Module):
             weights_Tk = weights_Tk / (weights_Tk.sum(dim=-1, keepdim=True) + 1e-20)
         weights_Tk = weights_Tk * self.config.route_scale
 
-        expert, order = chosen_Tk.flatten().sort(stable=True)
-        ends_E = torch.searchsorted(expert, torch.arange(scores_TE.shape[1], device=expert.device), right=True)
-        self.tokens_per_expert.add_(ends_E.diff(prepend=ends_E.new_zeros(1)))
-        place = order.argsort()
-        rows_D = _Rows.apply(x_TD, order, place, self.config.experts_per_token)
-        outputs_D = _Rows.apply(self.experts(rows_D, ends_E.int()), place, order, 1)
-        routed_TD = (outputs_D.unflatten(0, chosen_Tk.shape) * weights_Tk[..., None]).sum(dim=1).type_as(x_TD)
+        load_E = torch.zeros_like(self.tokens_per_expert, dtype=torch.int32)
+        load_E.scatter_add_(0, chosen_Tk.flatten(), load_E.new_ones(chosen_Tk.numel()))
+        self.tokens_per_expert.add_(load_E)
+        routed_TD = through_experts(x_TD, chosen_Tk, weights_Tk, load_E, self.experts)
         return routed_TD.view_as(x_BSD) + self.shared_experts(x_BSD)
+
+
+def through_experts(x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor, load_E: Tensor, experts: nn.Module) -> Tensor:
+    """For each token the weighted sum of its experts' outputs, (T, D). Experts are in the form of ``Experts``."""
+    order = chosen_Tk.flatten().argsort(stable=True)
+    place = order.argsort()
+    rows_D = _Rows.apply(x_TD, order, place, chosen_Tk.shape[1])
+    outputs_D = _Rows.apply(experts(rows_D, load_E), place, order, 1)
+    return (outputs_D.unflatten(0, chosen_Tk.shape) * weights_Tk[..., None]).sum(dim=1).type_as(x_TD)
 
 
 class _Rows(Function):

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor
 
 from mythos.config.model_schema import MixtureOfExperts
@@ -33,6 +34,7 @@ def converted_and_plain(device: torch.device) -> tuple[Any, MoE]:
     engine = TrainingEngine(config, device)
     randomise(engine.module, deviation=0.05)
     layer = moe_layers(engine.module)[0]
+    layer.__class__ = AutoEPMoELayer  # also on a CPU, where the engine takes another form
     plain = MoE(config.model.width, MixtureOfExperts(**EXPERTS))
     converted = dict(layer.named_parameters(prefix="layer"))
     for name, parts in plain_parameters(converted).items():

@@ -19,10 +19,14 @@ def test_the_report_is_that_of_the_runs(published: Path, tmp_path: Path, monkeyp
         archive.extractall(tmp_path, filter="data")
     (tmp_path / "configs").symlink_to(REPO / "configs")
     monkeypatch.chdir(tmp_path)
-    experiment = load_experiment(Path("configs/parity", published.name.removeprefix("parity-")).with_suffix(".yaml"))
+    beside = {"README.md", "runs.tar.xz"}
+    file = Path("configs/parity", published.name.removeprefix("parity-")).with_suffix(".yaml")
+    if not file.exists():
+        file = published / "experiment.yaml"
+        beside.add(file.name)
+    experiment = load_experiment(file)
     report = write_report(experiment, planned_runs(experiment), tmp_path / "report")
     assert report.read_text(encoding="utf-8") == (published / "report.md").read_text(encoding="utf-8")
-    beside = {"README.md", "runs.tar.xz"}
     assert {path.name for path in report.parent.iterdir()} | beside == {path.name for path in published.iterdir()}
     answers = [
         json.loads((directory / "report.json").read_text(encoding="utf-8"))["decision"]
