@@ -4,10 +4,10 @@ import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
-from mythos.model.moe import Gate, moe_layers, through_experts
+from mythos.model.moe import Gate, WithoutExchange, moe_layers
 
 
-class LocalExperts(AutoEPMoELayer):
+class LocalExperts(WithoutExchange, AutoEPMoELayer):
     """A layer whose experts are all on this rank: y = shared(x) + sum over the chosen experts of w_e expert_e(x).
 
     AutoEP's own form copies each token three times on the way to an expert and back, and adds up gradients row by row.
@@ -18,8 +18,7 @@ class LocalExperts(AutoEPMoELayer):
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         weights_Tk, chosen_Tk, load_E = self.router(x_TD, self.expert_bias)
         self.tokens_per_expert.add_(load_E)
-        routed_TD = through_experts(x_TD, chosen_Tk, weights_Tk, load_E, self.experts)
-        return routed_TD.view_as(x_BSD) + self.shared_experts(x_BSD)
+        return self.routed(x_TD, chosen_Tk, weights_Tk, load_E).view_as(x_BSD) + self.shared_experts(x_BSD)
 
 
 def adapt_layers(model: nn.Module, names: list[str], device: torch.device) -> None:

@@ -1,6 +1,7 @@
-"""The dense parts of a model as compiled functions: blocks, or attention and norms where experts follow; injection.
+"""The dense parts of a model as compiled functions: blocks and injection; where experts follow, attention, norms, the
+shared expert and what is elementwise between the products.
 
-Not compiled: the loop itself, routing and routed experts, which are Python around them, tables and loss.
+Not compiled: the loop itself, routing and the routed experts' products, which are Python around them, tables and loss.
 
 Every function is compiled twice, with and without gradient, whatever the number of sequences: the loop's steps differ
 in it. A batch without sequences, and new tokens with a cache, are computed as written.
@@ -18,6 +19,7 @@ from mythos.model.block import Block, CoreBlock
 from mythos.model.cache import LayerCache
 from mythos.model.injection import LTIInjection
 from mythos.model.layers import SwiGLU
+from mythos.model.moe import Experts, WithoutExchange
 
 LARGEST_MODEL = 1024
 """Of the functions of one class, as many are compiled: two for each module."""
@@ -34,9 +36,13 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     for module in model.modules():
         if isinstance(module, CoreBlock) and module.expert_config is not None:
             module.attend = _compiled(module.attend, backend)  # type: ignore[method-assign]
-            for shared in module.feed_forward.modules():
-                if isinstance(shared, SwiGLU):
-                    shared.forward = _compiled(shared.forward, backend)  # type: ignore[method-assign]
+            for part in module.feed_forward.modules():
+                if isinstance(part, SwiGLU):
+                    part.forward = _compiled(part.forward, backend)  # type: ignore[method-assign]
+                if isinstance(part, Experts):
+                    part.gated = _compiled(part.gated, backend)  # type: ignore[method-assign]
+                if isinstance(part, WithoutExchange):
+                    part.weighted_sum = _compiled(part.weighted_sum, backend)  # type: ignore[method-assign]
         elif isinstance(module, Block | LTIInjection):
             module.forward = _compiled(module.forward, backend)  # type: ignore[method-assign]
 

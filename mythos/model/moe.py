@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
 
 from mythos.config.model_schema import MixtureOfExperts
+from mythos.model.grouped import Rows, grouped_linear
 from mythos.model.layers import SwiGLU
 from mythos.model.parameters import Role
-from mythos.model.precision import FP32Linear, product, rounded
+from mythos.model.precision import FP32Linear
 from mythos.model.rules import Rule, Start
 
 TOKENS_PER_EXPERT = "tokens_per_expert"
@@ -87,11 +87,33 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, load_E: Tensor) -> Tensor:
         """``x_TD`` has the ``load_E[0]`` tokens of expert 0, then those of expert 1, and so on."""
         ends_E = load_E.cumsum(0, dtype=torch.int32)
-        gate_TF, up_TF = _grouped_linear(x_TD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        return _grouped_linear(F.silu(gate_TF) * up_TF, self.down_proj, ends_E)
+        return grouped_linear(self.gated(grouped_linear(x_TD, self.gate_up_proj, ends_E)), self.down_proj, ends_E)
+
+    def gated(self, gate_up_TF: Tensor) -> Tensor:
+        """silu(gate) * up, (T, F)."""
+        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+        return F.silu(gate_TF) * up_TF
 
 
-class MoE(nn.Module):
+class WithoutExchange:
+    """What a layer does whose experts are all in this process."""
+
+    experts: Any
+
+    def routed(self, x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor, load_E: Tensor) -> Tensor:
+        """For each token the weighted sum of its experts' outputs, (T, D)."""
+        order = chosen_Tk.flatten().argsort(stable=True)
+        place = order.argsort()
+        rows_D = Rows.apply(x_TD, order, place, chosen_Tk.shape[1])
+        outputs_D = Rows.apply(self.experts(rows_D, load_E), place, order, 1)
+        return self.weighted_sum(outputs_D.unflatten(0, chosen_Tk.shape), weights_Tk).type_as(x_TD)
+
+    def weighted_sum(self, outputs_TkD: Tensor, weights_Tk: Tensor) -> Tensor:
+        """Over the experts of each token, in the type of the weights."""
+        return (outputs_TkD * weights_Tk[..., None]).sum(dim=1)
+
+
+class MoE(WithoutExchange, nn.Module):
     """y = shared(x) + scale * sum over the chosen experts of w_e expert_e(x); no token is dropped.
 
     s = sigmoid or softmax of W x, in fp32; chosen = top-k of s + balance bias, among the best groups if there are
@@ -120,72 +142,7 @@ class MoE(nn.Module):
         load_E = torch.zeros_like(self.tokens_per_expert, dtype=torch.int32)
         load_E.scatter_add_(0, chosen_Tk.flatten(), load_E.new_ones(chosen_Tk.numel()))
         self.tokens_per_expert.add_(load_E)
-        routed_TD = through_experts(x_TD, chosen_Tk, weights_Tk, load_E, self.experts)
-        return routed_TD.view_as(x_BSD) + self.shared_experts(x_BSD)
-
-
-def through_experts(x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor, load_E: Tensor, experts: nn.Module) -> Tensor:
-    """For each token the weighted sum of its experts' outputs, (T, D). Experts are in the form of ``Experts``."""
-    order = chosen_Tk.flatten().argsort(stable=True)
-    place = order.argsort()
-    rows_D = _Rows.apply(x_TD, order, place, chosen_Tk.shape[1])
-    outputs_D = _Rows.apply(experts(rows_D, load_E), place, order, 1)
-    return (outputs_D.unflatten(0, chosen_Tk.shape) * weights_Tk[..., None]).sum(dim=1).type_as(x_TD)
-
-
-class _Rows(Function):
-    """Row i of the result is row ``order[i] // copies`` of x; ``order`` is a permutation, ``place`` its inverse.
-
-    The gradient is gathered by the inverse, instead of adding rows in place: no atomics, so it is deterministic.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.copies = copies
-        return x_TD.index_select(0, order if copies == 1 else order // copies)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        (place,) = ctx.saved_tensors
-        gradient = gradient.index_select(0, place)
-        return gradient if ctx.copies == 1 else gradient.unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
-
-
-def _grouped_linear(x_TD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
-    """Each expert's rows of x times its matrix, (T, F); the rows of expert e end before ``ends_E[e]``."""
-    x_TD = rounded(x_TD)
-    if _has_grouped_product(x_TD, weight_EFD):
-        return _GroupedProduct.apply(x_TD, weight_EFD, ends_E)
-    rows = x_TD.tensor_split(ends_E[:-1].cpu().long())
-    return torch.cat([product(x_tD, weight_FD) for x_tD, weight_FD in zip(rows, weight_EFD, strict=True)])
-
-
-def _has_grouped_product(x_TD: Tensor, weight_EFD: Tensor) -> bool:
-    """torch has it for every type on a CPU, for bf16 on a GPU; rows must be multiples of 16 bytes."""
-    aligned = all(size * x_TD.element_size() % 16 == 0 for size in weight_EFD.shape[1:])
-    return aligned and (x_TD.device.type == "cpu" or x_TD.dtype == torch.bfloat16)
-
-
-class _GroupedProduct(Function):
-    """The experts' products in the type of x; the gradients of the weights are summed in fp32, as ``product`` does."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_EFD, ends_E)
-        return F.grouped_mm(x_TD, weight_EFD.to(x_TD.dtype).mT, offs=ends_E)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_TF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_TD, weight_EFD, ends_E = ctx.saved_tensors
-        of_x, of_weight = None, None
-        gradient_TF = gradient_TF.contiguous()
-        if ctx.needs_input_grad[0]:
-            of_x = F.grouped_mm(gradient_TF, weight_EFD.to(gradient_TF.dtype), offs=ends_E)
-        if ctx.needs_input_grad[1]:
-            of_weight = F.grouped_mm(gradient_TF.T, x_TD, offs=ends_E).to(weight_EFD.dtype)
-        return of_x, of_weight, None
+        return self.routed(x_TD, chosen_Tk, weights_Tk, load_E).view_as(x_BSD) + self.shared_experts(x_BSD)
 
 
 def router_scores(logits: Tensor, config: MixtureOfExperts) -> Tensor:

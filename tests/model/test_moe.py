@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import mythos.model.moe
+import mythos.model.grouped
 from mythos.config.model_schema import MixtureOfExperts
 from mythos.model.moe import MoE, balance, expert_load, forget_load, moe_layers, observe_routing, routing_penalties
 from mythos.model.precision import products_in
@@ -36,7 +36,7 @@ def moe(**options: Any) -> MoE:
 def test_moe_and_its_gradients_equal_the_definition(
     options: dict[str, Any], grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mythos.model.moe, "_has_grouped_product", lambda *_: grouped)
+    monkeypatch.setattr(mythos.model.grouped, "has_grouped_product", lambda *_: grouped)
     module, x = moe(**options), numbers(2, 7, 8)
     fast, slow = module(x), slow_moe(module, x)
     assert_close(fast, slow, rtol=1e-5, atol=1e-6)
@@ -58,7 +58,7 @@ def test_experts_in_bf16_over_fp32_weights_at_a_real_size(monkeypatch: pytest.Mo
     x = numbers(2, 512, 256).detach().bfloat16()
     outcomes = {}
     for form in ("fp32", "slow", "grouped"):
-        monkeypatch.setattr(mythos.model.moe, "_has_grouped_product", lambda *_, form=form: form == "grouped")
+        monkeypatch.setattr(mythos.model.grouped, "has_grouped_product", lambda *_, form=form: form == "grouped")
         own = (x.float() if form == "fp32" else x).requires_grad_()
         with products_in(torch.float32 if form == "fp32" else torch.bfloat16, torch.device("cpu")):
             y = module(own)
