@@ -19,7 +19,7 @@ from mythos.model.block import Block, CoreBlock
 from mythos.model.cache import LayerCache
 from mythos.model.injection import LTIInjection
 from mythos.model.layers import SwiGLU
-from mythos.model.moe import Experts, WithoutExchange
+from mythos.model.moe import Experts, RoutedSum
 
 LARGEST_MODEL = 1024
 """Of the functions of one class, as many are compiled: two for each module."""
@@ -41,7 +41,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
                     part.forward = _compiled(part.forward, backend)  # type: ignore[method-assign]
                 if isinstance(part, Experts):
                     part.gated = _compiled(part.gated, backend)  # type: ignore[method-assign]
-                if isinstance(part, WithoutExchange):
+                if isinstance(part, RoutedSum):
                     part.weighted_sum = _compiled(part.weighted_sum, backend)  # type: ignore[method-assign]
         elif isinstance(module, Block | LTIInjection):
             module.forward = _compiled(module.forward, backend)  # type: ignore[method-assign]

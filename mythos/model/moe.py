@@ -95,25 +95,30 @@ class Experts(nn.Module):
         return F.silu(gate_TF) * up_TF
 
 
-class WithoutExchange:
-    """What a layer does whose experts are all in this process."""
+class RoutedSum:
+    """The routed part of a layer whose ``experts`` take rows and load as ``Experts`` does."""
 
     experts: Any
 
-    def routed(self, x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor, load_E: Tensor) -> Tensor:
+    def routed_sum(self, x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor, load_E: Tensor) -> Tensor:
         """For each token the weighted sum of its experts' outputs, (T, D)."""
         order = chosen_Tk.flatten().argsort(stable=True)
         place = order.argsort()
         rows_D = Rows.apply(x_TD, order, place, chosen_Tk.shape[1])
-        outputs_D = Rows.apply(self.experts(rows_D, load_E), place, order, 1)
+        outputs_D = Rows.apply(self.outputs(rows_D, load_E), place, order, 1)
         return self.weighted_sum(outputs_D.unflatten(0, chosen_Tk.shape), weights_Tk).type_as(x_TD)
+
+    def outputs(self, rows_D: Tensor, load_E: Tensor) -> Tensor:
+        """Of each row's expert: the rows of expert 0 come first, then those of expert 1, and so on."""
+        outputs_D: Tensor = self.experts(rows_D, load_E)
+        return outputs_D
 
     def weighted_sum(self, outputs_TkD: Tensor, weights_Tk: Tensor) -> Tensor:
         """Over the experts of each token, in the type of the weights."""
         return (outputs_TkD * weights_Tk[..., None]).sum(dim=1)
 
 
-class MoE(WithoutExchange, nn.Module):
+class MoE(RoutedSum, nn.Module):
     """y = shared(x) + scale * sum over the chosen experts of w_e expert_e(x); no token is dropped.
 
     s = sigmoid or softmax of W x, in fp32; chosen = top-k of s + balance bias, among the best groups if there are
@@ -142,7 +147,7 @@ class MoE(WithoutExchange, nn.Module):
         load_E = torch.zeros_like(self.tokens_per_expert, dtype=torch.int32)
         load_E.scatter_add_(0, chosen_Tk.flatten(), load_E.new_ones(chosen_Tk.numel()))
         self.tokens_per_expert.add_(load_E)
-        return self.routed(x_TD, chosen_Tk, weights_Tk, load_E).view_as(x_BSD) + self.shared_experts(x_BSD)
+        return self.routed_sum(x_TD, chosen_Tk, weights_Tk, load_E).view_as(x_BSD) + self.shared_experts(x_BSD)
 
 
 def router_scores(logits: Tensor, config: MixtureOfExperts) -> Tensor:
