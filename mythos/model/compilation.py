@@ -1,5 +1,5 @@
 """The dense parts of a model as compiled functions: blocks and injection; where experts follow, attention, norms, the
-shared expert and what is elementwise between the products.
+shared expert and what is elementwise between routed experts' products, as far as it is not AutoEP's.
 
 Not compiled: the loop itself, routing and the routed experts' products, which are Python around them, tables and loss.
 
@@ -48,7 +48,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
 
 
 def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """``function``, whose tensors all have the batch as their first dimension, compiled for any batch."""
+    """``function``, whose tensors have sequences, tokens or rows as their first dimension, compiled for any number."""
     compiled = torch.compile(function, fullgraph=True, backend=backend)
 
     def call(first_B: Tensor, *rest: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rows of tokens sorted by expert, and the products of each expert with its own."""
+"""Rows sorted by expert, a row for each choice of a token, and the products of each expert with its own rows."""
 
 from typing import Any
 
@@ -27,6 +27,11 @@ class Rows(Function):
         (place,) = ctx.saved_tensors
         gradient = gradient.index_select(0, place)
         return gradient if ctx.copies == 1 else gradient.unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The inverse of a permutation: ``order[inverse(order)]`` is 0, 1, 2 and so on."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def grouped_linear(x_TD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:

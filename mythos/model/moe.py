@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos.config.model_schema import MixtureOfExperts
-from mythos.model.grouped import Rows, grouped_linear
+from mythos.model.grouped import Rows, grouped_linear, inverse
 from mythos.model.layers import SwiGLU
 from mythos.model.parameters import Role
 from mythos.model.precision import FP32Linear
@@ -103,13 +103,13 @@ class RoutedSum:
     def routed_sum(self, x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor, load_E: Tensor) -> Tensor:
         """For each token the weighted sum of its experts' outputs, (T, D)."""
         order = chosen_Tk.flatten().argsort(stable=True)
-        place = order.argsort()
-        rows_D = Rows.apply(x_TD, order, place, chosen_Tk.shape[1])
-        outputs_D = Rows.apply(self.outputs(rows_D, load_E), place, order, 1)
+        place = inverse(order)
+        outputs_D = self.expert_outputs(Rows.apply(x_TD, order, place, chosen_Tk.shape[1]), load_E)
+        outputs_D = Rows.apply(outputs_D, place, order, 1)
         return self.weighted_sum(outputs_D.unflatten(0, chosen_Tk.shape), weights_Tk).type_as(x_TD)
 
-    def outputs(self, rows_D: Tensor, load_E: Tensor) -> Tensor:
-        """Of each row's expert: the rows of expert 0 come first, then those of expert 1, and so on."""
+    def expert_outputs(self, rows_D: Tensor, load_E: Tensor) -> Tensor:
+        """Apply each row's expert; the rows of expert 0 come first, then those of expert 1, and so on."""
         outputs_D: Tensor = self.experts(rows_D, load_E)
         return outputs_D
 

@@ -8,6 +8,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from mythos.config.schema import Config
+from mythos.engine import experts
 from mythos.engine.engine import TrainingEngine
 from mythos.model import build_model
 from mythos.model.depth import fixed
@@ -40,8 +41,11 @@ def kept(model: Any, parameters: Any) -> int:
     return sum(size for size, _ in storages.values())
 
 
-def kept_by_engine(config: Config) -> int:
-    engine = TrainingEngine(config, torch.device("cpu"))
+def kept_by_engine(config: Config, as_on_a_gpu: bool) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        if as_on_a_gpu:
+            patch.setattr(experts, "CPUExperts", experts.AutoEPMoELayer)
+        engine = TrainingEngine(config, torch.device("cpu"))
     return kept(engine, engine.module.parameters())
 
 
@@ -66,11 +70,12 @@ def test_activations_are_what_autograd_keeps(kind: str, tmp_path: Path) -> None:
     assert kept_bytes(config, FP32, recompute=False) == pytest.approx(measured, rel=0.05)
 
 
-def test_activations_of_experts_are_what_autograd_keeps(two_ranks: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_activations_of_experts_are_what_autograd_keeps(as_on_a_gpu: bool, two_ranks: RankPool, tmp_path: Path) -> None:
     config = config_of(
         "looped-moe", tmp_path, ranks=2, parallel__zero_stage=2, loop__recompute=False, parallel__expert_parallel_size=1
     )
-    measured = two_ranks.run(kept_by_engine, config)[0] - of_head(config)
+    measured = two_ranks.run(kept_by_engine, config, as_on_a_gpu)[0] - of_head(config)
     assert kept_bytes(config, FP32, recompute=False) == pytest.approx(measured, rel=0.05)
 
 

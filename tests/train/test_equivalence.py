@@ -9,7 +9,7 @@ import pytest
 
 from mythos import loss
 from mythos.config.schema import Config
-from mythos.engine import engine
+from mythos.engine import engine, experts
 from tests.reference.plain_training import train_plainly
 from tests.spawn import RankPool
 from tests.tiny import VOCABULARY, tiny_config
@@ -71,6 +71,35 @@ def test_two_ranks_train_like_one_plain_process(
     if model != "dense":
         assert len(set(curve(config, "depth/mean"))) > 3, "the depth must change from step to step"
         assert max(curve(config, "depth/done_over_due")) <= 1.02
+
+
+def train_with_experts_as_on_a_gpu(config: Config) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "CPUExperts", experts.AutoEPMoELayer)
+        return run_training(config)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "ZeRO-3, EP 2",
+        "ZeRO-0, EP 1",
+        "a sequence at a time, EP 2",
+        "a sequence at a time, all options, ZeRO-2, EP 2",
+        "no recomputation",
+        "all options, ZeRO-3, EP 2",
+        "newer options, ZeRO-1, EP 1",
+    ],
+)
+def test_the_form_that_gpus_use_trains_like_one_plain_process(
+    form: str, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
+) -> None:
+    model, overrides = FORMS[form]
+    config = tiny_config(model, tiny_data, tmp_path / "run", ranks=2, train__steps=STEPS, **overrides)
+    assert two_ranks.run(train_with_experts_as_on_a_gpu, config) == [0, 0]
+    plain = plain_curve(model, tiny_data, None)
+    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
+    assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
 
 
 @pytest.mark.parametrize("model", ["looped-moe", "mythos", "dense"])
