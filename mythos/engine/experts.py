@@ -2,13 +2,14 @@
 
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, _split_plan_from_expert_counts
+from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor, nn
 
-from mythos.model.grouped import Rows, inverse
-from mythos.model.moe import Gate, RoutedSum, moe_layers
+from mythos.model.grouped import Rows, grouped_linear, inverse
+from mythos.model.moe import Gate, Gated, RoutedSum, moe_layers
 
 
-class CPUExperts(RoutedSum, AutoEPMoELayer):
+class CPULayer(RoutedSum, AutoEPMoELayer):
     """AutoEP's layer on a CPU: y = shared(x) + sum over the chosen experts of w_e expert_e(x).
 
     AutoEP's own form copies each token up to three times on the way to an expert and back, and adds up gradients row by
@@ -37,6 +38,15 @@ class CPUExperts(RoutedSum, AutoEPMoELayer):
         return _AllToAllV.apply(self.ep_group, rows_D, plan.output_splits, plan.input_splits)
 
 
+class CPUExperts(Gated, GroupedExperts):
+    """The experts of this rank: w2_e (silu(w1_e x) * w3_e x) for the rows x of each expert e."""
+
+    def forward(self, rows_D: Tensor, load_E: Tensor) -> Tensor:
+        ends_E = load_E.cumsum(0, dtype=torch.int32)
+        gate_F, up_F = grouped_linear(rows_D, self.w1, ends_E), grouped_linear(rows_D, self.w3, ends_E)
+        return grouped_linear(self.gated(gate_F, up_F), self.w2, ends_E)
+
+
 def adapt_layers(model: nn.Module, names: list[str], device: torch.device) -> None:
     """Check that the layers of these names were converted, and change their classes.
 
@@ -51,4 +61,9 @@ def adapt_layers(model: nn.Module, names: list[str], device: torch.device) -> No
     for layer in moe_layers(model):
         layer.router.gate.__class__ = Gate  # AutoEP's own would compute the logits in bf16
         if device.type == "cpu":
-            layer.__class__ = CPUExperts
+            use_cpu_form(layer)
+
+
+def use_cpu_form(layer: AutoEPMoELayer) -> None:
+    """Change the class of a layer and of its experts."""
+    layer.__class__, layer.experts.__class__ = CPULayer, CPUExperts

@@ -1,5 +1,5 @@
 """The dense parts of a model as compiled functions: blocks and injection; where experts follow, attention, norms, the
-shared expert and what is elementwise between routed experts' products, as far as it is not AutoEP's.
+shared expert and, on a CPU, what is elementwise between the routed experts' products and after them.
 
 Not compiled: the loop itself, routing and the routed experts' products, which are Python around them, tables and loss.
 
@@ -19,7 +19,7 @@ from mythos.model.block import Block, CoreBlock
 from mythos.model.cache import LayerCache
 from mythos.model.injection import LTIInjection
 from mythos.model.layers import SwiGLU
-from mythos.model.moe import Experts, RoutedSum
+from mythos.model.moe import Gated, RoutedSum
 
 LARGEST_MODEL = 1024
 """Of the functions of one class, as many are compiled: two for each module."""
@@ -39,7 +39,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
             for part in module.feed_forward.modules():
                 if isinstance(part, SwiGLU):
                     part.forward = _compiled(part.forward, backend)  # type: ignore[method-assign]
-                if isinstance(part, Experts):
+                if isinstance(part, Gated):
                     part.gated = _compiled(part.gated, backend)  # type: ignore[method-assign]
                 if isinstance(part, RoutedSum):
                     part.weighted_sum = _compiled(part.weighted_sum, backend)  # type: ignore[method-assign]

@@ -65,7 +65,15 @@ class RouterBias(nn.Embedding):
         return super().forward(loop_step_B.clamp(max=self.num_embeddings - 1))
 
 
-class Experts(nn.Module):
+class Gated:
+    """The part of experts between their products."""
+
+    def gated(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        """silu(gate) * up."""
+        return F.silu(gate_TF) * up_TF
+
+
+class Experts(Gated, nn.Module):
     """The routed experts' SwiGLU weights as 3-D parameters: gate_up_proj (E, 2F, D), down_proj (E, D, F)."""
 
     parameter_role = Role.EXPERT
@@ -87,12 +95,8 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, load_E: Tensor) -> Tensor:
         """``x_TD`` has the ``load_E[0]`` tokens of expert 0, then those of expert 1, and so on."""
         ends_E = load_E.cumsum(0, dtype=torch.int32)
-        return grouped_linear(self.gated(grouped_linear(x_TD, self.gate_up_proj, ends_E)), self.down_proj, ends_E)
-
-    def gated(self, gate_up_TF: Tensor) -> Tensor:
-        """silu(gate) * up, (T, F)."""
-        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        return F.silu(gate_TF) * up_TF
+        gate_TF, up_TF = grouped_linear(x_TD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
+        return grouped_linear(self.gated(gate_TF, up_TF), self.down_proj, ends_E)
 
 
 class RoutedSum:

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor
 
 from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
-from mythos.engine.experts import CPUExperts
+from mythos.engine.experts import CPUExperts, CPULayer
 from mythos.model.moe import moe_layers
 from mythos.model.precision import products_in
 from tests.model.helpers import gradients, numbers, randomise
@@ -24,7 +25,7 @@ TOKENS = (0, 1, 300)
 def outcomes(config: Config, dtype: torch.dtype) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Output, load and gradients of both forms; half of the rounds choose few experts. Ranks have other tokens."""
     layer: Any = moe_layers(TrainingEngine(config, torch.device("cpu")).module)[0]
-    assert type(layer) is CPUExperts
+    assert type(layer) is CPULayer
     assert layer.ep_size == dist.get_world_size()
     randomise(layer, seed=dist.get_rank())
     found = []
@@ -33,8 +34,8 @@ def outcomes(config: Config, dtype: torch.dtype) -> list[tuple[list[Tensor], lis
         for tokens in TOKENS[:: -1 if dist.get_rank() else 1]:
             x = numbers(1, tokens, config.model.width, seed=dist.get_rank()).to(dtype)
             both = []
-            for form in (CPUExperts, AutoEPMoELayer):
-                layer.__class__ = form
+            for form in ((CPULayer, CPUExperts), (AutoEPMoELayer, GroupedExperts)):
+                layer.__class__, layer.experts.__class__ = form
                 layer.tokens_per_expert.zero_()
                 with products_in(dtype, x.device):
                     output = layer(x)

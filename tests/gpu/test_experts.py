@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor
 
 from mythos.config.model_schema import MixtureOfExperts
@@ -34,7 +35,7 @@ def converted_and_plain(device: torch.device) -> tuple[Any, MoE]:
     engine = TrainingEngine(config, device)
     randomise(engine.module, deviation=0.05)
     layer = moe_layers(engine.module)[0]
-    layer.__class__ = AutoEPMoELayer  # also on a CPU, where the engine takes another form
+    layer.__class__, layer.experts.__class__ = AutoEPMoELayer, GroupedExperts  # on a CPU the engine takes another form
     plain = MoE(config.model.width, MixtureOfExperts(**EXPERTS))
     converted = dict(layer.named_parameters(prefix="layer"))
     for name, parts in plain_parameters(converted).items():

@@ -75,7 +75,7 @@ def test_two_ranks_train_like_one_plain_process(
 
 def train_with_experts_as_on_a_gpu(config: Config) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts, "CPUExperts", experts.AutoEPMoELayer)
+        patch.setattr(experts, "use_cpu_form", lambda layer: None)
         return run_training(config)
 
 
