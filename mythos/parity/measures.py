@@ -40,6 +40,14 @@ class Arm:
         """The mean depth of training; None for a dense model."""
         return self.runs[0].depth
 
+    @property
+    def measured_depths(self) -> list[int]:
+        """The depths at which all runs were evaluated; none of a dense model."""
+        if self.depth is None:
+            return []
+        measured = (set(run.evaluation.get("eval", {}).get("depths") or ()) for run in self.runs)
+        return sorted(set.intersection(*measured))
+
     def values(self, metric: str, depth: int | None = None) -> np.ndarray:
         """The values, (seeds, documents), whose mean is the metric at a depth (the mean depth of training by default).
 

@@ -28,11 +28,11 @@ def draw_pictures(arms: Sequence[Arm], metric: str, reference: str | None = None
             "The validation loss at the mean depth of training, against what was spent: one line for each seed.",
         ),
     }
-    if metric != "validation_loss" and any(len(_depths(arm)) > 1 for arm in arms):
+    if metric != "validation_loss" and any(len(arm.measured_depths) > 1 for arm in arms):
         pictures["depth"] = Picture(
             _by_depth(arms, metric),
-            f"The {metric} against the loop steps at test time, mean over the seeds with its 95% interval; dashed: the "
-            "mean depth of training; horizontal: arms without a loop.",
+            f"The {metric} against the loop steps at test time, mean over the seeds with its 95% interval; thin: the "
+            "seeds; dashed: the mean depth of training; horizontal: arms without a loop.",
         )
     if loads := _loads(arms):
         pictures["experts"] = Picture(
@@ -90,17 +90,10 @@ def _curves(arms: Sequence[Arm]) -> Any:
     return figure
 
 
-def _depths(arm: Arm) -> list[int]:
-    """The depths at which all runs of an arm were evaluated; none of a dense model."""
-    if arm.depth is None:
-        return []
-    return sorted(set.intersection(*(set(run.evaluation.get("eval", {}).get("depths") or ()) for run in arm.runs)))
-
-
 def _by_depth(arms: Sequence[Arm], metric: str) -> Any:
     figure, ((axis,),) = new_figure(1, width=7.5)
     for arm, color in zip(arms, COLORS * len(arms), strict=False):
-        depths = _depths(arm)
+        depths = arm.measured_depths
         if not depths:
             found = mean_of(arm, metric)
             axis.axhline(found.estimate, color=color, label=arm.name)
@@ -108,6 +101,8 @@ def _by_depth(arms: Sequence[Arm], metric: str) -> Any:
             continue
         intervals = [mean_of(arm, metric, depth) for depth in depths]
         axis.plot(depths, [each.estimate for each in intervals], marker="o", color=color, label=arm.name)
+        by_seed = np.array([arm.values(metric, depth).mean(axis=1) for depth in depths])
+        axis.plot(depths, by_seed, color=color, linewidth=0.8, alpha=0.6)
         low, high = [each.low for each in intervals], [each.high for each in intervals]
         axis.fill_between(depths, low, high, color=color, alpha=0.15)
         axis.axvline(arm.depth, color=color, linestyle="--", linewidth=1, alpha=0.6)
@@ -156,7 +151,7 @@ def _by_difficulty(arms: Sequence[Arm]) -> Any:
     levels = np.unique(items["problems_difficulty"])
     trained = int(items["problems_difficulty"][~items["problems_beyond"]].max())
     for arm, color in zip(arms, COLORS * len(arms), strict=False):
-        depths = _depths(arm)
+        depths = arm.measured_depths
         for depth, style in ((arm.depth, "-"), *([(depths[-1], ":")] if depths else [])):
             solved = [each for run in arm.runs if (each := run.item("problems_solved", depth)) is not None]
             if not solved:

@@ -14,6 +14,7 @@ from mythos.parity.results import read_result
 from mythos.parity.runs import Progress, progress, read_designs
 from mythos.parity.tables import (
     arms_text,
+    depths_text,
     differences_text,
     measured_metrics,
     pictures_text,
@@ -68,6 +69,7 @@ def write_report(experiment: Experiment, planned: Sequence[PlannedRun], director
         *design_text(experiment),
         *arms_text(arms, metrics),
         *differences_text(arms, experiment.criterion.large, metrics),
+        *depths_text(arms, metrics[0]),
         *pictures_text(pictures),
         *missing_text(results.missing),
     ]

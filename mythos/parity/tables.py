@@ -12,7 +12,7 @@ from mythos.errors import UserError, os_errors_as_user_errors
 from mythos.files import write_atomically
 from mythos.parity.measures import OF_PROBLEMS, OF_TEXT, Arm, higher_is_better
 from mythos.parity.results import RunResult
-from mythos.parity.statistics import Interval, Verdict
+from mythos.parity.statistics import Interval, Verdict, mean
 from mythos.parity.verdict import compared, mean_of, spread
 from mythos.plan.params import count_parameters
 
@@ -94,6 +94,25 @@ def differences_text(arms: Sequence[Arm], large: str, metrics: Sequence[str]) ->
             found, verdict = compared(arm, reference, name)
             rows.append([arm.name, name, f"{found.estimate:+.4f}", bounds(found), judgement(verdict, name)])
     yield table(["arm", "metric", "difference", "95% interval", ""], "llrrl", rows)
+
+
+def depths_text(arms: Sequence[Arm], metric: str) -> Iterator[str]:
+    """What other loop steps at test time change, in pairs of the same seed and document."""
+    rows = []
+    for arm in arms:
+        for depth in arm.measured_depths:
+            if depth == arm.depth:
+                continue
+            changes_SN = arm.values(metric, depth) - arm.values(metric)
+            found = mean(changes_SN)
+            by_seed = ", ".join(f"{change:+.3g}" for change in changes_SN.mean(axis=1))
+            verdict = judgement(found.verdict(len(changes_SN)), metric)
+            place = [arm.name, f"{depth} in place of {arm.depth}"]
+            interval = f"{found.low:.3g} ... {found.high:.3g}"  # changes may be tiny and the same for all seeds
+            rows.append([*place, f"{found.estimate:+.3g}", interval, by_seed, verdict])
+    if rows:
+        yield "## Loop steps at test time"
+        yield table(["arm", "loop steps", f"change in {metric}", "95% interval", "by seed", ""], "llrrrl", rows)
 
 
 def judgement(verdict: Verdict, metric: str) -> str:

@@ -113,6 +113,21 @@ def test_the_numbers_of_the_report_are_those_of_the_runs(undisturbed: Path) -> N
     assert decision["answer"] == expected[missed["high"] < 0, missed["low"] > 0]
 
 
+def test_the_report_says_what_other_loop_steps_change_by_seed(undisturbed: Path) -> None:
+    experiment = load_experiment(SMOKE)
+    found = [progress(experiment, run).evaluation for run in planned_runs(experiment) if run.arm == "looped"]
+    evaluations = [json.loads(each.read_text(encoding="utf-8")) for each in found if each is not None]
+    text = (undisturbed / "report/report.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| looped \| (\d+) in place of 4 \| (\S+) \| (\S+) \.\.\. (\S+) \| (.*) \| .* \|$", text, re.M)
+    assert [int(depth) for depth, *_ in rows] == [depth for depth in experiment.evaluation.depths if depth != 4]
+    for depth, estimate, low, high, by_seed in rows:
+        name = "eval/documents_bits_per_byte_depth_"
+        expected = [each[name + depth] - each[f"{name}4"] for each in evaluations]
+        assert [float(each) for each in by_seed.split(",")] == pytest.approx(expected, rel=0.01, abs=1e-6)
+        assert float(estimate) == pytest.approx(np.mean(expected), rel=0.01, abs=1e-6)
+        assert float(low) <= float(estimate) <= float(high)
+
+
 def test_any_of_the_runs_can_be_compared(undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", str(undisturbed), "--reference", "large", "--output", str(tmp_path / "report")]
     assert invoke(arguments) == 0
