@@ -5,8 +5,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor
 
 from mythos.config.model_schema import MixtureOfExperts
@@ -14,6 +12,7 @@ from mythos.config.schema import Config
 from mythos.engine.engine import TrainingEngine
 from mythos.model.moe import MoE, moe_layers, plain_parameters
 from mythos.model.precision import products_in
+from tests.experts import experts_as_on_a_gpu
 from tests.gpu.training import config_for, relative_error, train
 from tests.model.helpers import randomise
 
@@ -32,10 +31,10 @@ def expert_config(device: torch.device, **overrides: Any) -> Config:
 def converted_and_plain(device: torch.device) -> tuple[Any, MoE]:
     """AutoEP's layer in bf16, and the plain layer with the same weights in fp32."""
     config = expert_config(device, precision="bf16", parallel__zero_stage=2)
-    engine = TrainingEngine(config, device)
+    with experts_as_on_a_gpu():
+        engine = TrainingEngine(config, device)
     randomise(engine.module, deviation=0.05)
     layer = moe_layers(engine.module)[0]
-    layer.__class__, layer.experts.__class__ = AutoEPMoELayer, GroupedExperts  # on a CPU the engine takes another form
     plain = MoE(config.model.width, MixtureOfExperts(**EXPERTS))
     converted = dict(layer.named_parameters(prefix="layer"))
     for name, parts in plain_parameters(converted).items():

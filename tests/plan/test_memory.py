@@ -1,5 +1,6 @@
 """Memory: activations against the tensors that autograd keeps; ZeRO's parts against what the ranks hold."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from mythos.config.schema import Config
-from mythos.engine import experts
 from mythos.engine.engine import TrainingEngine
 from mythos.model import build_model
 from mythos.model.depth import fixed
@@ -16,6 +16,7 @@ from mythos.plan.activations import kept_bytes
 from mythos.plan.layout import layout_of
 from mythos.plan.memory import checkpoint_bytes, memory, snapshot_bytes
 from mythos.plan.precision import FP32
+from tests.experts import experts_as_on_a_gpu
 from tests.spawn import RankPool
 from tests.tiny import VOCABULARY, tiny_config
 
@@ -42,9 +43,7 @@ def kept(model: Any, parameters: Any) -> int:
 
 
 def kept_by_engine(config: Config, as_on_a_gpu: bool) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        if as_on_a_gpu:
-            patch.setattr(experts, "use_cpu_form", lambda layer: None)
+    with experts_as_on_a_gpu() if as_on_a_gpu else nullcontext():
         engine = TrainingEngine(config, torch.device("cpu"))
     return kept(engine, engine.module.parameters())
 

@@ -9,7 +9,8 @@ import pytest
 
 from mythos import loss
 from mythos.config.schema import Config
-from mythos.engine import engine, experts
+from mythos.engine import engine
+from tests.experts import experts_as_on_a_gpu
 from tests.reference.plain_training import train_plainly
 from tests.spawn import RankPool
 from tests.tiny import VOCABULARY, tiny_config
@@ -57,6 +58,12 @@ def plain_curve(model: str, data: Path, depth: str | None) -> list[tuple[float, 
     return train_plainly(tiny_config(model, data, Path("unused"), train__steps=STEPS, **overrides), STEPS)
 
 
+def check_against_plain(config: Config, model: str, data: Path, depth: str | None = None) -> None:
+    plain = plain_curve(model, data, depth)
+    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
+    assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_two_ranks_train_like_one_plain_process(
     form: str, two_ranks: RankPool, tiny_data: Path, tmp_path: Path
@@ -64,18 +71,14 @@ def test_two_ranks_train_like_one_plain_process(
     model, overrides = FORMS[form]
     config = tiny_config(model, tiny_data, tmp_path / "run", ranks=2, train__steps=STEPS, **overrides)
     assert two_ranks.run(run_training, config) == [0, 0]
-
-    plain = plain_curve(model, tiny_data, overrides.get("loop__depth"))
-    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
-    assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
+    check_against_plain(config, model, tiny_data, overrides.get("loop__depth"))
     if model != "dense":
         assert len(set(curve(config, "depth/mean"))) > 3, "the depth must change from step to step"
         assert max(curve(config, "depth/done_over_due")) <= 1.02
 
 
 def train_with_experts_as_on_a_gpu(config: Config) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts, "use_cpu_form", lambda layer: None)
+    with experts_as_on_a_gpu():
         return run_training(config)
 
 
@@ -97,9 +100,7 @@ def test_the_form_that_gpus_use_trains_like_one_plain_process(
     model, overrides = FORMS[form]
     config = tiny_config(model, tiny_data, tmp_path / "run", ranks=2, train__steps=STEPS, **overrides)
     assert two_ranks.run(train_with_experts_as_on_a_gpu, config) == [0, 0]
-    plain = plain_curve(model, tiny_data, None)
-    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
-    assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
+    check_against_plain(config, model, tiny_data)
 
 
 @pytest.mark.parametrize("model", ["looped-moe", "mythos", "dense"])
@@ -108,9 +109,7 @@ def test_one_rank_trains_like_the_plain_process(
 ) -> None:
     config = tiny_config(model, tiny_data, tmp_path / "run", train__steps=STEPS)
     assert one_rank.run(run_training, config) == [0]
-    plain = plain_curve(model, tiny_data, None)
-    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
-    assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
+    check_against_plain(config, model, tiny_data)
 
 
 def train_compiled(config: Config) -> int:
@@ -124,9 +123,7 @@ def train_compiled(config: Config) -> int:
 def test_compiled_blocks_train_the_same_under_zero_3(two_ranks: RankPool, tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config("looped-moe", tiny_data, tmp_path / "run", ranks=2, train__steps=STEPS)
     assert two_ranks.run(train_compiled, config) == [0, 0]
-    plain = plain_curve("looped-moe", tiny_data, None)
-    assert curve(config, "train/loss") == pytest.approx([value for value, _ in plain], rel=1e-5)
-    assert curve(config, "train/gradient_norm") == pytest.approx([norm for _, norm in plain], rel=1e-4)
+    check_against_plain(config, "looped-moe", tiny_data)
 
 
 def train_with_chunked_loss(config: Config) -> int:
